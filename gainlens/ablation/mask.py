@@ -1,0 +1,240 @@
+"""``KeyMask``: which key dimensions stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+
+from gainlens.errors import InputError
+from gainlens.files import load_tensors, save_tensors
+from gainlens.model.sites import Stage
+from gainlens.probes.gains import UNITS, KeyGains
+
+Scope = Literal["head", "layer", "model", "universal"]
+SCOPES: tuple[Scope, ...] = ("head", "layer", "model", "universal")
+
+
+@dataclass(frozen=True, eq=False)
+class KeyMask:
+    """Which key dimensions stay: boolean ``[layer, kv_head, d_head]``, True for what stays.
+
+    Attributes:
+        keep: the mask, on the CPU.
+        facts: how it was made (score, scope, unit, fraction, …), for reports; empty if by hand.
+
+    Raises:
+        InputError: ``keep`` is not three-dimensional or not boolean (0 and 1 are taken).
+    """
+
+    keep: Bool[torch.Tensor, "layer kv_head d_head"]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        keep = torch.as_tensor(self.keep).detach().cpu()
+        if keep.ndim != 3 or 0 in keep.shape:
+            raise InputError(
+                f"keep has shape {tuple(keep.shape)}: expected [layer, kv_head, d_head]"
+            )
+        if keep.dtype != torch.bool:
+            if not bool(((keep == 0) | (keep == 1)).all()):
+                raise InputError("keep holds values other than 0 and 1: expected booleans")
+            keep = keep.bool()
+        object.__setattr__(self, "keep", keep.clone())
+
+    def __repr__(self) -> str:
+        made = ", ".join(f"{k}={v}" for k, v in self.facts.items())
+        return (
+            f"KeyMask({tuple(self.keep.shape)}, keeps {self.fraction_kept:.1%}"
+            f"{', ' + made if made else ''})"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeyMask) and torch.equal(self.keep, other.keep)
+
+    def __hash__(self) -> int:
+        return hash(self.keep.numpy().tobytes())
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(n_layers, n_kv_heads, d_head)``."""
+        n_layers, n_kv_heads, d_head = self.keep.shape
+        return n_layers, n_kv_heads, d_head
+
+    @property
+    def fraction_kept(self) -> float:
+        """Share of dimensions that stay, 0 to 1."""
+        return float(self.keep.float().mean())
+
+    def whole_pairs(self, partner: Int[torch.Tensor, " d_head"]) -> bool:
+        """Whether no rotary pair is split."""
+        return bool((self.keep == self.keep[..., partner]).all())
+
+    @classmethod
+    def quietest(
+        cls,
+        gains: KeyGains,
+        fraction: float,
+        score: str = "qk",
+        scope: Scope = "head",
+        unit: str = "pair",
+        stage: Stage = "rotated",
+    ) -> KeyMask:
+        """Cut the quietest ``fraction`` of the units.
+
+        Args:
+            gains: from ``probe_gains``.
+            fraction: share of dimensions to cut, 0 to 1, within each group of the scope; rounded
+                to the nearest whole number of units.
+            score: which gain ranks them.
+            scope: over what the fraction is taken: each ``head``, each ``layer``, the whole
+                ``model``, or one ``universal`` index set for all heads (ranked by the mean over
+                heads of each unit's share of its head's gain).
+            unit: ``pair`` cuts whole rotary pairs, ``dim`` single dimensions.
+            stage: of the gains.
+
+        Raises:
+            InputError: a fraction outside 0..1, an unknown score, scope, unit or stage.
+        """
+        values = gains.score(score, stage=stage, unit=unit)
+        keep = keep_by_order(values, fraction, scope, unit, gains.model.partner)
+        return cls(
+            keep, {"order": "quietest", "score": score, "scope": scope, "unit": unit,
+                   "stage": stage, "fraction": fraction},
+        )  # fmt: skip
+
+    @classmethod
+    def loudest(
+        cls,
+        gains: KeyGains,
+        fraction: float,
+        score: str = "qk",
+        scope: Scope = "head",
+        unit: str = "pair",
+        stage: Stage = "rotated",
+    ) -> KeyMask:
+        """Cut the loudest ``fraction``: a control; arguments as for ``quietest``."""
+        values = -gains.score(score, stage=stage, unit=unit)
+        if scope == "universal":
+            values = -_share(-values)
+        keep = keep_by_order(values, fraction, scope, unit, gains.model.partner, shared=True)
+        return cls(
+            keep, {"order": "loudest", "score": score, "scope": scope, "unit": unit,
+                   "stage": stage, "fraction": fraction},
+        )  # fmt: skip
+
+    @classmethod
+    def random(
+        cls,
+        like: KeyGains,
+        fraction: float,
+        seed: int = 0,
+        scope: Scope = "head",
+        unit: str = "pair",
+    ) -> KeyMask:
+        """Cut units at random: a control.
+
+        Args:
+            like: gains of the model, for its shape and pairs.
+            fraction, scope, unit: as for ``quietest``.
+            seed: of the generator; the same on every machine.
+        """
+        noise = torch.rand(like.shape, generator=torch.Generator().manual_seed(seed))
+        if scope == "universal":
+            noise = noise[:1, :1].expand(like.shape)
+        if unit == "pair":
+            noise = noise[..., torch.minimum(like.model.partner, torch.arange(like.shape[-1]))]
+        keep = keep_by_order(noise, fraction, scope, unit, like.model.partner, shared=True)
+        return cls(
+            keep,
+            {"order": "random", "scope": scope, "unit": unit, "fraction": fraction, "seed": seed},
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file."""
+        save_tensors(path, "mask", {"keep": self.keep}, self.facts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> KeyMask:
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileFormatError: missing, truncated, or not a mask.
+        """
+        tensors, facts = load_tensors(path, "mask")
+        return cls(tensors["keep"], facts)
+
+
+def _share(values: torch.Tensor) -> torch.Tensor:
+    return values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def keep_by_order(
+    values: Float[torch.Tensor, "layer kv_head d_head"],
+    fraction: float,
+    scope: Scope,
+    unit: str,
+    partner: Int[torch.Tensor, " d_head"],
+    *,
+    shared: bool = False,
+) -> Bool[torch.Tensor, "layer kv_head d_head"]:
+    """Cut the units with the smallest values; ties go by index.
+
+    Args:
+        values: equal on both dimensions of a pair when ``unit`` is ``pair``.
+        fraction, scope, unit: as for ``KeyMask.quietest``.
+        partner: which dimension each rotates with.
+        shared: ``values`` are comparable between heads already (universal scope).
+
+    Raises:
+        InputError: a fraction outside 0..1, NaN in the values, an unknown scope or unit.
+    """
+    if isinstance(fraction, bool) or not 0 <= fraction <= 1:
+        raise InputError(f"fraction={fraction!r} is outside 0..1")
+    if scope not in SCOPES:
+        raise InputError(f"scope={scope!r} is not one of {', '.join(SCOPES)}")
+    if unit not in UNITS:
+        raise InputError(f"unit={unit!r} is not one of {', '.join(UNITS)}")
+    if not bool(torch.isfinite(values).all()):
+        raise InputError("scores hold NaN or infinity, so no order can be made of them")
+    layers, heads, d_head = values.shape
+    first = torch.arange(d_head)
+    if unit == "pair":
+        first = first[first <= partner]
+    units = values[..., first].double()
+    size = torch.where(partner[first] != first, 2, 1) if unit == "pair" else torch.ones_like(first)
+    if scope == "universal":
+        merged = units if shared else _share(units)
+        flat = merged.mean((0, 1))[None]
+    elif scope == "head":
+        flat = units.flatten(0, 1)
+    elif scope == "layer":
+        flat = units.flatten(1)
+    else:
+        flat = units.reshape(1, -1)
+    sizes = size.repeat(flat.shape[1] // len(size))
+    cut = _smallest(flat, sizes, fraction)
+    if scope == "universal":
+        chosen = cut.expand(layers * heads, -1).reshape(layers, heads, -1)
+    else:
+        chosen = cut.reshape(layers, heads, -1)
+    keep = torch.ones(values.shape, dtype=torch.bool)
+    keep[..., first] = ~chosen
+    if unit == "pair":
+        keep &= keep[..., partner]
+    return keep
+
+
+def _smallest(
+    flat: Float[torch.Tensor, "group unit"], sizes: Int[torch.Tensor, " unit"], fraction: float
+) -> Bool[torch.Tensor, "group unit"]:
+    """Mark in each row the smallest units until the share of dimensions is nearest ``fraction``."""
+    order = torch.argsort(flat, dim=1, stable=True)
+    ends = sizes[order].cumsum(1)
+    target = fraction * int(sizes.sum())
+    # A unit is cut when that brings the number of cut dimensions nearer to the target.
+    taken = (ends - sizes[order] / 2) < target
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(1, order, taken)

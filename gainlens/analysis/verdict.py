@@ -1,0 +1,64 @@
+"""``Verdict``: what a claim comes to, with the number and the interval that decide it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from gainlens.errors import InputError
+
+Status = Literal["holds", "fails", "undecided"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of testing one claim.
+
+    Attributes:
+        status: ``holds``, ``fails`` or ``undecided``.
+        claim: the claim in words.
+        estimate: the number that decides it, in the units that the claim names.
+        interval: its confidence interval.
+        margin: the bound set beforehand.
+        n_documents: how many independent documents it rests on.
+        note: anything that a reader must know besides.
+    """
+
+    status: Status
+    claim: str
+    estimate: float
+    interval: tuple[float, float]
+    margin: float
+    n_documents: int
+    note: str = ""
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        return (
+            f"Verdict({self.status}: {self.claim}; {self.estimate:.4g} [{low:.4g}, {high:.4g}] "
+            f"against {self.margin:.4g}, {self.n_documents} documents)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        return {**asdict(self), "interval": list(self.interval)}
+
+
+def non_inferiority(
+    claim: str,
+    estimate: float,
+    interval: tuple[float, float],
+    margin: float,
+    n_documents: int,
+    note: str = "",
+) -> Verdict:
+    """Damage below ``margin``: holds if the whole interval is below it, fails if it is above.
+
+    Raises:
+        InputError: a margin of zero or below: absence of any damage can't be shown.
+    """
+    if not margin > 0:
+        raise InputError(f"margin={margin!r} is not above 0: no finite text can show zero damage")
+    low, high = interval
+    status: Status = "holds" if high < margin else "fails" if low > margin else "undecided"
+    return Verdict(status, claim, estimate, interval, margin, n_documents, note)

@@ -1,0 +1,97 @@
+"""Turn what a caller passes as tokens into batches of equal length, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+
+from gainlens.errors import InputError
+
+Tokens = torch.Tensor | Sequence[Any] | Iterable[Any]
+"""``[document, position]``, a sequence of 1-D documents of any length, or batches of the first."""
+
+TOKENS_PER_BATCH = 1024
+
+
+def batches(
+    tokens: Tokens, vocabulary: int, tokens_per_batch: int = TOKENS_PER_BATCH
+) -> Iterator[Int[torch.Tensor, "document pos"]]:
+    """Yield ``[document, position]`` batches of at most ``tokens_per_batch`` tokens.
+
+    Documents of unequal length are run in batches of one length each, in order, so that no
+    padding ever enters a statistic.
+
+    Args:
+        tokens: see ``Tokens``.
+        vocabulary: number of token ids of the model.
+        tokens_per_batch: upper bound; a longer document is a batch of its own.
+
+    Raises:
+        InputError: no document, one shorter than two tokens, or an id outside the vocabulary.
+    """
+    n_documents = 0
+    for group in _equal_lengths(tokens):
+        _check(group, vocabulary, n_documents)
+        n_documents += len(group)
+        rows = max(1, tokens_per_batch // group.shape[1])
+        for start in range(0, len(group), rows):
+            yield group[start : start + rows]
+    if n_documents == 0:
+        raise InputError("tokens holds no document: expected at least one of two tokens or more")
+
+
+def as_documents(tokens: Tokens, vocabulary: int) -> list[Int[torch.Tensor, " pos"]]:
+    """All documents as a list of 1-D tensors, checked as ``batches`` does."""
+    return [row for batch in batches(tokens, vocabulary) for row in batch]
+
+
+def _equal_lengths(tokens: Tokens) -> Iterator[torch.Tensor]:
+    if isinstance(tokens, torch.Tensor):
+        if tokens.ndim != 2:
+            raise InputError(
+                f"tokens has shape {tuple(tokens.shape)}: expected [document, position]"
+            )
+        if len(tokens):
+            yield tokens
+        return
+    if isinstance(tokens, str) or not isinstance(tokens, Iterable):
+        raise InputError(
+            f"tokens={type(tokens).__name__}: expected a long tensor [document, position], a "
+            "sequence of documents, or an iterable of batches (gainlens.load_tokens makes one)"
+        )
+    waiting: list[torch.Tensor] = []
+    for item in tokens:
+        tensor = torch.as_tensor(item)
+        if tensor.ndim == 2:
+            if waiting:
+                yield torch.stack(waiting)
+                waiting = []
+            yield tensor
+        elif tensor.ndim == 1:
+            if waiting and len(waiting[0]) != len(tensor):
+                yield torch.stack(waiting)
+                waiting = []
+            waiting.append(tensor)
+        else:
+            raise InputError(
+                f"tokens holds an item of shape {tuple(tensor.shape)}: expected 1 or 2"
+            )
+    if waiting:
+        yield torch.stack(waiting)
+
+
+def _check(group: torch.Tensor, vocabulary: int, first: int) -> None:
+    if group.dtype.is_floating_point or group.dtype in (torch.bool, torch.complex64):
+        raise InputError(f"tokens has dtype {group.dtype}: expected integers")
+    if group.shape[1] < 2:
+        raise InputError(
+            f"document {first} of tokens has {group.shape[1]} token(s): expected at least 2"
+        )
+    if len(group) and (int(group.min()) < 0 or int(group.max()) >= vocabulary):
+        raise InputError(
+            f"tokens holds ids from {int(group.min())} to {int(group.max())}: this model knows "
+            f"0 to {vocabulary - 1}"
+        )

@@ -1,0 +1,195 @@
+"""``KeyGains``: mergeable sums over tokens, and the scores made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+
+from gainlens.errors import InputError
+from gainlens.model.families import Pairing
+from gainlens.model.sites import STAGES, KeySites, Stage, pair_partners
+from gainlens.probes.scores import get_score
+
+Unit = str
+UNITS = ("dim", "pair")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What gains, masks and reports remember of the model that they belong to.
+
+    Attributes:
+        fingerprint: hash of the weights.
+        architecture: Hugging Face architecture name.
+        n_layers, n_heads, n_kv_heads, d_head: sizes.
+        pairing, rotary_dim: which dimensions rotate together, and how many do.
+    """
+
+    fingerprint: str
+    architecture: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    pairing: Pairing
+    rotary_dim: int
+
+    @classmethod
+    def of(cls, sites: KeySites, fingerprint: str) -> ModelCard:
+        """The card of a probed model."""
+        return cls(
+            fingerprint=fingerprint,
+            architecture=sites.architecture,
+            n_layers=sites.n_layers,
+            n_heads=sites.n_heads,
+            n_kv_heads=sites.n_kv_heads,
+            d_head=sites.d_head,
+            pairing=sites.pairing,
+            rotary_dim=sites.rotary_dim,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(n_layers, n_kv_heads, d_head)``."""
+        return self.n_layers, self.n_kv_heads, self.d_head
+
+    @property
+    def partner(self) -> Int[torch.Tensor, " d_head"]:
+        """For each dimension the one it rotates with (itself where it does not rotate)."""
+        return pair_partners(self.d_head, self.rotary_dim, self.pairing)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyGains:
+    """Sums of key and query statistics over tokens; add two of them to merge texts.
+
+    Attributes:
+        model: the model they were gathered on.
+        sums: float64 ``[layer, kv_head, d_head]`` by name, e.g. ``"k_sq.rotated"``.
+        n_tokens, n_documents: how much text went in.
+        texts: fingerprints of the texts that went in, one per probe.
+        frequencies: radians per token of each rotary pair, ``[layer, rotary_pair]``.
+    """
+
+    model: ModelCard
+    sums: dict[str, torch.Tensor]
+    n_tokens: int
+    n_documents: int
+    texts: tuple[str, ...]
+    frequencies: Float[torch.Tensor, "layer rotary_pair"]
+
+    def __repr__(self) -> str:
+        m = self.model
+        return (
+            f"KeyGains({m.architecture}, {m.n_layers} layers × {m.n_kv_heads} key heads × "
+            f"{m.d_head} dims, {self.n_documents} documents, {self.n_tokens} tokens)"
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(n_layers, n_kv_heads, d_head)``."""
+        return self.model.shape
+
+    def mean(self, stage: Stage = "rotated") -> Float[torch.Tensor, "layer kv_head d_head"]:
+        """Mean key over tokens, float32, in the units of the activation."""
+        return self._moment("k_sum", self._stage(stage)).float()
+
+    def score(
+        self, name: str, stage: Stage = "rotated", unit: Unit = "dim"
+    ) -> Float[torch.Tensor, "layer kv_head d_head"]:
+        """The gain of every key dimension, float32 ``[layer, kv_head, d_head]``.
+
+        Args:
+            name: a row of ``gainlens.probes.scores.SCORES``.
+            stage: before (``projected``) or after (``rotated``) the rotation; without rotary
+                embeddings both are the same.
+            unit: ``dim``, or ``pair``: both dimensions of a rotary pair carry the pair's value.
+
+        Raises:
+            InputError: unknown name, stage or unit, or statistics that were not gathered.
+        """
+        score = get_score(name)
+        if unit not in UNITS:
+            raise InputError(f"unit={unit!r} is not one of {', '.join(UNITS)}")
+        at = self._stage(stage)
+        moments = {
+            key.rsplit(".", 1)[0]: self._moment(key.rsplit(".", 1)[0], at)
+            for key in self.sums
+            if key.endswith("." + at)
+        }
+        if "k_sum" in moments:
+            moments["k_mean"] = moments["k_sum"]
+            moments["k_var"] = moments["k_sq"] - moments["k_sum"].square()
+        try:
+            if unit == "pair":
+                partner = self.model.partner
+                moments = {k: 0.5 * (v + v[..., partner]) for k, v in moments.items()}
+            return score.compute(moments).float()
+        except KeyError as missing:
+            raise InputError(
+                f"score={name!r} needs statistics that these gains do not hold ({missing.args[0]}):"
+                f" ask for it with probe_gains(..., scores=({name!r},))"
+            ) from None
+
+    def _stage(self, stage: Stage) -> Stage:
+        if stage not in STAGES:
+            raise InputError(f"stage={stage!r} is not one of {', '.join(STAGES)}")
+        return stage if self.model.rotary_dim else "projected"
+
+    def _moment(self, name: str, stage: Stage) -> torch.Tensor:
+        key = f"{name}.{stage}"
+        if key not in self.sums:
+            raise InputError(f"these gains hold no {name!r} at stage={stage!r}")
+        heads = self.model.n_heads // self.model.n_kv_heads if name.startswith("q_") else 1
+        return self.sums[key] / (self.n_tokens * heads)
+
+    def __add__(self, other: KeyGains) -> KeyGains:
+        """Gains of both texts together.
+
+        Raises:
+            InputError: they come from different models or hold different statistics.
+        """
+        if not isinstance(other, KeyGains):
+            return NotImplemented
+        check_same_model(self.model, other.model, "gains can't be merged")
+        if set(self.sums) != set(other.sums):
+            raise InputError(
+                "gains can't be merged: they hold different statistics "
+                f"({', '.join(sorted(set(self.sums) ^ set(other.sums)))} in one only)"
+            )
+        return replace(
+            self,
+            sums={name: value + other.sums[name] for name, value in self.sums.items()},
+            n_tokens=self.n_tokens + other.n_tokens,
+            n_documents=self.n_documents + other.n_documents,
+            texts=self.texts + other.texts,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; see ``gainlens.probes.files``."""
+        from gainlens.probes.files import save_gains
+
+        save_gains(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> KeyGains:
+        """Read what ``save`` wrote; executes nothing.
+
+        Raises:
+            FileFormatError: missing, truncated, or not a gains file.
+        """
+        from gainlens.probes.files import load_gains
+
+        return load_gains(path)
+
+
+def check_same_model(a: ModelCard, b: ModelCard, what: str) -> None:
+    """Raise unless two cards are of one model."""
+    if a.fingerprint != b.fingerprint:
+        raise InputError(
+            f"{what}: they belong to different models ({a.architecture} {a.shape}, weights "
+            f"{a.fingerprint[:12]}; {b.architecture} {b.shape}, weights {b.fingerprint[:12]})"
+        )

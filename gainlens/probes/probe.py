@@ -1,0 +1,161 @@
+"""Gather key gains: a hook on every key and query site, sums that never grow with the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from gainlens.errors import InputError, SilentSiteError
+from gainlens.model.batches import TOKENS_PER_BATCH, Tokens, batches
+from gainlens.model.fingerprint import model_fingerprint
+from gainlens.model.forward import TextHasher, forward_layers
+from gainlens.model.hooks import Hook, attached
+from gainlens.model.sites import key_sites
+from gainlens.probes.gains import KeyGains, ModelCard
+from gainlens.probes.scores import get_score
+from gainlens.probes.statistics import STATISTICS
+
+DEFAULT_SCORES = ("rms", "std", "qk")
+
+
+class KeyGainProbe:
+    """Gather gains inside your own loop: ``with KeyGainProbe(model) as probe: model(tokens)``.
+
+    Memory does not grow with the number of tokens: only sums of shape
+    ``[layer, kv_head, d_head]`` are kept, in float64. Every forward pass inside the ``with``
+    counts, padding included, so pass documents without padding.
+
+    Args:
+        model: a TransformerBridge or HookedTransformer.
+        scores: which scores the gains must be able to answer.
+
+    Raises:
+        UnsupportedModelError: the model's keys can't be probed.
+        SilentSiteError: on leaving, if the hooks of some layer fired less often than others, or
+            none fired at all.
+    """
+
+    def __init__(self, model: Any, scores: Sequence[str] = DEFAULT_SCORES) -> None:
+        self._model = model
+        self.sites = key_sites(model)
+        names = {name for score in scores for name in get_score(score).statistics}
+        self._statistics = [s for name, s in STATISTICS.items() if name in names]
+        if not self._statistics:
+            raise InputError("scores is empty: expected at least one score")
+        self._device = next(model.parameters()).device
+        # Apple GPUs have no float64: add up on the CPU there.
+        home = "cpu" if self._device.type == "mps" else self._device
+        self._sums = {
+            array: torch.zeros(self.sites.shape, dtype=torch.float64, device=home)
+            for statistic in self._statistics
+            for array in statistic.arrays(self.sites)
+        }
+        self._tokens = [0] * self.sites.n_layers
+        self._documents = 0
+        self._stack = ExitStack()
+        self._texts: list[str] = []
+
+    def hooks(self) -> list[Hook]:
+        """The forward hooks, for ``run_with_hooks``; the ``with`` form attaches them itself."""
+        found: list[Hook] = [
+            (self.sites.key_hook(layer, "projected"), partial(self._count, layer=layer))
+            for layer in range(self.sites.n_layers)
+        ]
+        for statistic in self._statistics:
+            found += statistic.hooks(self.sites, self._sums)
+        return found
+
+    def _count(self, keys: torch.Tensor, hook: Any, *, layer: int) -> None:
+        self._tokens[layer] += keys.shape[0] * keys.shape[1]
+        if layer == 0:
+            self._documents += keys.shape[0]
+
+    def __enter__(self) -> KeyGainProbe:
+        self._stack.enter_context(attached(self._model, self.hooks()))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._stack.close()
+        if kind is None:
+            self._check_fired()
+
+    def note_text(self, fingerprint: str) -> None:
+        """Remember the fingerprint of a text that was run, to be stored with the gains."""
+        self._texts.append(fingerprint)
+
+    def _check_fired(self) -> None:
+        expected = max(self._tokens)
+        silent = [layer for layer, n in enumerate(self._tokens) if n < expected or n == 0]
+        if silent:
+            raise SilentSiteError(
+                f"the key hooks of layer(s) {silent} saw fewer tokens than the others "
+                f"({min(self._tokens)} of {expected}); was a full forward pass run inside the "
+                "probe, without stop_at_layer and without reset_hooks?"
+            )
+
+    def gains(self) -> KeyGains:
+        """What has been gathered so far.
+
+        Raises:
+            SilentSiteError: a site has not fired.
+            InputError: the statistics are not finite (NaN in the weights or activations).
+        """
+        self._check_fired()
+        sums = {name: value.detach().cpu().clone() for name, value in self._sums.items()}
+        for name, value in sums.items():
+            bad = ~torch.isfinite(value)
+            if bool(bad.any()):
+                layer = int(bad.nonzero()[0, 0])
+                raise InputError(
+                    f"model: {name} of layer {layer} is not finite; expected weights and "
+                    "activations without NaN or infinity"
+                )
+        return KeyGains(
+            model=ModelCard.of(self.sites, model_fingerprint(self._model)),
+            sums=sums,
+            n_tokens=self._tokens[0],
+            n_documents=self._documents,
+            texts=tuple(self._texts),
+            frequencies=self.sites.frequencies.clone(),
+        )
+
+
+def probe_gains(
+    model: Any,
+    tokens: Tokens,
+    scores: Sequence[str] = DEFAULT_SCORES,
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: bool = True,
+) -> KeyGains:
+    """Gather the gains of every key dimension over a text, in one streaming pass.
+
+    Args:
+        model: a TransformerBridge or HookedTransformer.
+        tokens: long ``[document, position]``, a sequence of documents of any length, or an
+            iterable of batches; read once.
+        scores: which scores the gains must answer.
+        tokens_per_batch: upper bound on tokens per forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: no document, a document under two tokens, ids outside the vocabulary, weights
+            that are not finite.
+        UnsupportedModelError, SilentSiteError: see ``KeyGainProbe``.
+    """
+    probe = KeyGainProbe(model, scores)
+    vocabulary = int(model.cfg.d_vocab)
+    total = len(tokens) if isinstance(tokens, Sequence | torch.Tensor) else None
+    hasher = TextHasher()
+    with probe, tqdm(total=total, desc="probe", unit="doc", disable=not progress) as bar:
+        for batch in batches(tokens, vocabulary, tokens_per_batch):
+            hasher.update(batch)
+            forward_layers(model, batch)
+            bar.update(len(batch))
+    probe.note_text(hasher.hexdigest())
+    return probe.gains()

@@ -1,0 +1,106 @@
+"""Streaming statistics: sums that hooks fill, one row each in ``STATISTICS``.
+
+A statistic is a set of named float64 sums of shape ``[layer, kv_head, d_head]`` and the hooks
+that add a batch to them. Sums of two texts add up to the sums of both, so gains can be merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+
+from gainlens.model.hooks import Hook
+from gainlens.model.rotation import rotate
+from gainlens.model.sites import KeySites, Stage
+
+Sums = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One row of the table.
+
+    Attributes:
+        name: how scores ask for it.
+        arrays: the sums that it fills, as a function of the sites.
+        hooks: given the sites and the sums, the hooks that add one batch.
+        backward: whether a backward pass of the loss is needed.
+    """
+
+    name: str
+    arrays: Callable[[KeySites], tuple[str, ...]]
+    hooks: Callable[[KeySites, Sums], list[Hook]]
+    backward: bool = False
+
+
+def _accumulate(
+    sums: Sums, name: str, layer: int, value: Float[torch.Tensor, "kv_head d_head"]
+) -> None:
+    target = sums[name]
+    target[layer] += value.to(target)
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    # Apple GPUs have no float64; a batch sum in float32 is added up in float64 on the CPU there.
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def key_moments(sums: Sums, stage: Stage, layer: int, keys: torch.Tensor) -> None:
+    """Add Σk and Σk² over batch and position."""
+    wide = _wide(keys)
+    _accumulate(sums, f"k_sum.{stage}", layer, keys.sum((0, 1), dtype=wide))
+    norm = torch.linalg.vector_norm(keys, dim=(0, 1), dtype=wide)
+    _accumulate(sums, f"k_sq.{stage}", layer, norm.square())
+
+
+def query_energy(sums: Sums, stage: Stage, layer: int, queries: torch.Tensor) -> None:
+    """Add Σq² over batch, position and the query heads of each key head."""
+    norm = torch.linalg.vector_norm(queries, dim=(0, 1), dtype=_wide(queries))
+    n_kv_heads = sums[f"q_sq.{stage}"].shape[1]
+    group = norm.square().reshape(n_kv_heads, -1, norm.shape[-1]).sum(1)
+    _accumulate(sums, f"q_sq.{stage}", layer, group)
+
+
+Update = Callable[[Sums, Stage, int, torch.Tensor], None]
+
+
+def _stage_hooks(letter: str, update: Update, sites: KeySites, sums: Sums) -> list[Hook]:
+    """Hooks that feed ``update`` at both stages; a silent rotated stage is computed here."""
+    computed = "rotated" in filled_stages(sites) and not sites.rotated_fires
+
+    def at(tensor: torch.Tensor, hook: Any, *, layer: int, stage: Stage) -> None:
+        tensor = tensor.detach()
+        update(sums, stage, layer, tensor)
+        if computed:
+            turned = rotate(tensor, sites.frequencies[layer], sites.pairing)
+            update(sums, "rotated", layer, turned)
+
+    name = sites.key_hook if letter == "k" else sites.query_hook
+    return [
+        (name(layer, stage), partial(at, layer=layer, stage=stage))
+        for layer in range(sites.n_layers)
+        for stage in sites.stages
+    ]
+
+
+def filled_stages(sites: KeySites) -> tuple[Stage, ...]:
+    """Stages at which sums are kept: without a rotation the two are one and the same."""
+    return ("projected", "rotated") if sites.rotated_fires or sites.rotary_dim else ("projected",)
+
+
+def _per_stage(*names: str) -> Callable[[KeySites], tuple[str, ...]]:
+    return lambda sites: tuple(f"{n}.{stage}" for n in names for stage in filled_stages(sites))
+
+
+STATISTICS: dict[str, Statistic] = {
+    s.name: s
+    for s in (
+        Statistic("keys", _per_stage("k_sum", "k_sq"), partial(_stage_hooks, "k", key_moments)),
+        Statistic("queries", _per_stage("q_sq"), partial(_stage_hooks, "q", query_energy)),
+    )
+}

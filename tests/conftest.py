@@ -1,0 +1,66 @@
+"""Shared fixtures. Shapes in annotations are checked at run time in every test."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("gainlens", "beartype.beartype")
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import pytest
+import torch
+import transformer_lens
+
+HAS_HOOKED = hasattr(transformer_lens, "HookedTransformer")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The small real model (4 layers, 2 key heads of width 32), as a bridge."""
+    import gainlens as gl
+
+    return gl.load_model("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_calibration(tiny):
+    import gainlens as gl
+
+    return gl.load_tokens("sotu", tiny, n_docs=6, length=64, split="calibration")
+
+
+@pytest.fixture(scope="session")
+def tiny_validation(tiny):
+    import gainlens as gl
+
+    return gl.load_tokens("sotu", tiny, n_docs=6, length=64, split="validation")
+
+
+@pytest.fixture(scope="session")
+def tiny_gains(tiny, tiny_calibration):
+    import gainlens as gl
+
+    return gl.probe_gains(tiny, tiny_calibration, progress=False)
+
+
+@pytest.fixture(scope="session", params=["bridge", "hooked"])
+def any_tiny(request):
+    """The small real model in both model classes; HookedTransformer where the release has it."""
+    import gainlens as gl
+
+    if request.param == "hooked" and not HAS_HOOKED:
+        pytest.skip("this transformer-lens has no HookedTransformer; the second environment runs it")
+    return gl.load_model("tiny", kind=request.param)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    torch.manual_seed(0)
