@@ -56,7 +56,7 @@ def model_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-Matrices = dict[str, Float[torch.Tensor, "out in"]]
+Matrices = dict[str, Float[torch.Tensor, "_ _"]]
 """q, k, v: ``[head * d_head, d_model]``; o: ``[d_model, head * d_head]``."""
 
 
@@ -81,7 +81,8 @@ def _weights(model: Any) -> tuple[Float[torch.Tensor, "vocab d_model"], list[Mat
 
 def _embedding(model: Any) -> Float[torch.Tensor, "vocab d_model"]:
     original = getattr(model, "original_model", None)
-    return model.W_E if original is None else model.embed.weight
+    weight: torch.Tensor = model.W_E if original is None else model.embed.weight
+    return weight
 
 
 def _transformer_lens(attention: Any) -> Matrices:
@@ -89,7 +90,7 @@ def _transformer_lens(attention: Any) -> Matrices:
 
     def rows(name: str) -> Float[torch.Tensor, "out in"]:
         grouped = getattr(attention, f"_W_{name}", None)  # HookedTransformer's own, ungrouped
-        weight = getattr(attention, f"W_{name}") if grouped is None else grouped
+        weight: torch.Tensor = getattr(attention, f"W_{name}") if grouped is None else grouped
         return weight.transpose(1, 2).reshape(-1, weight.shape[1])
 
     out = attention.W_O
@@ -110,7 +111,9 @@ def _hugging_face(module: Any, heads: int, config: Any) -> Matrices | None:
             return None
         q, k, v = (getattr(module, name).weight for name in ("q_proj", "k_proj", "v_proj"))
         return {"q": q, "k": k, "v": v, "o": out.weight}
-    if hasattr(module, "query_key_value") and hasattr(module, "dense"):  # NeoX: q, k, v per head
+    # NeoX and BLOOM keep q, k and v of a head together; Falcon's layout is another.
+    fused_by_head = getattr(config, "model_type", "") in ("gpt_neox", "bloom")
+    if fused_by_head and hasattr(module, "query_key_value") and hasattr(module, "dense"):
         fused = module.query_key_value.weight
         q, k, v = fused.reshape(heads, 3, -1, fused.shape[1]).unbind(1)
         flat = [part.reshape(-1, fused.shape[1]) for part in (q, k, v)]

@@ -9,11 +9,18 @@ from typing import Any, Literal
 import torch
 
 from gainlens.errors import GainlensError, InputError
-from gainlens.model.wrapping import first_line, to_bridge, to_hooked
+from gainlens.model.wrapping import first_line, hooked_class, to_bridge, to_hooked
 from gainlens.model.zoo import smollm2, tiny
 
 Kind = Literal["bridge", "hooked"]
 PACKAGED = ("smollm2", "tiny")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 def load_model(
@@ -47,8 +54,11 @@ def load_model(
     wanted = "bridge" if kind is None else kind
     if wanted not in ("bridge", "hooked"):
         raise InputError(f"kind={kind!r} is unknown; expected 'bridge' or 'hooked'")
+    if wanted == "hooked":
+        hooked_class()  # refuses before the weights are read
     hf = load_hf(name, device=device, dtype=dtype)
-    tokenizer = load_tokenizer(name)
+    # A folder with weights alone is enough for hooks; load_tokens says what is missing.
+    tokenizer = load_tokenizer(name) if _has_tokenizer(name) else None
     wrap = to_bridge if wanted == "bridge" else to_hooked
     return wrap(hf, os.fspath(name), tokenizer)
 
@@ -97,6 +107,8 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     source = _checkpoint(name)
+    if not _has_tokenizer(name):
+        raise InputError(f"folder {source!r} has no tokenizer ({', '.join(TOKENIZER_FILES)})")
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
@@ -112,6 +124,13 @@ def check_finite(model: torch.nn.Module, name: str) -> None:
                 f"model {name!r}: weight {parameter_name!r} holds {bad} values that are NaN or "
                 "infinite"
             )
+
+
+def _has_tokenizer(name: str | os.PathLike[str]) -> bool:
+    """False for a folder with none of the usual tokenizer files; ids are asked when loaded."""
+    folder = Path(name).expanduser()
+    packaged = os.fspath(name) in PACKAGED
+    return packaged or not folder.is_dir() or any((folder / f).is_file() for f in TOKENIZER_FILES)
 
 
 def _checkpoint(name: str | os.PathLike[str]) -> str:

@@ -5,13 +5,15 @@ Nothing is folded or centred: gains are those of the checkpoint's own weights.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 
-from gainlens.errors import InputError, UnsupportedModelError
+from gainlens.errors import UnsupportedModelError
 
 CHECK_TOKENS = 16
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -22,11 +24,15 @@ def to_bridge(hf: Any, name: str, tokenizer: Any | None) -> Any:
     """Wrap ``hf`` in place as a ``TransformerBridge``; it must not be used on its own after.
 
     Raises:
-        UnsupportedModelError: TransformerLens has no adapter for the architecture.
+        UnsupportedModelError: TransformerLens has no adapter for the architecture, or the wrapped
+            model's logits differ from Hugging Face's.
     """
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     architecture = architecture_of(hf)
+    vocabulary = int(hf.config.vocab_size)
+    # Before wrapping, which changes hf in place.
+    wanted = _few_logits(hf, vocabulary, CHECK_TOKENS)
     try:
         bridge = build_bridge_from_module(
             hf, architecture, hf_config=hf.config, model_name=name, tokenizer=None
@@ -36,8 +42,11 @@ def to_bridge(hf: Any, name: str, tokenizer: Any | None) -> Any:
             f"model {name!r}: TransformerLens can't wrap architecture {architecture!r}: "
             f"{first_line(error)}"
         ) from error
+    bridge = bridge.eval()
+    got = _few_logits(bridge, vocabulary, CHECK_TOKENS)
+    _check_same_logits(got, wanted, name, "TransformerBridge")
     _attach_tokenizer(bridge, tokenizer)
-    return bridge.eval()
+    return bridge
 
 
 def to_hooked(hf: Any, name: str, tokenizer: Any | None) -> Any:
@@ -51,13 +60,7 @@ def to_hooked(hf: Any, name: str, tokenizer: Any | None) -> Any:
         UnsupportedModelError: transformer-lens 4, an architecture that 3.9 doesn't convert, or
             logits that differ from Hugging Face's.
     """
-    try:
-        from transformer_lens import HookedTransformer
-    except ImportError as error:
-        raise UnsupportedModelError(
-            "kind='hooked' needs HookedTransformer, which transformer-lens 4 no longer has: "
-            "install transformer-lens 3.9, or use kind='bridge'"
-        ) from error
+    hooked_transformer = hooked_class()
     from transformer_lens import loading_from_pretrained as loading
 
     architecture = architecture_of(hf)
@@ -69,12 +72,11 @@ def to_hooked(hf: Any, name: str, tokenizer: Any | None) -> Any:
                 source, fold_ln=False, device=str(weight.device), dtype=weight.dtype
             )
             _correct(cfg, hf.config)
-            state = loading.get_pretrained_state_dict(
-                source, cfg, hf_model=hf, dtype=weight.dtype
-            )
+            state = loading.get_pretrained_state_dict(source, cfg, hf_model=hf, dtype=weight.dtype)
         cfg.model_name = name
         cfg.tokenizer_name = None  # else the constructor asks the hub for it
-        model = HookedTransformer(cfg, tokenizer=None)
+        # Without move_to_device, whose .to() prints; the weights are put in place below.
+        model = hooked_transformer(cfg, tokenizer=None, move_to_device=False)
         model.load_and_process_state_dict(
             state,
             fold_ln=False,
@@ -87,10 +89,29 @@ def to_hooked(hf: Any, name: str, tokenizer: Any | None) -> Any:
             f"model {name!r}: TransformerLens can't convert architecture {architecture!r} to a "
             f"HookedTransformer ({first_line(error)}); use kind='bridge'"
         ) from error
-    model = model.to(weight.device).eval()
-    _check_same_logits(model, hf, name)
+    model = model.to(weight.device, print_details=False).eval()
+    vocabulary, context = int(hf.config.vocab_size), int(model.cfg.n_ctx)
+    wanted = _few_logits(hf, vocabulary, context)
+    got = _few_logits(model, vocabulary, context)
+    _check_same_logits(got, wanted, name, "HookedTransformer")
     _attach_tokenizer(model, tokenizer)
     return model
+
+
+def hooked_class() -> Any:
+    """``transformer_lens.HookedTransformer``.
+
+    Raises:
+        UnsupportedModelError: transformer-lens 4 is installed.
+    """
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError as error:
+        raise UnsupportedModelError(
+            "kind='hooked' needs HookedTransformer, which transformer-lens 4 no longer has: "
+            "install transformer-lens 3.9, or use kind='bridge'"
+        ) from error
+    return HookedTransformer
 
 
 def architecture_of(hf: Any) -> str:
@@ -110,14 +131,16 @@ def _source_name(name: str, hf: Any, architecture: str, folder: Path, loading: A
     try:
         return str(loading.get_official_model_name(name))
     except ValueError:
-        settings = hf.config.to_dict()
+        settings = json.loads(hf.config.to_json_string(use_diff=False))
         settings["architectures"] = [architecture]
-        type(hf.config)(**settings).save_pretrained(folder)
+        if "n_positions" in settings:  # transformers 5 no longer has GPT-2's other name for it
+            settings.setdefault("n_ctx", settings["n_positions"])
+        (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
         return str(folder)
 
 
 def _correct(cfg: Any, hf_config: Any) -> None:
-    """Set what the 3.9 translation drops or caps: head size, context length."""
+    """Set what the 3.9 translation drops or guesses: head size, context length."""
     head_dim = getattr(hf_config, "head_dim", None)
     if head_dim and head_dim != cfg.d_head:
         if cfg.rotary_dim == cfg.d_head:
@@ -125,26 +148,35 @@ def _correct(cfg: Any, hf_config: Any) -> None:
         cfg.d_head = head_dim
         cfg.attn_scale = head_dim**0.5 if cfg.use_attn_scale else 1.0
     positions = getattr(hf_config, "max_position_embeddings", None)
-    if positions and cfg.positional_embedding_type == "rotary" and cfg.n_ctx < positions:
-        cfg.n_ctx = positions
+    if positions and cfg.positional_embedding_type == "rotary":
+        cfg.n_ctx = positions  # 3.9 says 2048 for some families, whatever the checkpoint says
 
 
-@torch.inference_mode()
-def _check_same_logits(model: Any, hf: Any, name: str) -> None:
-    tolerance = CHECK_TOLERANCE.get(next(hf.parameters()).dtype)
+@torch.no_grad()  # not inference_mode: a cache filled here may be trained on later
+def _few_logits(model: Any, vocabulary: int, context: int) -> Float[torch.Tensor, "1 pos vocab"]:
+    """Logits of a few fixed tokens, of a TransformerLens or a Hugging Face model."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(CHECK_TOKENS, context)
+    tokens = torch.randint(0, vocabulary, (1, length), generator=generator)
+    output = model(tokens.to(next(model.parameters()).device))
+    logits: torch.Tensor = getattr(output, "logits", output)
+    return logits.cpu()
+
+
+def _check_same_logits(
+    got: Float[torch.Tensor, "1 pos vocab"],
+    wanted: Float[torch.Tensor, "1 pos vocab"],
+    name: str,
+    kind: str,
+) -> None:
+    tolerance = CHECK_TOLERANCE.get(wanted.dtype)
     if tolerance is None:
         return
-    length = min(CHECK_TOKENS, int(model.cfg.n_ctx))
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, int(hf.config.vocab_size), (1, length), generator=generator)
-    tokens = tokens.to(next(hf.parameters()).device)
-    wanted = hf(tokens, use_cache=False).logits
-    got = model(tokens, return_type="logits")
     difference = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
     if not difference <= tolerance:
         raise UnsupportedModelError(
-            f"model {name!r}: the HookedTransformer's logits differ from Hugging Face's by "
-            f"{difference:.1e} of the largest one (at most {tolerance:.0e}); use kind='bridge'"
+            f"model {name!r}: logits of the {kind} differ from Hugging Face's by "
+            f"{difference:.1e} of the largest one; expected at most {tolerance:.0e}"
         )
 
 
