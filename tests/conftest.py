@@ -19,7 +19,10 @@ import pytest
 import torch
 import transformer_lens
 
-HAS_HOOKED = hasattr(transformer_lens, "HookedTransformer")
+try:  # transformer-lens 4 raises ImportError for the name, which hasattr doesn't catch
+    HAS_HOOKED = transformer_lens.HookedTransformer is not None
+except ImportError:
+    HAS_HOOKED = False
 
 
 @pytest.fixture(scope="session")
