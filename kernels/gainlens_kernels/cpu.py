@@ -1,0 +1,119 @@
+"""The compiled CPU kernels: loading, and PyTorch's threads for them."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from gainlens_kernels.checks import SlicedAttentionError, check_bound_values
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    if os.environ.get("GAINLENS_KERNELS", "") == "reference":
+        return None, "GAINLENS_KERNELS=reference is set"
+    try:
+        module = importlib.import_module("gainlens_kernels._native")
+    except ImportError as error:
+        return None, str(error)
+    return module, ""
+
+
+def _find_gomp_parallel() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that libtorch is linked against, or 0.
+
+    A second OpenMP runtime, or any second pool, would compete with PyTorch's own threads, which
+    spin for a while after each operation. Looking the symbol up through libtorch gives the
+    runtime it uses, whatever its file is called.
+    """
+    if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        return 0
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).exists():
+            try:
+                function = ctypes.CDLL(str(folder / name)).GOMP_parallel
+            except (OSError, AttributeError):
+                return 0
+            return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+native, _reason = _load()
+if native is not None and os.environ.get("GAINLENS_KERNELS_THREADS", "") != "pool":
+    native.use_openmp(_find_gomp_parallel())
+
+_warned = False
+
+
+def warn_once() -> None:
+    """Say once, at first use, that the slow path is taken and why."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "gainlens_kernels: the compiled CPU kernels are not available "
+            f"({_reason}); sliced_attention uses the slow PyTorch reference. "
+            "Reinstall gainlens with a C++17 compiler at hand to get them.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _bounds(values: torch.Tensor | None) -> torch.Tensor | None:
+    if values is None or (values.dtype == torch.int64 and values.is_contiguous()):
+        return values
+    return values.to(torch.int64).contiguous()
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    lengths: torch.Tensor | None,
+    starts: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run the compiled kernels on CPU tensors that passed the checks."""
+    assert native is not None
+    shape = q.shape
+    out = torch.empty((shape[0], shape[1], shape[2], v.shape[3]), dtype=q.dtype)
+    lengths, starts = _bounds(lengths), _bounds(starts)
+    status = native.attend(
+        _CODES[q.dtype],
+        q.data_ptr(),
+        shape,
+        q.stride(),
+        k.data_ptr(),
+        k.shape,
+        k.stride(),
+        v.data_ptr(),
+        v.shape,
+        v.stride(),
+        out.data_ptr(),
+        scale,
+        causal,
+        0 if lengths is None else lengths.data_ptr(),
+        0 if starts is None else starts.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if status:
+        check_bound_values("lengths", lengths, k.shape[2])
+        check_bound_values("starts", starts, k.shape[2])
+        if status == -2:
+            raise MemoryError("sliced_attention: no memory for the working buffers")
+        raise SlicedAttentionError(f"sizes of q, k and v do not belong together (status {status})")
+    return out
+
+
+def supports(q: torch.Tensor) -> bool:
+    """Whether the compiled kernels take this dtype and device."""
+    return native is not None and q.is_cpu and q.dtype in _CODES

@@ -1,0 +1,35 @@
+"""The Triton kernels on NVIDIA GPUs, where Triton is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+
+
+@cache
+def available() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def supports(q: torch.Tensor) -> bool:
+    """Whether the Triton kernels take this tensor's dtype and device."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return available() and q.is_cuda and torch.version.hip is None and q.dtype in dtypes
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    lengths: torch.Tensor | None,
+    starts: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run the Triton kernels on tensors that passed the checks."""
+    from gainlens_kernels import triton_kernels
+
+    return triton_kernels.attend(q, k, v, scale, causal, lengths, starts)
