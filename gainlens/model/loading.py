@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,6 +151,9 @@ def _checkpoint(name: str | os.PathLike[str]) -> str:
     looks_local = not isinstance(name, str) or shown.startswith((".", "/", "~", "\\"))
     if looks_local or shown.count("/") > 1:
         raise InputError(f"model folder {shown!r} does not exist")
+    # Asking the hub for a misspelt name takes many seconds where there is no network.
+    if meant := get_close_matches(shown, PACKAGED, n=1, cutoff=0.7):
+        raise InputError(f"model {shown!r} is unknown; did you mean {meant[0]!r}?")
     return shown
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,9 @@ def documents(
         return _topics()
     if _is_local(source):
         return _local(Path(shown).expanduser(), separator, field)
+    # Asking the hub for a misspelt name takes many seconds where there is no network.
+    if meant := get_close_matches(shown, PACKAGED, n=1, cutoff=0.7):
+        raise InputError(f"text {shown!r} is unknown; did you mean {meant[0]!r}?")
     return _hub_rows(shown, field)
 
 
