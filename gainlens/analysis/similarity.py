@@ -1,21 +1,35 @@
-"""Cosines between layers and the null that they have to beat."""
+"""Similarity of gain profiles, and what independent shuffles of their units would give.
+
+All measures here are inner products of two rows after some transformation (scaled to length 1,
+centred, ranked, marked as among the k loudest), so the mean and variance of each under a shuffle
+of units is known exactly; see ``shuffle_moments``.
+"""
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.stats import rankdata
+
+
+def unit_length(x: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, "row unit"]:
+    """Rows scaled to length 1; a row of (rounding of) zero stays zero."""
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    scaled: Float[np.ndarray, "row unit"] = np.divide(
+        x, norm, out=np.zeros_like(x), where=norm > 1e-12
+    )
+    return scaled
 
 
 def cosine_matrix(x: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, "row row2"]:
     """Cosine of every pair of rows; 0 where a row is all zero."""
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
-    unit = np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
-    product: Float[np.ndarray, "row row2"] = unit @ unit.T
+    rows = unit_length(x)
+    product: Float[np.ndarray, "row row2"] = rows @ rows.T
     return product
 
 
 def variation(x: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, " row"]:
-    """Coefficient of variation of each row: standard deviation over mean."""
+    """Coefficient of variation of each row: standard deviation over mean; 0 for a zero row."""
     mean = x.mean(1)
     spread: Float[np.ndarray, " row"] = np.divide(
         x.std(1), mean, out=np.zeros_like(mean), where=mean > 0
@@ -23,12 +37,76 @@ def variation(x: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, " row"]:
     return spread
 
 
-def permutation_null(
-    x: Float[np.ndarray, "layer unit"], n_permutations: int, seed: int
-) -> Float[np.ndarray, "permutation layer layer2"]:
-    """Cosines after shuffling the units of every layer independently: nothing is shared."""
-    rng = np.random.default_rng(seed)
-    null = np.empty((n_permutations, len(x), len(x)))
-    for i in range(n_permutations):
-        null[i] = cosine_matrix(rng.permuted(x, axis=1))
-    return null
+def centred_rows(
+    x: Float[np.ndarray, "row unit"], bands: Int[np.ndarray, " unit"] | None = None
+) -> Float[np.ndarray, "row unit"]:
+    """Rows less their mean (less the mean of each band, if given), scaled to length 1.
+
+    Inner products of these are Pearson correlations. A row that is flat to rounding gives zero.
+    """
+    scale = np.abs(x).max(1, keepdims=True)
+    y = np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)
+    for band in [slice(None)] if bands is None else [bands == b for b in np.unique(bands)]:
+        y[:, band] = y[:, band] - y[:, band].mean(1, keepdims=True)
+    y[np.abs(y) < 1e-12] = 0
+    return unit_length(y)
+
+
+def rank_rows(x: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, "row unit"]:
+    """Ranks within each row, 1 for the quietest; ties share their mean rank."""
+    ranks: Float[np.ndarray, "row unit"] = rankdata(_merged_ties(x), axis=1).astype(np.float64)
+    return ranks
+
+
+def loudest(x: Float[np.ndarray, "row unit"], k: int) -> Float[np.ndarray, "row unit"]:
+    """1 for units among the ``k`` loudest of their row, else 0; ties share what is left.
+
+    Without the sharing, flat gains would pick the same units by index in every row. An all-zero
+    row has no loud unit.
+    """
+    y = _merged_ties(x)
+    bar = -np.partition(-y, k - 1, axis=1)[:, k - 1 : k]
+    above, level = y > bar, y == bar
+    left = k - above.sum(1, keepdims=True)
+    marks: Float[np.ndarray, "row unit"] = above + level * (left / level.sum(1, keepdims=True))
+    marks[~(x > 0).any(1)] = 0
+    return marks
+
+
+def _merged_ties(x: np.ndarray) -> np.ndarray:
+    """Values to 12 digits of their row's largest, so that rounding breaks no tie."""
+    scale = np.abs(x).max(1, keepdims=True)
+    return np.round(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0), 12)
+
+
+def overlap_matrix(marks: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, "row row2"]:
+    """Jaccard overlap of the sets that ``loudest`` marked: intersection over union."""
+    common = marks @ marks.T
+    size = marks.sum(1)
+    union = size[:, None] + size[None, :] - common
+    jaccard: Float[np.ndarray, "row row2"] = np.divide(
+        common, union, out=np.zeros_like(common), where=union > 0
+    )
+    return jaccard
+
+
+def shuffle_moments(
+    x: Float[np.ndarray, "row unit"], bands: Int[np.ndarray, " unit"] | None = None
+) -> tuple[Float[np.ndarray, "row row2"], Float[np.ndarray, "row row2"]]:
+    """Exact mean and standard deviation of Σ_u x[i, u]·x[j, π(u)] over shuffles π.
+
+    With bands the shuffle moves units within their band only. For one band of n units the mean
+    is n·x̄ᵢ·x̄ⱼ and the variance SSᵢ·SSⱼ/(n − 1), SS being the sum of squares about the mean;
+    bands are independent and add up.
+    """
+    n_rows = len(x)
+    mean, variance = np.zeros((n_rows, n_rows)), np.zeros((n_rows, n_rows))
+    for band in [slice(None)] if bands is None else [bands == b for b in np.unique(bands)]:
+        part = x[:, band]
+        n = part.shape[1]
+        centre = part.mean(1)
+        mean += n * np.outer(centre, centre)
+        if n > 1:
+            squares = ((part - centre[:, None]) ** 2).sum(1)
+            variance += np.outer(squares, squares) / (n - 1)
+    return mean, np.sqrt(variance)
