@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ Scope = Literal["head", "layer", "model", "universal"]
 SCOPES: tuple[Scope, ...] = ("head", "layer", "model", "universal")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class KeyMask:
     """Which key dimensions stay: boolean ``[layer, kv_head, d_head]``, True for what stays.
 
@@ -31,10 +31,15 @@ class KeyMask:
     """
 
     keep: Bool[torch.Tensor, "layer kv_head d_head"]
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        keep = torch.as_tensor(self.keep).detach().cpu()
+    def __init__(self, keep: Any, facts: dict[str, Any] | None = None) -> None:
+        try:
+            keep = torch.as_tensor(keep).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"keep={type(keep).__name__} can't be read as an array: {error}"
+            ) from None
         if keep.ndim != 3 or 0 in keep.shape:
             raise InputError(
                 f"keep has shape {tuple(keep.shape)}: expected [layer, kv_head, d_head]"
@@ -44,6 +49,7 @@ class KeyMask:
                 raise InputError("keep holds values other than 0 and 1: expected booleans")
             keep = keep.bool()
         object.__setattr__(self, "keep", keep.clone())
+        object.__setattr__(self, "facts", dict(facts or {}))
 
     def __repr__(self) -> str:
         made = ", ".join(f"{k}={v}" for k, v in self.facts.items())
@@ -151,6 +157,62 @@ class KeyMask:
         return cls(
             keep,
             {"order": "random", "scope": scope, "unit": unit, "fraction": fraction, "seed": seed},
+        )
+
+    @classmethod
+    def matched(
+        cls,
+        gains: KeyGains,
+        fraction: float,
+        score: str = "qk",
+        scope: Scope = "head",
+        unit: str = "pair",
+        seed: int = 0,
+    ) -> KeyMask:
+        """Give every head's quietest cut to another head: random, matched in rotary frequency.
+
+        How many units go at each frequency stays what it is in ``quietest``, so what is left of
+        its advantage is the choice of units within a frequency. Arguments as for ``quietest``.
+
+        Raises:
+            InputError: scope ``universal``, where every head has the same cut already.
+        """
+        if scope == "universal":
+            raise InputError(
+                "scope='universal' has no frequency-matched control: all heads share one cut"
+            )
+        keep = cls.quietest(gains, fraction, score, scope, unit).keep
+        heads = keep.flatten(0, 1)
+        order = torch.randperm(len(heads), generator=torch.Generator().manual_seed(seed))
+        # In the cycle ``order`` each head takes over from the one before: none keeps its own.
+        moved = torch.empty_like(heads)
+        moved[order] = heads[order.roll(1)]
+        return cls(
+            moved.reshape(keep.shape),
+            {"order": "matched", "score": score, "scope": scope, "unit": unit,
+             "fraction": fraction, "seed": seed},
+        )  # fmt: skip
+
+    @classmethod
+    def split(
+        cls, gains: KeyGains, fraction: float, score: str = "qk", scope: Scope = "head"
+    ) -> KeyMask:
+        """Cut one dimension of as many of the quietest pairs as give the fraction.
+
+        The negative control of the pair: a pair cut in half no longer turns with position. The
+        second dimensions follow, in the same order, when one of every pair is not enough.
+        Arguments as for ``quietest``.
+        """
+        values = gains.score(score, unit="pair").double()
+        second = gains.model.partner < torch.arange(gains.shape[-1])
+        shared = scope == "universal"
+        if shared:
+            values = _share(values)
+        values = values + second * (values.max() - values.min() + 1.0)
+        keep = keep_by_order(values, fraction, scope, "dim", gains.model.partner, shared=shared)
+        return cls(
+            keep,
+            {"order": "split", "score": score, "scope": scope, "unit": "dim", "fraction": fraction},
         )
 
     def save(self, path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ class Verdict:
         margin: the bound set beforehand.
         n_documents: how many independent documents it rests on.
         note: anything that a reader must know besides.
+        more_documents: how many more would decide it if mean and spread stay what they are; 0
+            when decided, None when that can't be said.
     """
 
     status: Status
@@ -31,6 +34,7 @@ class Verdict:
     margin: float
     n_documents: int
     note: str = ""
+    more_documents: int | None = None
 
     def __repr__(self) -> str:
         low, high = self.interval
@@ -41,7 +45,16 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
-        return {**asdict(self), "interval": list(self.interval)}
+        plain = {**asdict(self), "interval": list(self.interval)}
+        for key in ("estimate", "margin"):
+            plain[key] = _finite(plain[key])
+        plain["interval"] = [_finite(bound) for bound in self.interval]
+        return plain
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
 
 
 def non_inferiority(
@@ -51,6 +64,7 @@ def non_inferiority(
     margin: float,
     n_documents: int,
     note: str = "",
+    more_documents: int | None = None,
 ) -> Verdict:
     """Damage below ``margin``: holds if the whole interval is below it, fails if it is above.
 
@@ -61,4 +75,4 @@ def non_inferiority(
         raise InputError(f"margin={margin!r} is not above 0: no finite text can show zero damage")
     low, high = interval
     status: Status = "holds" if high < margin else "fails" if low > margin else "undecided"
-    return Verdict(status, claim, estimate, interval, margin, n_documents, note)
+    return Verdict(status, claim, estimate, interval, margin, n_documents, note, more_documents)

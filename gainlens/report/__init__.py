@@ -1,0 +1,1 @@
+"""Files that a person reads: figures, the page, the command line."""

@@ -1,0 +1,301 @@
+"""Make the report folder: every number on the page comes from the objects it is made of."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from gainlens.ablation.mask import KeyMask
+from gainlens.analysis import CoordinateMap, SurgeryCurve, coordinate_map, surgery
+from gainlens.environment import environment
+from gainlens.errors import InputError
+from gainlens.files import check_writable, read_json, write_json
+from gainlens.model import load_tokens
+from gainlens.probes import KeyGains, probe_gains
+from gainlens.report.claims import FLAT_MARGIN, FUNCTIONAL_MARGIN, all_claims
+from gainlens.report.page import PageFigure, PageTable, Section, render_page
+from gainlens.report.plots import plot_gains, plot_layer_cosine, plot_surgery
+
+KIND = "gainlens-report"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a report will run.
+
+    Attributes:
+        model, text: names as for ``load_model`` and ``load_tokens``.
+        n_docs: documents of each split.
+        length: tokens of each document.
+        fractions: shares of key dimensions cut; 0.5 and 0.8 are added, the claims need them.
+        score: which gain ranks the units.
+        seeds: of the random control.
+        seed: of the permutations.
+        device: where the model runs.
+    """
+
+    model: str
+    text: str
+    n_docs: int = 16
+    length: int = 256
+    fractions: tuple[float, ...] = (0.25, 0.5, 0.6, 0.8)
+    score: str = "qk"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    seed: int = 0
+    device: str = "cpu"
+
+    @property
+    def all_fractions(self) -> tuple[float, ...]:
+        """The fractions that are run."""
+        return tuple(sorted({*self.fractions, 0.5, 0.8}))
+
+    def check(self) -> None:
+        """Refuse bad arguments before a model is loaded."""
+        from gainlens.analysis.points import sweep_points
+        from gainlens.probes.scores import get_score
+
+        get_score(self.score)
+        sweep_points(
+            self.all_fractions, ("quietest",), self.seeds, (self.score,), ("head",), "pair", "zero"
+        )
+        if not self.seeds:
+            raise InputError("--seeds 0: expected at least one random control")
+
+    def describe(self) -> list[str]:
+        """The plan in words, printed before anything runs."""
+        points = len(self.all_fractions) * (2 + len(self.seeds)) + 1
+        tokens = self.n_docs * self.length
+        return [
+            f"gainlens report: {self.model} on {self.text}, {self.device}",
+            f"  probe    {self.n_docs} calibration documents × {self.length} tokens",
+            f"  surgery  {points} forward passes over {self.n_docs} validation documents "
+            f"({tokens} tokens each)",
+            "  map      1000 permutations",
+        ]
+
+
+def check_report_folder(out: str | Path) -> Path:
+    """A new folder, an empty one, or an earlier report that may be replaced.
+
+    Raises:
+        InputError: the folder can't be written or holds something else.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file, expected a folder")
+    check_writable(out.parent)
+    if out.is_dir():
+        check_writable(out)
+        if any(out.iterdir()):
+            facts = out / "report.json"
+            known = facts.is_file() and read_json(facts).get("kind") == KIND
+            if not known:
+                raise InputError(f"--out {out}: holds files that are not a gainlens report")
+    return out
+
+
+def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
+    """Run the plan and leave ``out`` with the page, the figures and the numbers.
+
+    Everything is written beside and renamed at the end, so ``out`` is whole or as it was.
+
+    Returns:
+        What ``report.json`` holds.
+
+    Raises:
+        InputError: see ``check_report_folder``, ``load_tokens``, ``probe_gains``, ``surgery``.
+    """
+    out = check_report_folder(out)
+    started = time.monotonic()
+    calibration, validation = (
+        load_tokens(plan.text, model, n_docs=plan.n_docs, length=plan.length, split=split)
+        for split in ("calibration", "validation")
+    )
+    gains = probe_gains(model, calibration)
+    curve = surgery(
+        model, validation, gains, plan.all_fractions, score=plan.score, seeds=plan.seeds
+    )
+    cmap = coordinate_map(gains, seed=plan.seed)
+    seconds = time.monotonic() - started
+    beside = Path(tempfile.mkdtemp(dir=out.resolve().parent, prefix=f".{out.name}."))
+    try:
+        facts = _write(beside, plan, gains, curve, cmap, seconds)
+        os.chmod(beside, 0o755)
+        _replace(beside, out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return facts
+
+
+def _replace(beside: Path, out: Path) -> None:
+    """Put the new folder in the place of the old one."""
+    if out.exists():
+        old = Path(tempfile.mkdtemp(dir=beside.parent, prefix=f".{out.name}.old."))
+        os.replace(out, old / "report")
+        os.replace(beside, out)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(beside, out)
+
+
+def _write(
+    folder: Path,
+    plan: Plan,
+    gains: KeyGains,
+    curve: SurgeryCurve,
+    cmap: CoordinateMap,
+    seconds: float,
+) -> dict[str, Any]:
+    gains.save(folder / "gains.safetensors")
+    curve.save(folder / "surgery.json")
+    claims = all_claims(curve, cmap)
+    paths = _figures(folder, plan, gains, curve, cmap)
+    facts: dict[str, Any] = {
+        "kind": KIND,
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "plan": asdict(plan),
+        "model": asdict(gains.model),
+        "texts": {"calibration": list(gains.texts), "validation": curve.text},
+        "tokens": {"calibration": gains.n_tokens, "validation": curve.n_tokens},
+        "claims": [claim.to_json() for claim in claims],
+        "intact_loss": float(curve.baseline.mean()),
+        "surgery": curve.table(),
+        "map": cmap.summary(),
+        "cut": _cut_facts(plan, gains),
+        **environment(),
+    }
+    write_json(folder / "report.json", facts)
+    card = gains.model
+    page = render_page(
+        model=plan.model,
+        shape=f"{card.architecture}: {card.n_layers} layers, {card.n_heads} query heads, "
+        f"{card.n_kv_heads} key heads of {card.d_head} dimensions, "
+        f"{card.rotary_dim // 2} rotary pairs each",
+        calibration=f"{plan.text}, {gains.n_documents} documents, {gains.n_tokens} tokens",
+        validation=f"{plan.text}, {curve.n_documents} documents, {curve.n_tokens} tokens",
+        claims=claims,
+        sections=_sections(plan, curve, cmap, paths),
+        command=f"gainlens report --model {plan.model} --text {plan.text} "
+        f"--n-docs {plan.n_docs} --length {plan.length} --seed {plan.seed}",
+        provenance=[
+            ("made", facts["made"]),
+            ("took", f"{seconds:.0f} s"),
+            ("model weights", card.fingerprint),
+            ("calibration text", gains.texts[0]),
+            ("validation text", curve.text),
+            *sorted(facts["versions"].items()),
+            *sorted((k, str(v)) for k, v in facts["machine"].items()),
+        ],
+    )
+    (folder / "index.html").write_text(page, encoding="utf-8")
+    return facts
+
+
+def _cut_facts(plan: Plan, gains: KeyGains) -> list[dict[str, Any]]:
+    """What share of the dimensions each fraction really cuts (units are whole)."""
+    return [
+        {
+            "fraction": fraction,
+            "cut": 1 - KeyMask.quietest(gains, fraction, plan.score).fraction_kept,
+        }
+        for fraction in plan.all_fractions
+    ]
+
+
+def _figures(
+    folder: Path, plan: Plan, gains: KeyGains, curve: SurgeryCurve, cmap: CoordinateMap
+) -> dict[str, Path]:
+    drawn = {
+        "key_gains": plot_gains(gains, plan.score).figure,
+        "surgery_impact": plot_surgery(curve, FLAT_MARGIN).figure,
+        "layer_correlation": plot_layer_cosine(cmap)[0].figure,
+    }
+    paths = {}
+    for name, figure in drawn.items():
+        paths[name] = folder / f"{name}.png"
+        figure.savefig(paths[name], dpi=130)
+    return paths
+
+
+def _sections(
+    plan: Plan, curve: SurgeryCurve, cmap: CoordinateMap, paths: dict[str, Path]
+) -> list[Section]:
+    rows = []
+    for row in curve.table():
+        low, high = row["interval"]
+        seed = "" if row["seed"] is None else f", seed {row['seed']}"
+        rows.append(
+            [
+                row["order"] + seed,
+                f"{row['fraction']:.0%}",
+                f"{row['loss']:.4f}",
+                f"{row['delta']:+.4f}",
+                f"{low:+.4f} to {high:+.4f}",
+            ]
+        )
+    s = cmap.summary()
+    return [
+        Section(
+            "surgery",
+            "Surgery: what cutting costs",
+            [
+                f"Whole rotary pairs are zeroed after the rotation, in each key head the same "
+                f"share, ranked by {plan.score} on the calibration text. The intact model has a "
+                f"loss of {curve.baseline.mean():.4f} nats per token.",
+                f"Flat means less than {FLAT_MARGIN:g} nats, highly functional less than "
+                f"{FUNCTIONAL_MARGIN:g} nats (perplexity up by about a tenth).",
+            ],
+            [
+                PageFigure.of(
+                    paths["surgery_impact"],
+                    "Rise of the loss against the share of key dimensions cut, for the quietest "
+                    "pairs, random pairs and the loudest pairs; the table below has the numbers.",
+                    "Rise of the loss against the share of key dimensions cut.",
+                )
+            ],
+            [
+                PageTable(
+                    ["order", "cut", "loss (nats)", "rise (nats)", "95% interval of the rise"],
+                    rows,
+                )
+            ],
+        ),
+        Section(
+            "map",
+            "Map: do layers use the same dimensions?",
+            [
+                f"Mean cosine between layers {s['cosine']:.3f}; shuffling each layer's dimensions "
+                f"gives {s['null_cosine']:.3f}, because non-negative vectors are never far from "
+                f"parallel (coefficient of variation {s['cv']:.2f}). After taking off each "
+                f"layer's mean, {s['centred_cosine']:.3f} is left."
+            ],
+            [
+                PageFigure.of(
+                    paths["layer_correlation"],
+                    "Two heat maps, layer by layer: the cosine of gains, and what is left of it "
+                    "above the mean of its permutation null.",
+                    "Cosine between layers, and what is left above its null.",
+                )
+            ],
+        ),
+        Section(
+            "gains",
+            "Gains",
+            ["How loud each key dimension is, by layer."],
+            [
+                PageFigure.of(
+                    paths["key_gains"],
+                    "Heat map of the gain of each key dimension by layer, on a logarithmic scale.",
+                    f"Gain ({plan.score}) of each key dimension, mean over key heads, each "
+                    "head scaled to mean 1.",
+                )
+            ],
+        ),
+    ]

@@ -1,0 +1,117 @@
+"""The claims of the rank-collapse report, and what one model says of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gainlens.analysis.coordinates import CoordinateMap
+from gainlens.analysis.curve import SurgeryCurve
+from gainlens.analysis.intervals import t_interval
+from gainlens.analysis.verdict import Verdict
+
+FLAT_MARGIN = 0.02
+FUNCTIONAL_MARGIN = 0.1
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim with its verdict, its number in words, and its control.
+
+    Attributes:
+        quote: the claim as the rank-collapse report makes it.
+        verdict: what this model says.
+        number: the measured quantity with unit and interval.
+        control: what the same measurement gives where the claim has no business to hold.
+        anchor: the id of the section of the page with the evidence.
+    """
+
+    quote: str
+    verdict: Verdict
+    number: str
+    control: str
+    anchor: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "quote": self.quote,
+            "status": self.verdict.status,
+            "number": self.number,
+            "control": self.control,
+            "verdict": self.verdict.to_json(),
+        }
+
+
+def surgery_claim(
+    curve: SurgeryCurve, quote: str, fraction: float, margin: float, **choice: Any
+) -> Claim:
+    """A claim that cutting ``fraction`` costs less than ``margin`` nats."""
+    verdict = curve.verdict(fraction, margin, **choice)
+    low, high = verdict.interval
+    number = (
+        f"loss rises by {verdict.estimate:.3f} nats [{low:.3f}, {high:.3f}] at {fraction:.0%} cut "
+        f"(bound set beforehand: {margin:g}); perplexity × {np.exp(verdict.estimate):.2f}"
+    )
+    controls = []
+    random = curve.find(order="random", fraction=fraction)
+    if random:
+        # Seeds share the documents: average them within a document before the interval.
+        delta = np.mean([curve.deltas(i) for i in random], axis=0)
+        low, high = t_interval(delta)
+        controls.append(f"random pairs {delta.mean():+.3f} [{low:.3f}, {high:.3f}]")
+    for i in curve.find(order="loudest", fraction=fraction)[:1]:
+        controls.append(f"loudest pairs {curve.deltas(i).mean():+.3f}")
+    return Claim(quote, verdict, number, "; ".join(controls) or "none run", "surgery")
+
+
+def cosine_claim(cmap: CoordinateMap) -> Claim:
+    """The claim of one coordinate system for all layers."""
+    verdict = cmap.verdict()
+    s = cmap.summary()
+    return Claim(
+        "cosine above 0.99 between layers: one universal coordinate system",
+        verdict,
+        f"mean cosine {s['cosine']:.3f} between layers (lowest pair {s['min_cosine']:.3f})",
+        f"layers shuffled {s['null_cosine']:.3f}; centred cosine {s['centred_cosine']:.3f}; "
+        f"CV of the gains {s['cv']:.2f}",
+        "map",
+    )
+
+
+def sink_claim(cmap: CoordinateMap) -> Claim:
+    """The claim that sinks are the same at every depth; undecided until sinks are measured."""
+    verdict = Verdict(
+        "undecided",
+        "a sink dimension is a sink at every depth",
+        float("nan"),
+        (float("nan"), float("nan")),
+        float("nan"),
+        cmap.n_documents,
+        "sink dimensions were not measured in this run",
+    )
+    return Claim(
+        "a sink dimension is a sink at every depth",
+        verdict,
+        "not measured in this run",
+        "none run",
+        "map",
+    )
+
+
+def all_claims(curve: SurgeryCurve, cmap: CoordinateMap, **choice: Any) -> list[Claim]:
+    """The four claims in the order in which the page shows them."""
+    return [
+        surgery_claim(
+            curve,
+            "half of the key dimensions can be deleted with the loss flat",
+            0.5,
+            FLAT_MARGIN,
+            **choice,
+        ),
+        surgery_claim(curve, "at 80% still highly functional", 0.8, FUNCTIONAL_MARGIN, **choice),
+        cosine_claim(cmap),
+        sink_claim(cmap),
+    ]

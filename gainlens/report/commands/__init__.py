@@ -1,0 +1,19 @@
+"""The verbs of the command line: one module and one row each.
+
+A module has ``HELP``, ``OUT`` (the default of ``--out``), ``add_arguments(parser)`` and
+``run(options) -> dict``; ``lines`` of the dict are printed, the whole of it with ``--json``.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from gainlens.report.commands import map as map_command
+from gainlens.report.commands import probe, report, surgery
+
+COMMANDS: dict[str, ModuleType] = {
+    "probe": probe,
+    "surgery": surgery,
+    "map": map_command,
+    "report": report,
+}

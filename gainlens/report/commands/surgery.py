@@ -1,0 +1,75 @@
+"""``gainlens surgery``: cut more and more key dimensions and measure the loss."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from gainlens.analysis import surgery
+from gainlens.analysis.points import ORDERS
+from gainlens.files import check_writable
+from gainlens.report.commands.common import (
+    add_text_arguments,
+    fractions,
+    gains_of,
+    open_model,
+    text,
+)
+
+HELP = "cut more and more key dimensions, with controls, and measure the loss"
+OUT = "surgery.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments besides the common ones."""
+    add_text_arguments(parser, n_docs=16)
+    parser.add_argument("--gains", help="a gains file; without it the calibration text is probed")
+    parser.add_argument("--fractions", type=fractions, default=(0.25, 0.5, 0.6, 0.8))
+    parser.add_argument("--score", default="qk", help="which gain ranks the units")
+    parser.add_argument("--scope", default="head", help="head, layer, model, universal")
+    parser.add_argument("--unit", default="pair", help="pair or dim")
+    parser.add_argument("--mode", default="zero", help="what a cut dimension carries")
+    parser.add_argument("--orders", default=",".join(ORDERS), help="quietest and controls")
+    parser.add_argument("--seeds", type=int, default=3, help="how many random controls")
+    parser.add_argument("--margin", type=float, default=0.02, help="nats that count as flat")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Sweep and write one JSON file."""
+    out = Path(options.out)
+    check_writable(out.parent)
+    model = open_model(options)
+    gains = gains_of(options, model)
+    curve = surgery(
+        model,
+        text(options, model, "validation"),
+        gains,
+        options.fractions,
+        score=options.score,
+        scope=options.scope,
+        unit=options.unit,
+        mode=options.mode,
+        orders=tuple(options.orders.split(",")),
+        seeds=tuple(range(options.seed, options.seed + options.seeds)),
+    )
+    curve.save(out)
+    verdicts = [
+        curve.verdict(fraction, options.margin)
+        for fraction in sorted({p.fraction for p in curve.points if p.order == "quietest"})
+    ]
+    lines = [f"{out}: {curve!r}"]
+    for row in curve.table():
+        seed = "" if row["seed"] is None else f" seed {row['seed']}"
+        low, high = row["interval"]
+        lines.append(
+            f"{row['fraction']:6.0%}  {row['order']}{seed}: {row['delta']:+.4f} nats "
+            f"[{low:+.4f}, {high:+.4f}]"
+        )
+    lines += [repr(verdict) for verdict in verdicts]
+    return {
+        "out": str(out),
+        "table": curve.table(),
+        "verdicts": [verdict.to_json() for verdict in verdicts],
+        "lines": lines,
+    }
