@@ -15,6 +15,7 @@ from gainlens.analysis import map_verdict
 from gainlens.analysis.map_canonical import CanonicalGains
 from gainlens.analysis.map_heads import HeadSimilarity, head_similarity
 from gainlens.analysis.map_nulls import PairTest, measures, pair_test, shuffled_orders
+from gainlens.analysis.map_units import Gains, Units, unit_gains
 from gainlens.analysis.map_universal import (
     FDR,
     MIN_PRESENCE,
@@ -22,7 +23,6 @@ from gainlens.analysis.map_universal import (
     top_sizes,
     universal_units,
 )
-from gainlens.analysis.map_units import Gains, Units, unit_gains
 from gainlens.analysis.similarity import overlap_matrix, variation
 from gainlens.analysis.verdict import Verdict
 from gainlens.errors import InputError

@@ -28,8 +28,8 @@ def _parts() -> dict[str, Any]:
     from gainlens.analysis.map_redline import RedLine
     from gainlens.analysis.map_sinks import Sinks
     from gainlens.analysis.map_stability import Stability
-    from gainlens.analysis.map_universal import Universal
     from gainlens.analysis.map_units import Units
+    from gainlens.analysis.map_universal import Universal
 
     classes = (
         CoordinateMap,

@@ -9,7 +9,6 @@ on every shuffle.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -196,7 +195,7 @@ def _matching(
     used = int(max(19, min(len(orders), MATCHINGS // len(i))))
     chosen = np.random.default_rng(seed).permutation(len(orders))[:used]
     draws = np.empty((len(chosen), len(i)))
-    for column, (a, b) in enumerate(zip(i, j, strict=True)):
+    for a, b in zip(i, j, strict=True):
         matched[a, b] = matched[b, a] = blocks[a, b][_assign(blocks[a, b])].mean()
     flat = rows.astype(np.float32)
     for row, number in enumerate(chosen):

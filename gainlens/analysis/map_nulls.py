@@ -137,8 +137,6 @@ def pair_test(
     )
 
 
-
-
 def _square(
     values: np.ndarray, i: np.ndarray, j: np.ndarray, diagonal: np.ndarray, rest: float = 0.0
 ) -> np.ndarray:

@@ -1,0 +1,259 @@
+"""The price of universality: the loss at equal cut with one index set for the whole model, with
+one per layer, with one per head.
+
+Every design keeps the same number of units in every head, chosen by the same gains: of a head its
+own, or of a layer or the whole model the mean of its heads' shares. Only the sharing differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from tqdm.auto import tqdm
+
+from gainlens.ablation.mask import KeyMask
+from gainlens.analysis.intervals import t_interval
+from gainlens.analysis.map_units import Units, unit_gains
+from gainlens.analysis.surgery import document_losses
+from gainlens.analysis.verdict import Verdict, non_inferiority
+from gainlens.errors import InputError
+from gainlens.model.batches import TOKENS_PER_BATCH, Tokens, batches
+from gainlens.model.fingerprint import model_fingerprint
+from gainlens.model.forward import TextHasher
+from gainlens.probes.gains import KeyGains
+
+SHARING = ("model", "layer", "head")
+
+
+class Bench:
+    """One text on which masks are compared; the intact loss is measured once.
+
+    Args:
+        model: the model.
+        tokens: the text.
+        gains: what chose the masks; for ``mode="mean"`` also what is put in.
+        judges: whether the text judges, and so may not have chosen.
+
+    Raises:
+        InputError: gains of another model, or a judging text that the gains were gathered on.
+    """
+
+    def __init__(
+        self, model: Any, tokens: Tokens, gains: KeyGains, judges: bool, name: str = "tokens"
+    ) -> None:
+        if model_fingerprint(model) != gains.model.fingerprint:
+            raise InputError(
+                f"gains were gathered on other weights ({gains.model.architecture}) than this "
+                "model's"
+            )
+        self.model, self.gains = model, gains
+        self.documents = list(batches(tokens, int(model.cfg.d_vocab), TOKENS_PER_BATCH))
+        hasher = TextHasher()
+        for batch in self.documents:
+            hasher.update(batch)
+        self.text = hasher.hexdigest()
+        if judges and self.text in gains.texts:
+            raise InputError(f"{name} are the text that the gains chose by: it can't judge them")
+        self.n_tokens = sum(batch.numel() for batch in self.documents)
+        self._intact: np.ndarray | None = None
+
+    @property
+    def intact(self) -> Float[np.ndarray, " document"]:
+        """Loss of each document without a cut."""
+        if self._intact is None:
+            self._intact = document_losses(self.model, self.documents)
+        return self._intact
+
+    def rise(self, mask: KeyMask, mode: str = "zero") -> Float[np.ndarray, " document"]:
+        """Rise of each document's loss with ``mask``, nats per token."""
+        cut = document_losses(self.model, self.documents, mask, mode, self.gains)
+        difference: Float[np.ndarray, " document"] = cut - self.intact
+        return difference
+
+
+def ranked_units(
+    x: Float[np.ndarray, "layer head unit"], sharing: str
+) -> Int[np.ndarray, "layer head unit"]:
+    """Units from loudest to quietest as each head sees them under a design of sharing."""
+    total = x.sum(-1, keepdims=True)
+    share = np.divide(x, total, out=np.zeros_like(x), where=total > 0)
+    if sharing == "model":
+        share = np.broadcast_to(share.mean((0, 1), keepdims=True), x.shape)
+    elif sharing == "layer":
+        share = np.broadcast_to(share.mean(1, keepdims=True), x.shape)
+    elif sharing != "head":
+        raise InputError(f"sharing={sharing!r} is not one of {', '.join(SHARING)}")
+    return np.argsort(-share, axis=-1, kind="stable")
+
+
+def unit_mask(
+    keep: Bool[np.ndarray, "layer head unit"], units: Units, d_head: int, **facts: Any
+) -> KeyMask:
+    """The mask that keeps the given units; dimensions in no unit stay."""
+    mask = torch.ones(*keep.shape[:2], d_head, dtype=torch.bool)
+    for u, dims in enumerate(units.dims):
+        mask[..., list(dims)] = torch.from_numpy(keep[..., u])[..., None].expand(-1, -1, len(dims))
+    return KeyMask(mask, facts)
+
+
+def shared_mask(
+    x: Float[np.ndarray, "layer head unit"], units: Units, d_head: int, kept: int, sharing: str
+) -> KeyMask:
+    """Keep the ``kept`` loudest units of every head under a design of sharing."""
+    keep = np.zeros(x.shape, dtype=bool)
+    np.put_along_axis(keep, ranked_units(x, sharing)[..., :kept], True, -1)
+    return unit_mask(keep, units, d_head, sharing=sharing, kept=kept)
+
+
+@dataclass(frozen=True, eq=False)
+class Price:
+    """Losses of the three designs at equal cuts.
+
+    Attributes:
+        rows: per design (``model``, ``layer``, ``head``, ``random model``) and fraction the rise
+            of the loss in nats per token with its interval.
+        rises: rise per document, ``[row, document]``.
+        intact: loss of each document without a cut.
+        score: what ranked the units.
+        n_units, n_tokens: units per head; length of the text.
+        text: its fingerprint.
+    """
+
+    rows: list[dict[str, Any]]
+    rises: Float[np.ndarray, "row document"]
+    intact: Float[np.ndarray, " document"]
+    score: str
+    n_units: int
+    n_tokens: int
+    text: str
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{r['sharing']} {r['cut']:.0%}: {r['rise']:+.3f}" for r in self.rows)
+        return f"Price({shown}; nats, {len(self.intact)} documents)"
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """Cuts that were measured."""
+        return tuple(sorted({r["cut"] for r in self.rows}))
+
+    def difference(
+        self, cut: float, a: str = "model", b: str = "head"
+    ) -> tuple[float, tuple[float, float]]:
+        """Mean and interval of the paired difference in loss of designs ``a`` and ``b``."""
+        found = []
+        for name in (a, b):
+            at = [i for i, r in enumerate(self.rows) if r["sharing"] == name and r["cut"] == cut]
+            if not at:
+                raise InputError(
+                    f"sharing={name!r} at cut={cut!r} was not measured; have {self.fractions}"
+                )
+            found.append(self.rises[at].mean(0))
+        difference = found[0] - found[1]
+        return float(difference.mean()), t_interval(difference)
+
+    def verdict(self, margin: float = 0.05, cut: float | None = None) -> Verdict:
+        """ "One index set for all layers costs less than ``margin`` nats more than one per head".
+
+        Args:
+            margin: nats per token, above 0.
+            cut: a measured fraction; by default the one nearest to a half.
+        """
+        at = min(self.fractions, key=lambda f: abs(f - 0.5)) if cut is None else cut
+        mean, interval = self.difference(at)
+        own = next(r["rise"] for r in self.rows if r["sharing"] == "head" and r["cut"] == at)
+        return non_inferiority(
+            f"at {at:.0%} cut one index set for the whole model costs less than {margin:g} nats "
+            "more than one per head",
+            mean, interval, margin, len(self.intact),
+            f"per head {own:+.3f} nats, shared {own + mean:+.3f}; units ranked by {self.score}",
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "score": self.score,
+            "n_units": self.n_units,
+            "n_documents": len(self.intact),
+            "n_tokens": self.n_tokens,
+            "text": self.text,
+            "intact_loss": float(self.intact.mean()),
+            "rows": self.rows,
+            "differences": [
+                {"cut": cut, "a": a, "b": b, "mean": mean, "interval": list(interval)}
+                for cut in self.fractions
+                for a, b in (("model", "head"), ("model", "layer"), ("layer", "head"))
+                for mean, interval in [self.difference(cut, a, b)]
+            ],
+        }
+
+
+def price_of_universality(
+    model: Any,
+    tokens: Tokens,
+    gains: KeyGains,
+    fractions: Sequence[float] = (0.25, 0.5),
+    *,
+    score: str = "qk",
+    seeds: Sequence[int] = (0,),
+    mode: str = "zero",
+    progress: bool = True,
+) -> Price:
+    """Cut the same number of units everywhere, with sets shared ever more widely.
+
+    Args:
+        model: the model.
+        tokens: validation text, other than what the gains were gathered on.
+        gains: what ranks the units.
+        fractions: shares of the units to cut, between 0 and 1.
+        score: which gain ranks; gauge-invariant ones only make sense for a cut.
+        seeds: of random shared sets, the control.
+        mode: of the ablation.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: a fraction that cuts nothing or everything, gains of another model, text that
+            chose.
+    """
+    x, units = unit_gains(gains, score, "rotated")
+    cuts = [(f, _kept(f, len(units))) for f in fractions]
+    bench = Bench(model, tokens, gains, judges=True)
+    plan: list[tuple[str, float, KeyMask, int | None]] = []
+    for fraction, kept in cuts:
+        for sharing in SHARING:
+            mask = shared_mask(x, units, gains.shape[-1], kept, sharing)
+            plan.append((sharing, fraction, mask, None))
+        for seed in seeds:
+            noise = np.random.default_rng(seed).random(len(units))
+            drawn = np.broadcast_to(noise, x.shape).copy()
+            mask = shared_mask(drawn, units, gains.shape[-1], kept, "model")
+            plan.append(("random model", fraction, mask, seed))
+    rows, rises = [], []
+    for sharing, fraction, mask, drawn_seed in tqdm(plan, desc="price", disable=not progress):
+        rise = bench.rise(mask, mode)
+        rises.append(rise)
+        rows.append(
+            {
+                "sharing": sharing,
+                "cut": float(fraction),
+                "kept": _kept(fraction, len(units)),
+                "seed": drawn_seed,
+                "rise": float(rise.mean()),
+                "interval": list(t_interval(rise)),
+            }
+        )
+    return Price(rows, np.stack(rises), bench.intact, score, len(units), bench.n_tokens, bench.text)
+
+
+def _kept(fraction: float, n_units: int) -> int:
+    kept = n_units - round(fraction * n_units) if 0 < fraction < 1 else 0
+    if not 0 < kept < n_units:
+        raise InputError(
+            f"fraction={fraction!r} cuts none or all of {n_units} units: expected between "
+            f"{1 / n_units:.3f} and {1 - 1 / n_units:.3f}"
+        )
+    return kept

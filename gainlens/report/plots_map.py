@@ -1,0 +1,239 @@
+"""Figures of a coordinate map. Each takes the map and axes, and returns the axes it drew on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from gainlens.analysis.coordinates import CoordinateMap
+    from gainlens.analysis.map_compare import MapComparison
+
+
+def plot_map(cmap: CoordinateMap, axes: Any = None) -> Any:
+    """Cosine, what is left above the null, unit × layer map, rank plot, on four axes.
+
+    Args:
+        cmap: the map.
+        axes: four axes; by default a new figure with them.
+    """
+    axes = _axes(axes, 2, 2, (13, 10))
+    plot_cosine(cmap, axes[0])
+    plot_above_null(cmap, axes[1])
+    plot_units(cmap, axes[2])
+    plot_ranks(cmap, axes[3])
+    return axes
+
+
+def plot_cosine(cmap: CoordinateMap, axis: Any = None) -> Any:
+    """Heat map of the cosine between layers, with its CV and null in the title."""
+    axis = _axes(axis, 1, 1, (6, 5))[0]
+    s = cmap.summary()
+    image = axis.imshow(cmap.cosine, vmin=0, vmax=1, cmap="viridis")
+    axis.figure.colorbar(image, ax=axis, label="cosine")
+    axis.set_title(
+        f"cosine of gains {s['cosine']:.3f} (null {s['null_cosine']:.3f}, CV {s['cv']:.2f})",
+        fontsize=10,
+    )
+    return _layers(axis)
+
+
+def plot_above_null(cmap: CoordinateMap, axis: Any = None, null: str = "plain") -> Any:
+    """Heat map of the cosine less its null mean; dots where the pair is significant at 5%."""
+    axis = _axes(axis, 1, 1, (6, 5))[0]
+    test = cmap.tests[null]["cosine"]
+    above = cmap.cosine - test.null_mean
+    np.fill_diagonal(above, np.nan)
+    width = max(0.05, float(np.nanmax(np.abs(above))))
+    image = axis.imshow(above, vmin=-width, vmax=width, cmap="RdBu_r")
+    axis.figure.colorbar(image, ax=axis, label="cosine less its null")
+    rows, columns = np.nonzero((test.p_corrected < 0.05) & ~np.eye(len(above), dtype=bool))
+    axis.scatter(columns, rows, s=2, c="black", linewidths=0)
+    share = cmap.summary()["pairs_above_null" if null == "plain" else "pairs_above_band_null"]
+    name = "shuffles of units" if null == "plain" else "shuffles within frequency bands"
+    axis.set_title(f"above {name}: {share:.0%} of pairs significant (dots)", fontsize=10)
+    return _layers(axis)
+
+
+def plot_units(cmap: CoordinateMap, axis: Any = None) -> Any:
+    """Units × layers, gain relative to the layer's mean, wavelengths along the axis."""
+    axis = _axes(axis, 1, 1, (8, 5))[0]
+    mean = cmap.profiles.mean(1, keepdims=True)
+    relative = np.divide(cmap.profiles, mean, out=np.zeros_like(cmap.profiles), where=mean > 0)
+    image = axis.imshow(
+        np.log2(np.clip(relative, 2**-3, 2**3)), aspect="auto", cmap="PuOr_r", vmin=-3, vmax=3
+    )
+    axis.figure.colorbar(image, ax=axis, label="log2 of gain over the layer's mean")
+    shown = np.unique(np.linspace(0, len(cmap.units) - 1, 9).astype(int))
+    axis.set_xticks(shown, [_wave(cmap, int(u)) for u in shown], fontsize=7)
+    axis.set_ylabel("layer")
+    rotates = bool((cmap.units.frequency > 0).any())
+    axis.set_xlabel(f"{cmap.units.kind}" + (", with its wavelength in tokens" if rotates else ""))
+    for u in cmap.universal_units:
+        axis.annotate(
+            "▼", (u, -0.5), color="black", ha="center", va="bottom", fontsize=6,
+            annotation_clip=False,
+        )  # fmt: skip
+    axis.set_title("gain of every unit in every layer (▼ universal)", fontsize=10, pad=12)
+    return axis
+
+
+def plot_ranks(cmap: CoordinateMap, axis: Any = None) -> Any:
+    """Chance-corrected presence of units, most present first; chance and bound drawn in."""
+    axis = _axes(axis, 1, 1, (8, 5))[0]
+    table = cmap.universal.table()
+    universal = set(cmap.universal_units)
+    colours = ["tab:red" if row["unit"] in universal else "0.7" for row in table]
+    axis.bar(range(len(table)), [row["presence"] for row in table], color=colours)
+    axis.axhline(0, color="black", lw=0.8)
+    axis.axhline(cmap.universal.min_presence, color="tab:red", ls="--", lw=1)
+    step = max(1, len(table) // 32)
+    axis.set_xticks(
+        range(0, len(table), step), [row["unit"] for row in table[::step]], fontsize=7, rotation=90
+    )
+    axis.set_xlabel(f"{cmap.units.kind}, by presence")
+    axis.set_ylabel("presence among the loudest (0 chance, 1 everywhere)")
+    axis.set_title(
+        f"{cmap.answer}: {len(universal)} universal {cmap.units.kind}s (red; dashed: the bound)",
+        fontsize=10,
+    )
+    return axis
+
+
+def plot_sinks(cmap: CoordinateMap, axis: Any = None) -> Any:
+    """Sink units by layer: how many nats each adds to the logit of the first position.
+
+    Raises:
+        InputError: the map has no sinks.
+    """
+    sinks = _part(cmap, "sinks")
+    axis = _axes(axis, 1, 1, (8, 5))[0]
+    shown = np.where(sinks.is_sink, sinks.advantage, 0).max(1)
+    image = axis.imshow(np.ma.masked_less_equal(shown, 0), aspect="auto", cmap="magma_r", vmin=0)
+    axis.figure.colorbar(image, ax=axis, label="nats added to the first position's logit")
+    ticks = np.unique(np.linspace(0, len(cmap.units) - 1, 9).astype(int))
+    axis.set_xticks(ticks, [_wave(cmap, int(u)) for u in ticks], fontsize=7)
+    axis.set_xlabel(f"{cmap.units.kind}, with its wavelength in tokens")
+    axis.set_ylabel("layer")
+    axis.set_title(
+        f"units that carry the attention sink; the same in another layer: "
+        f"{sinks.persistence():.0%}",
+        fontsize=10,
+    )
+    return axis
+
+
+def plot_red_line(cmap: CoordinateMap, axis: Any = None) -> Any:
+    """Red line: layers that use each unit of the shared set, with what patching it alone costs.
+
+    Raises:
+        InputError: the map has no red line.
+    """
+    line = _part(cmap, "red_line")
+    axis = _axes(axis, 1, 1, (9, 5))[0]
+    n_layers = len(cmap.cv)
+    used = np.zeros((n_layers, len(line.details)))
+    for column, row in enumerate(line.details):
+        for layer, _ in row["used_by_heads"]:
+            used[layer, column] += 1
+    image = axis.imshow(used, aspect="auto", cmap="Reds")
+    axis.figure.colorbar(image, ax=axis, label="heads with the unit in their loudest quarter")
+    axis.set_xticks(
+        range(len(line.details)),
+        [_red_label(cmap, row) for row in line.details],
+        fontsize=6,
+        rotation=90,
+    )
+    axis.set_ylabel("layer")
+    axis.set_title(
+        f"red line at {line.margin:g} nats: {len(line.shared)} of {line.n_units} shared, "
+        f"{len(line.per_layer[0])} with a set per layer",
+        fontsize=10,
+    )
+    return axis
+
+
+def plot_price(cmap: CoordinateMap, axis: Any = None) -> Any:
+    """Rise of the loss by design of sharing at equal cuts, with intervals.
+
+    Raises:
+        InputError: the map has no price.
+    """
+    price = _part(cmap, "price")
+    axis = _axes(axis, 1, 1, (7, 4))[0]
+    names = ("head", "layer", "model", "random model")
+    labels = ("a set per head", "a set per layer", "one shared set", "random shared set")
+    width = 0.8 / len(names)
+    for i, (name, label) in enumerate(zip(names, labels, strict=True)):
+        rows = [r for f in price.fractions for r in price.rows
+                if r["sharing"] == name and r["cut"] == f][: len(price.fractions)]  # fmt: skip
+        at = np.arange(len(rows)) + (i - 1.5) * width
+        rise = np.array([r["rise"] for r in rows])
+        ends = np.array([r["interval"] for r in rows])
+        bars = np.abs(ends - rise[:, None]).T if np.isfinite(ends).all() else None
+        axis.bar(at, rise, width, yerr=bars, label=label, capsize=2)
+    axis.set_xticks(range(len(price.fractions)), [f"{f:.0%} cut" for f in price.fractions])
+    axis.set_ylabel("rise of the loss, nats per token")
+    axis.legend(fontsize=8)
+    axis.set_title(f"the price of one index set (ranked by {price.score})", fontsize=10)
+    return axis
+
+
+def plot_comparison(comparison: MapComparison, axes: Any = None) -> Any:
+    """Layers of one map against layers of the other, agreement by depth, presence by unit."""
+    axes = _axes(axes, 1, 3, (16, 4.5))
+    c = comparison
+    image = axes[0].imshow(c.centred, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
+    axes[0].figure.colorbar(image, ax=axes[0], label="centred cosine")
+    axes[0].set(xlabel="layer of b", ylabel="layer of a")
+    axes[0].set_title(f"{c.a.answer} → {c.b.answer}", fontsize=10)
+    axes[1].plot(c.same_depth, marker="o", ms=3)
+    axes[1].axhline(c.null_high, color="0.5", ls="--", lw=1, label="95% of shuffles (mean)")
+    axes[1].set(xlabel="layer of a", ylabel="centred cosine with b at equal depth")
+    axes[1].legend(fontsize=8)
+    first, second = c.a.universal.presence, c.b.universal.presence
+    axes[2].scatter(first, second, s=12)
+    for u in {*c.common, *c.gained, *c.lost}:
+        axes[2].annotate(str(u), (first[u], second[u]), fontsize=7)
+    axes[2].axline((0, 0), slope=1, color="0.7", lw=0.8)
+    axes[2].set(xlabel="presence in a", ylabel="presence in b")
+    axes[2].set_title(
+        f"universal: {len(c.common)} in both, {len(c.gained)} gained, {len(c.lost)} lost",
+        fontsize=10,
+    )
+    return axes
+
+
+def _part(cmap: CoordinateMap, name: str) -> Any:
+    from gainlens.errors import InputError
+
+    part = getattr(cmap, name)
+    if part is None:
+        raise InputError(f"this map has no {name} yet: with_evidence(cmap, model, …) measures it")
+    return part
+
+
+def _axes(axes: Any, rows: int, columns: int, size: tuple[float, float]) -> Any:
+    """The caller's axes as a flat array, or those of a new figure."""
+    import matplotlib.pyplot as plt
+
+    if axes is None:
+        _, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
+    return np.atleast_1d(np.asarray(axes, dtype=object)).ravel()
+
+
+def _layers(axis: Any) -> Any:
+    axis.set(xlabel="layer", ylabel="layer")
+    return axis
+
+
+def _wave(cmap: CoordinateMap, unit: int) -> str:
+    wave = cmap.units.wavelength[unit]
+    return str(unit) if wave is None else f"{unit}\n{wave:.3g}"
+
+
+def _red_label(cmap: CoordinateMap, row: dict[str, Any]) -> str:
+    wave = "" if row["wavelength"] is None else f" λ={row['wavelength']:.3g}"
+    cost = f" {row['patched_rise']:+.3f}" if "patched_rise" in row else ""
+    return f"{row['unit']}{wave}{cost}"
