@@ -219,5 +219,22 @@ static void combine(const Problem &p, const Task &t, const float *partials, int6
   combine_typed<f16>(p, t, partials, splits, stride);
 }
 
+static float read_all(const float *data, int64_t n, int64_t ahead) {
+  vf acc[8];
+  for (int i = 0; i < 8; ++i) acc[i] = zero();
+  int64_t at = 0;
+  for (; at + 8 * W <= n; at += 8 * W) {
+    const char *const line = reinterpret_cast<const char *>(data + at) + ahead;
+    if (ahead)
+      for (int i = 0; i < 8 * W * 4; i += 64) prefetch(line + i);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) acc[i] = add(acc[i], load(data + at + i * W));
+  }
+  float sum = 0.0f;
+  for (int i = 0; i < 8; ++i) sum += hsum(acc[i]);
+  for (; at < n; ++at) sum += data[at];
+  return sum;
+}
+
 }  // namespace
 }  // namespace gk

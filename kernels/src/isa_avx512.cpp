@@ -8,7 +8,7 @@
 
 namespace gk {
 const KernelSet *kernels_avx512() {
-  static const KernelSet set{"avx512", MR, scratch_floats, attend, combine};
+  static const KernelSet set{"avx512", MR, scratch_floats, attend, combine, read_all};
   return &set;
 }
 }  // namespace gk

@@ -8,7 +8,7 @@
 
 namespace gk {
 const KernelSet *kernels_neon() {
-  static const KernelSet set{"neon", MR, scratch_floats, attend, combine};
+  static const KernelSet set{"neon", MR, scratch_floats, attend, combine, read_all};
   return &set;
 }
 }  // namespace gk

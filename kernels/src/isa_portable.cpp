@@ -8,7 +8,7 @@
 
 namespace gk {
 const KernelSet *kernels_portable() {
-  static const KernelSet set{"portable", MR, scratch_floats, attend, combine};
+  static const KernelSet set{"portable", MR, scratch_floats, attend, combine, read_all};
   return &set;
 }
 }  // namespace gk

@@ -85,6 +85,45 @@ PyObject *attend(PyObject *, PyObject *const *args, Py_ssize_t count) {
   return PyLong_FromLong(done ? 0 : -2);
 }
 
+struct ReadJob {
+  const float *data;
+  int64_t n, ahead, parts;
+  std::atomic<int64_t> next{0};
+  std::atomic<float> sum{0.0f};
+};
+
+void read_part(void *context) {
+  ReadJob &job = *static_cast<ReadJob *>(context);
+  for (int64_t i; (i = job.next.fetch_add(1)) < job.parts;) {
+    const int64_t a = job.n / job.parts * i, b = i + 1 == job.parts ? job.n : a + job.n / job.parts;
+    const float sum = active.load()->read(job.data + a, b - a, job.ahead);
+    float before = job.sum.load();
+    while (!job.sum.compare_exchange_weak(before, before + sum)) {
+    }
+  }
+}
+
+// read_floats(address, count, prefetch distance in bytes, threads) -> their sum.
+PyObject *read_floats(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  if (count != 4) {
+    PyErr_SetString(PyExc_TypeError, "read_floats takes 4 arguments");
+    return nullptr;
+  }
+  ReadJob job;
+  const void *data;
+  if (!read_pointer(args[0], &data)) return nullptr;
+  job.data = static_cast<const float *>(data);
+  job.n = PyLong_AsLongLong(args[1]);
+  job.ahead = PyLong_AsLongLong(args[2]);
+  const long threads = PyLong_AsLong(args[3]);
+  job.parts = 16 * threads;
+  if (PyErr_Occurred()) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  gk::run_parallel(int(threads), read_part, &job);
+  Py_END_ALLOW_THREADS
+  return PyFloat_FromDouble(job.sum.load());
+}
+
 PyObject *use_openmp(PyObject *, PyObject *address) {
   const void *pointer;
   if (!read_pointer(address, &pointer)) return nullptr;
@@ -118,6 +157,7 @@ PyCFunction fastcall(PyObject *(*f)(PyObject *, PyObject *const *, Py_ssize_t)) 
 
 PyMethodDef methods[] = {
     {"attend", fastcall(attend), METH_FASTCALL, "Run one problem given by addresses."},
+    {"read_floats", fastcall(read_floats), METH_FASTCALL, "Sum floats: the read ceiling."},
     {"use_openmp", use_openmp, METH_O, "Run on the OpenMP runtime whose GOMP_parallel is here."},
     {"thread_backend", thread_backend, METH_NOARGS, "'openmp' or 'pool'."},
     {"instruction_set", instruction_set, METH_NOARGS, "Name of the kernels in use."},

@@ -41,6 +41,9 @@ struct KernelSet {
   // Merges `splits` partial results, `stride` floats apart, and writes the output rows.
   void (*combine)(const Problem &, const Task &, const float *partials, int64_t splits,
                   int64_t stride);
+  // Sum of n floats, prefetching `ahead` bytes: a reader as fast as we can make one, for the
+  // ceiling that benchmarks are held against.
+  float (*read)(const float *data, int64_t n, int64_t ahead);
 };
 
 // Floats of one partial result: per row the running maximum, the sum and d_v values.
