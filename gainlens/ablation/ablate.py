@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from gainlens.ablation.cache import KeyCache
 from gainlens.ablation.mask import KeyMask
 from gainlens.ablation.modes import Context, Replacement, get_mode
 from gainlens.errors import InputError, SilentSiteError
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.rotation import rotate
 from gainlens.model.sites import STAGES, KeySites, Stage, key_sites
+from gainlens.model.twin import Edit
 from gainlens.probes.gains import KeyGains
 
 
@@ -50,6 +53,8 @@ def ablation_hooks(
     *,
     stage: Stage | None = None,
     gains: KeyGains | None = None,
+    cache: KeyCache | None = None,
+    seed: int = 0,
 ) -> AblationHooks:
     """Hooks that replace the key dimensions that ``mask`` does not keep.
 
@@ -62,13 +67,75 @@ def ablation_hooks(
         mode: a row of ``gainlens.ablation.modes.MODES``.
         stage: where to cut; by default after every norm and rotation (``rotated``), also on
             models that fire no hook there: their keys are turned, cut and turned back.
-        gains: for the modes that need calibration statistics.
+        gains: for the modes that need calibration statistics (``mean``).
+        cache: for the modes that need the keys of another run (``resample``, ``patch``).
+        seed: which other document gives its value in ``resample``.
 
     Raises:
         InputError: a mask of another shape, gains of another model, an unknown mode or stage, a
             mode without what it needs.
         UnsupportedModelError: a cut at ``projected`` on a model with a norm after it.
     """
+    cut = plan_cut(model, mask, mode, stage=stage, gains=gains, cache=cache, seed=seed)
+    sites = cut.sites
+    at = sites.hook_stage(cut.stage)
+    commutes = get_mode(mode).commutes and mask.whole_pairs(sites.partner)
+    turn = cut.stage == "rotated" and at == "projected" and not commutes
+    hooks = AblationHooks(sites.n_layers)
+    device = next(model.parameters()).device
+    for layer in range(sites.n_layers):
+        fn = partial(
+            _cut,
+            layer=layer,
+            cut=~mask.keep[layer].to(device),
+            replacement=cut.replacement,
+            frequencies=sites.frequencies[layer] if turn else None,
+            sites=sites,
+            fires=hooks.fires,
+        )
+        hooks.append((sites.key_hook(layer, at), fn))
+    return hooks
+
+
+@dataclass(frozen=True)
+class PlannedCut:
+    """A checked ablation: where it acts and what it puts in.
+
+    Attributes:
+        sites: of the model.
+        mask: what stays.
+        stage: at which the replacement is meant.
+        replacement: what cut dimensions carry.
+    """
+
+    sites: KeySites
+    mask: KeyMask
+    stage: Stage
+    replacement: Replacement
+
+    def edit(self, device: torch.device) -> Edit:
+        """The same cut for ``gainlens.model.twin``, on keys after every norm and rotation."""
+        cuts = (~self.mask.keep).to(device)
+
+        def cut(
+            queries: torch.Tensor, keys: torch.Tensor, layer: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return queries, torch.where(cuts[layer], self.replacement(keys, layer), keys)
+
+        return cut
+
+
+def plan_cut(
+    model: Any,
+    mask: KeyMask,
+    mode: str = "zero",
+    *,
+    stage: Stage | None = None,
+    gains: KeyGains | None = None,
+    cache: KeyCache | None = None,
+    seed: int = 0,
+) -> PlannedCut:
+    """Check an ablation's arguments; they and the errors are those of ``ablation_hooks``."""
     sites = key_sites(model)
     row = get_mode(mode)
     if not isinstance(mask, KeyMask):
@@ -89,24 +156,13 @@ def ablation_hooks(
     wanted: Stage = stage or "rotated"
     if wanted == "projected":
         sites.check_projected_cut()
-    at = sites.hook_stage(wanted)
-    whole = mask.whole_pairs(sites.partner)
-    turn = wanted == "rotated" and at == "projected" and not (whole and row.commutes)
-    replacement = row.replacement(Context(sites, wanted, gains))
-    hooks = AblationHooks(sites.n_layers)
-    device = next(model.parameters()).device
-    for layer in range(sites.n_layers):
-        fn = partial(
-            _cut,
-            layer=layer,
-            cut=~mask.keep[layer].to(device),
-            replacement=replacement,
-            frequencies=sites.frequencies[layer] if turn else None,
-            sites=sites,
-            fires=hooks.fires,
+    if cache is not None and cache.stage != wanted:
+        raise InputError(
+            f"cache was read at stage={cache.stage!r}: this cut acts at {wanted!r}, expected the "
+            "same"
         )
-        hooks.append((sites.key_hook(layer, at), fn))
-    return hooks
+    replacement = row.replacement(Context(sites, wanted, gains, cache, seed))
+    return PlannedCut(sites, mask, wanted, replacement)
 
 
 def _cut(
@@ -137,6 +193,8 @@ def ablate(
     *,
     stage: Stage | None = None,
     gains: KeyGains | None = None,
+    cache: KeyCache | None = None,
+    seed: int = 0,
 ) -> Iterator[AblationHooks]:
     """Cut inside a ``with``; the model is as before on leaving, also after an exception.
 
@@ -145,7 +203,7 @@ def ablate(
     Raises:
         SilentSiteError: on leaving, if no forward pass went through every layer.
     """
-    hooks = ablation_hooks(model, mask, mode, stage=stage, gains=gains)
+    hooks = ablation_hooks(model, mask, mode, stage=stage, gains=gains, cache=cache, seed=seed)
     with attached(model, hooks):
         yield hooks
     hooks.check_fired()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 
-from gainlens.analysis.intervals import t_interval
+from gainlens.analysis.intervals import bootstrap_interval, documents_to_decide, t_interval
 from gainlens.analysis.points import Point
+from gainlens.analysis.sequential import StoppingRule
 from gainlens.analysis.verdict import Verdict, non_inferiority
 from gainlens.errors import FileFormatError, InputError
 from gainlens.files import FORMAT, read_json, write_json
 from gainlens.probes.gains import ModelCard
+
+Method = Literal["t", "bootstrap"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +33,8 @@ class SurgeryCurve:
         model: the model.
         text: fingerprint of the validation text.
         n_tokens: length of the validation text.
+        stopping: the rule by which points stopped early, if they did; then ``losses`` is NaN for
+            the documents that a point did not need.
     """
 
     points: list[Point]
@@ -36,6 +43,7 @@ class SurgeryCurve:
     model: ModelCard
     text: str
     n_tokens: int
+    stopping: StoppingRule | None = None
 
     def __repr__(self) -> str:
         fractions = sorted({p.fraction for p in self.points})
@@ -51,9 +59,32 @@ class SurgeryCurve:
         return len(self.baseline)
 
     def deltas(self, index: int) -> Float[np.ndarray, " document"]:
-        """Rise of the loss of each document at a point, nats per token."""
+        """Rise of the loss of each document that a point was run on, nats per token."""
         difference: Float[np.ndarray, " document"] = self.losses[index] - self.baseline
-        return difference
+        return difference[np.isfinite(difference)]
+
+    def interval(
+        self, index: int, level: float = 0.95, method: Method = "t"
+    ) -> tuple[float, float]:
+        """Confidence interval of the mean rise at a point, nats per token.
+
+        For a sweep that stopped early it is the rule's own, which holds over all looks together;
+        ``level`` and ``method`` then have no effect.
+
+        Args:
+            index: of the point.
+            level: coverage.
+            method: ``t`` (Student) or ``bootstrap`` (bootstrap-t), over documents.
+
+        Raises:
+            InputError: another method, a level outside 0..1.
+        """
+        if method not in METHODS:
+            raise InputError(f"method={method!r} is not one of {', '.join(METHODS)}")
+        deltas = self.deltas(index)
+        if self.stopping is not None:
+            return self.stopping.interval(deltas)
+        return t_interval(deltas, level) if method == "t" else bootstrap_interval(deltas, level)
 
     def table(self, level: float = 0.95) -> list[dict[str, Any]]:
         """One row per point: what was cut, mean loss, rise over the intact model, its interval.
@@ -66,9 +97,10 @@ class SurgeryCurve:
             rows.append(
                 {
                     **asdict(point),
-                    "loss": float(self.losses[index].mean()),
+                    "loss": float(np.nanmean(self.losses[index])),
                     "delta": float(delta.mean()),
-                    "interval": t_interval(delta, level),
+                    "interval": self.interval(index, level),
+                    "n_documents": len(delta),
                 }
             )
         return rows
@@ -82,34 +114,79 @@ class SurgeryCurve:
         ]
 
     def verdict(
-        self, fraction: float, margin: float, *, level: float = 0.95, **choice: Any
+        self,
+        fraction: float,
+        margin: float,
+        *,
+        level: float = 0.95,
+        method: Method = "t",
+        order: str = "quietest",
+        **choice: Any,
     ) -> Verdict:
         """Is the damage of cutting the quietest ``fraction`` below ``margin``?
 
+        A non-inferiority test on differences paired by document.
+
         Args:
             fraction: a fraction of this sweep.
-            margin: rise of the loss in nats per token that would still count as flat, above 0.
+            margin: rise of the loss in nats per token that would still count as flat, above 0,
+                set before the figures are seen.
             level: coverage of the two-sided interval.
+            method: of the interval; see ``interval``.
+            order: of the point; ``given`` for cuts passed in by name (``label=…``).
             choice: ``score``, ``scope`` … where the sweep has several.
 
         Raises:
             InputError: no such point, several, or a margin of zero or below.
         """
-        found = self.find(order="quietest", fraction=fraction, **choice)
+        unknown = set(choice) - {f.name for f in fields(Point)}
+        if unknown:
+            raise InputError(f"{sorted(unknown)[0]!r} is not a property of a point")
+        found = [
+            i
+            for i in self.find(order=order, **choice)
+            if abs(self.points[i].fraction - fraction) < 1e-9
+        ]
         if len(found) != 1:
-            have = sorted({p.fraction for p in self.points})
+            have = sorted({p.fraction for p in self.points if p.order == order})
             raise InputError(
                 f"fraction={fraction!r} names {len(found)} points of this sweep: expected one of "
                 f"{have}" + (", with score=… and scope=…" if len(found) > 1 else "")
             )
-        delta = self.deltas(found[0])
-        point = self.points[found[0]]
-        claim = (
-            f"{fraction:.0%} of the key dimensions can be cut ({point.score}, {point.scope}, "
-            f"{point.unit}, {point.mode}) at less than {margin:g} nats"
+        return self.verdict_at(found[0], margin, level=level, method=method)
+
+    def verdict_at(
+        self, index: int, margin: float, *, level: float = 0.95, method: Method = "t"
+    ) -> Verdict:
+        """As ``verdict``, for the point of an index, controls included."""
+        point, delta = self.points[index], self.deltas(index)
+        if not margin > 0:
+            raise InputError(
+                f"margin={margin!r} is not above 0: no finite text can show zero damage"
+            )
+        made = ", ".join(
+            str(v) for v in (point.label, point.score, point.scope, point.unit, point.mode) if v
         )
+        kind = "" if point.order in ("quietest", "given") else f"{point.order} "
+        claim = (
+            f"{point.fraction:.0%} of the {kind}key dimensions can be cut ({made}) at less than "
+            f"{margin:g} nats"
+        )
+        note, more = "", documents_to_decide(delta, margin, level)
+        if self.stopping is not None:
+            note = f"stopped early; interval over {len(self.stopping.looks)} planned looks"
+            level = self.stopping.look_level(len(delta)) or self.stopping.level
+            more = documents_to_decide(delta, margin, level)
+        if more:
+            note = (note + "; " if note else "") + f"some {more} more documents would decide it"
         return non_inferiority(
-            claim, float(delta.mean()), t_interval(delta, level), margin, self.n_documents
+            claim,
+            float(delta.mean()),
+            self.interval(index, level, method),
+            margin,
+            len(delta),
+            note,
+            more,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -120,9 +197,13 @@ class SurgeryCurve:
             "model": asdict(self.model),
             "text": self.text,
             "n_tokens": self.n_tokens,
+            "stopping": None if self.stopping is None else asdict(self.stopping),
             "baseline": self.baseline.tolist(),
             "points": [
-                {**asdict(point), "losses": self.losses[i].tolist()}
+                {
+                    **asdict(point),
+                    "losses": [x if math.isfinite(x) else None for x in self.losses[i].tolist()],
+                }
                 for i, point in enumerate(self.points)
             ],
         }
@@ -154,6 +235,13 @@ class SurgeryCurve:
                 ModelCard(**data["model"]),
                 data["text"],
                 data["n_tokens"],
+                _rule(data.get("stopping")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path} lacks or mislabels a field: {error}") from None
+
+
+def _rule(data: dict[str, Any] | None) -> StoppingRule | None:
+    if data is None:
+        return None
+    return StoppingRule(data["margin"], tuple(data["looks"]), data["level"])

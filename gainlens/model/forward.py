@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+
+from gainlens.errors import SilentSiteError
+from gainlens.model.twin import Edit, Twin
+
+HEAD_POSITIONS = 64
+"""Positions that the output head sees at a time: 64 × 49,152 logits stay within a CPU's caches."""
 
 
 def forward_layers(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> None:
@@ -21,11 +29,56 @@ def token_losses(
     """Next-token loss in nats per position, float32 on the CPU, ``[document, pos - 1]``."""
     tokens = tokens.to(next(model.parameters()).device)
     with torch.inference_mode():
-        logits = model(tokens, return_type="logits")
-        flat = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-        )
-    return flat.reshape(tokens.shape[0], -1).cpu()
+        if hasattr(model, "original_model"):
+            logits = model(tokens, return_type="logits")
+            return cross_entropy(lambda part: part, logits, tokens)
+        # A HookedTransformer's head is a module of its own, so it can be fed piece by piece.
+        hidden = model(tokens, return_type=None, stop_at_layer=int(model.cfg.n_layers))
+        return cross_entropy(partial(_hooked_head, model), hidden, tokens)
+
+
+def twin_losses(
+    twin: Twin, tokens: Int[torch.Tensor, "document pos"], edit: Edit | None = None
+) -> Float[torch.Tensor, "document next_pos"]:
+    """As ``token_losses``, by a twin's fused attention, with ``edit`` made in every layer.
+
+    Raises:
+        SilentSiteError: the edit was not called once per layer.
+    """
+    with torch.inference_mode(), twin.edited(edit):
+        tokens = tokens.to(twin.device)
+        hidden = twin.hidden(tokens)
+        if not twin.complete:
+            raise SilentSiteError("a layer of the model ran without calling its attention function")
+        return cross_entropy(twin.logits, hidden, tokens)
+
+
+def cross_entropy(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden: Float[torch.Tensor, "document pos width"],
+    tokens: Int[torch.Tensor, "document pos"],
+) -> Float[torch.Tensor, "document next_pos"]:
+    """Next-token loss in nats, the output head applied to a few positions at a time.
+
+    Args:
+        head: from ``[1, pos, width]`` to logits ``[1, pos, vocab]``.
+        hidden: what the head reads at every position.
+        tokens: the text; the last position of ``hidden`` predicts nothing and is left out.
+    """
+    flat, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    losses = torch.empty(len(targets), dtype=torch.float32)
+    for start in range(0, len(targets), HEAD_POSITIONS):
+        part = slice(start, start + HEAD_POSITIONS)
+        logits = head(flat[None, part])[0].float()
+        loss = torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
+        losses[part] = loss.cpu()
+    return losses.reshape(tokens.shape[0], -1)
+
+
+def _hooked_head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model.unembed(model.ln_final(hidden))
+    cap = getattr(model.cfg, "output_logits_soft_cap", 0.0)
+    return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
 
 
 class TextHasher:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from gainlens.ablation.modes.base import Context, Mode, Replacement
 from gainlens.ablation.modes.mean import MEAN
+from gainlens.ablation.modes.patch import PATCH
+from gainlens.ablation.modes.resample import RESAMPLE
 from gainlens.ablation.modes.zero import ZERO
 from gainlens.errors import InputError
 
-MODES: dict[str, Mode] = {m.name: m for m in (ZERO, MEAN)}
+MODES: dict[str, Mode] = {m.name: m for m in (ZERO, MEAN, RESAMPLE, PATCH)}
 
 
 def get_mode(name: str) -> Mode:

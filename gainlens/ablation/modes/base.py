@@ -12,6 +12,7 @@ from jaxtyping import Float
 from gainlens.model.sites import KeySites, Stage
 
 if TYPE_CHECKING:
+    from gainlens.ablation.cache import KeyCache
     from gainlens.probes.gains import KeyGains
 
 Replacement = Callable[[Float[torch.Tensor, "batch pos kv_head d_head"], int], torch.Tensor]
@@ -26,11 +27,15 @@ class Context:
         sites: of the model.
         stage: at which the cut acts.
         gains: calibration gains, if the caller gave any.
+        cache: keys of another run, if the caller gave any.
+        seed: of what is drawn at random.
     """
 
     sites: KeySites
     stage: Stage
     gains: KeyGains | None = None
+    cache: KeyCache | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""The sweep file: one line of JSON per finished point, so that a killed sweep can go on.
+
+The first line says which model, text, gains and points the sweep is of. Each further line is
+written, flushed and synced before the next point starts. A last line without its end is what a
+kill leaves behind; it is cut off and its point run again. Nothing in the file depends on when or
+how often it was started, so an interrupted sweep ends in the same bytes as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from gainlens.errors import FileFormatError, InputError
+from gainlens.files import FORMAT, check_writable
+
+KIND = "surgery-sweep"
+
+
+class SweepFile:
+    """Append-only record of a sweep.
+
+    Args:
+        path: created where it does not exist.
+        header: what the sweep is of, as plain JSON values.
+
+    Attributes:
+        done: losses of the lines that are there, in order; the first is the intact model.
+
+    Raises:
+        InputError: the file belongs to another sweep (the first field that differs is named), or
+            can't be written.
+        FileFormatError: it is not a sweep file, or damaged elsewhere than in its last line.
+    """
+
+    def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self._header = json.loads(_line({"format": FORMAT, "kind": KIND, **header}))
+        check_writable(self.path.parent)
+        self.done: list[Float[np.ndarray, " document"]] = self._recover()
+
+    def _recover(self) -> list[Float[np.ndarray, " document"]]:
+        if not self.path.exists():
+            self._append(self._header)
+            return []
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        lines = content[:whole].splitlines()
+        parsed = []
+        for number, line in enumerate(lines, 1):
+            try:
+                parsed.append(json.loads(line))
+            except ValueError:
+                raise FileFormatError(
+                    f"{self.path} is damaged in line {number}; only its last line may be cut short"
+                ) from None
+        if parsed:
+            self._check_header(parsed[0])
+        elif content and not _line(self._header).encode().startswith(content):
+            raise FileFormatError(f"{self.path} is not a gainlens sweep file")
+        if whole < len(content):
+            with self.path.open("r+b") as file:
+                file.truncate(whole)
+                os.fsync(file.fileno())
+        if not parsed:
+            self._append(self._header)
+            return []
+        return [self._losses(row, index) for index, row in enumerate(parsed[1:])]
+
+    def _check_header(self, found: Any) -> None:
+        if not isinstance(found, dict) or found.get("kind") != KIND:
+            raise FileFormatError(f"{self.path} is not a gainlens sweep file")
+        for key in {**self._header, **found}:
+            if found.get(key) != self._header.get(key):
+                raise InputError(
+                    f"out={str(self.path)!r} holds a sweep with another {key}: "
+                    f"{_short(found.get(key))} there, {_short(self._header.get(key))} now; name "
+                    "another file, or remove this one"
+                )
+
+    def _losses(self, row: Any, index: int) -> Float[np.ndarray, " document"]:
+        try:
+            if row["index"] != index:
+                raise ValueError(f"index {row['index']}, expected {index}")
+            losses = np.array(row["losses"], dtype=np.float64)
+            if losses.ndim != 1 or not np.isfinite(losses).all():
+                raise ValueError("its losses are not a list of numbers")
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{self.path} is damaged in line {index + 2}: {error}") from None
+        return losses
+
+    def add(self, losses: Float[np.ndarray, " document"]) -> None:
+        """Write the next point; on return it is on the disk."""
+        self._append({"index": len(self.done), "losses": losses.tolist()})
+        self.done.append(losses)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        try:
+            with self.path.open("ab") as file:
+                file.write(_line(row).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"{self.path} can't be written: {error.strerror or error}") from error
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
