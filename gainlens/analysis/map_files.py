@@ -68,7 +68,7 @@ def load_map(path: str | Path) -> CoordinateMap:
 
 def _pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, np.ndarray):
-        tensors[name] = torch.from_numpy(np.ascontiguousarray(value))
+        tensors[name] = torch.tensor(value)  # a copy: the parts of a map share arrays
         return {"$tensor": name}
     if is_dataclass(value) and not isinstance(value, type):
         packed = {f.name: _pack(getattr(value, f.name), f"{name}.{f.name}", tensors)

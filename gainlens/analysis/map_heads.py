@@ -29,9 +29,11 @@ class HeadSimilarity:
     """Heads against heads; heads are numbered layer · n_heads + head.
 
     Attributes:
-        cosine, centred, spearman: ``[head, head]``, float32; 0 with a head that is all zero.
+        cosine, centred, spearman: ``[layer·head, layer·head]``, float32; 0 with a head that is
+            all zero.
         p_raw: per null (``plain``, ``band``) the one-sided p-value of each pair's cosine,
-            ``[head, head]``, float32; 1 within a layer, which the shuffle does not test.
+            ``[layer·head, layer·head]``, float32; 1 within a layer, which the shuffle does not
+            test.
         p_corrected_cut: per null the centred cosine (for ``band``: centred within bands) from
             which a pair is significant at 5% after correction for all pairs.
         share_significant: per null the share of pairs of heads above that.
@@ -44,9 +46,9 @@ class HeadSimilarity:
         reference: the layer that all others were matched to, the one most like the rest.
     """
 
-    cosine: Float[np.ndarray, "head head2"]
-    centred: Float[np.ndarray, "head head2"]
-    spearman: Float[np.ndarray, "head head2"]
+    cosine: Float[np.ndarray, "flat_head flat_head2"]
+    centred: Float[np.ndarray, "flat_head flat_head2"]
+    spearman: Float[np.ndarray, "flat_head flat_head2"]
     p_raw: dict[str, np.ndarray]
     p_corrected_cut: dict[str, float]
     share_significant: dict[str, float]
@@ -73,9 +75,9 @@ class HeadSimilarity:
         }
 
 
-def _across(n_layers: int, n_heads: int) -> Bool[np.ndarray, "head head2"]:
+def _across(n_layers: int, n_heads: int) -> Bool[np.ndarray, "flat_head flat_head2"]:
     layer = np.repeat(np.arange(n_layers), n_heads)
-    different: Bool[np.ndarray, "head head2"] = layer[:, None] != layer[None, :]
+    different: Bool[np.ndarray, "flat_head flat_head2"] = layer[:, None] != layer[None, :]
     return different
 
 

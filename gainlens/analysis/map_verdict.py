@@ -30,25 +30,27 @@ Answer = Literal["universal", "partly shared", "not shared"]
 
 
 def jackknife(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Interval for the mean over pairs of a symmetric matrix, rows being the independent things.
+    """Interval for the mean over pairs of a symmetric matrix of values in -1 … 1.
+
+    Rows are the independent things.
 
     Args:
         values: ``[row, row]``; the diagonal is ignored.
         level: coverage.
 
     Returns:
-        (low, high); infinite with fewer than three rows.
+        (low, high), within -1 … 1; all of that with fewer than three rows.
     """
     n = len(values)
     if n < 3:
-        return -np.inf, np.inf
+        return -1.0, 1.0
     total = np.triu(values, 1).sum()
     rows = values.sum(1) - np.diag(values)
     without = (total - rows) / ((n - 1) * (n - 2) / 2)
     mean = total / (n * (n - 1) / 2)
     spread = np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())
     half = float(stats.t.ppf(0.5 + level / 2, n - 1) * spread)
-    return float(mean - half), float(mean + half)
+    return max(-1.0, float(mean - half)), min(1.0, float(mean + half))
 
 
 def answer(cmap: CoordinateMap) -> Answer:
