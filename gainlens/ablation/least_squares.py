@@ -6,10 +6,11 @@ maps are the least-squares fit of the logits on calibration text,
 
     min Σ_ij w_ij (scale · q'_i·k'_j - L_ij - c_i)²,
 
-w_ij the intact attention and c_i free, since the softmax ignores it: this is, to second order,
-the Kullback-Leibler divergence of the attention patterns. It is a linear problem in M_q with M_k
-held and the other way round; the two are solved in turns by conjugate gradients. Folded into W_Q
-and W_K the maps cost nothing, and no gradient of the model's loss is taken.
+w_ij the intact attention (mixed with a little uniform weight) and c_i free, since the softmax
+ignores it: this is, to second order, the Kullback-Leibler divergence of the attention patterns.
+It is a linear problem in M_q with M_k held and the other way round; the two are solved in turns
+by conjugate gradients. Folded into W_Q and W_K the maps cost nothing, and no gradient of the
+model's loss is taken.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class Turn:
         cos, sin = self.cos.to(x.device), self.sin.to(x.device)
         turned: torch.Tensor = x * cos + x[..., self.partner] * (-sin if inverse else sin)
         return turned
+
+    def at(self, positions: Int[torch.Tensor, " some"]) -> Turn:
+        """The same rotation at some of the positions."""
+        return Turn(self.cos[positions], self.sin[positions], self.partner)
 
     def of(self, dims: Int[torch.Tensor, " kept"]) -> Turn:
         """The rotation of a subset that splits no pair."""
@@ -67,15 +72,17 @@ class Problem:
     Attributes:
         queries, keys: projected (before the rotation), as the cut model sees them.
         logits: of the intact head, scaled; ``weights``: their causal softmax.
-        turn: the rotation of the whole head.
+        query_turn, key_turn: the rotation of the whole head at the positions of each; queries
+            may be at some of the positions only.
         scale: of the logits, 1/sqrt(d_head) on most models.
     """
 
     queries: Float[torch.Tensor, "group doc pos d_head"]
-    keys: Float[torch.Tensor, "doc pos d_head"]
+    keys: Float[torch.Tensor, "doc key_pos d_head"]
     logits: Float[torch.Tensor, "group doc pos key_pos"]
     weights: Float[torch.Tensor, "group doc pos key_pos"]
-    turn: Turn
+    query_turn: Turn
+    key_turn: Turn
     scale: float
 
 
@@ -102,19 +109,19 @@ def fit_maps(
     group = len(problem.queries)
     select = torch.eye(d_head)[kept]
     m_q, m_k = start if start is not None else (select.expand(group, -1, -1).clone(), select)
-    turn = problem.turn.of(kept)
+    q_turn, k_turn = problem.query_turn.of(kept), problem.key_turn.of(kept)
     q_cov = _covariance(problem.queries.flatten(1, 2))
     k_cov = _covariance(problem.keys.flatten(0, 1))
     for _ in range(rounds):
-        k_new = turn(problem.keys @ m_k.T)
+        k_new = k_turn(problem.keys @ m_k.T)
         m_q = torch.stack(
             [
-                _solve_queries(problem, g, k_new, turn, m_q[g], q_cov[g], iterations, ridge)
+                _solve_queries(problem, g, k_new, q_turn, m_q[g], q_cov[g], iterations, ridge)
                 for g in range(group)
             ]
         )
-        q_new = turn(torch.einsum("gdpi,gri->gdpr", problem.queries, m_q))
-        m_k = _solve_keys(problem, q_new, turn, m_k, k_cov, iterations, ridge)
+        q_new = q_turn(torch.einsum("gdpi,gri->gdpr", problem.queries, m_q))
+        m_k = _solve_keys(problem, q_new, q_turn, k_turn, m_k, k_cov, iterations, ridge)
     return m_q, m_k
 
 
@@ -125,9 +132,8 @@ def misfit(
     m_k: Float[torch.Tensor, "kept d_head"],
 ) -> float:
     """Half the weighted mean square error of the logits: about the KL divergence in nats."""
-    turn = problem.turn.of(kept)
-    q = turn(torch.einsum("gdpi,gri->gdpr", problem.queries, m_q))
-    k = turn(problem.keys @ m_k.T)
+    q = problem.query_turn.of(kept)(torch.einsum("gdpi,gri->gdpr", problem.queries, m_q))
+    k = problem.key_turn.of(kept)(problem.keys @ m_k.T)
     error = problem.scale * q @ k.transpose(-1, -2) - problem.logits
     centred = error - (problem.weights * error).sum(-1, keepdim=True)
     return float(0.5 * (problem.weights * centred.square()).sum(-1).mean())
@@ -141,7 +147,7 @@ def _covariance(x: torch.Tensor) -> torch.Tensor:
 def _solve_queries(
     problem: Problem,
     g: int,
-    keys: Float[torch.Tensor, "doc pos kept"],
+    keys: Float[torch.Tensor, "doc key_pos kept"],
     turn: Turn,
     start: Float[torch.Tensor, "kept d_head"],
     covariance: Float[torch.Tensor, "d_head d_head"],
@@ -149,7 +155,7 @@ def _solve_queries(
     ridge: float,
 ) -> Float[torch.Tensor, "kept d_head"]:
     queries, weights = problem.queries[g], problem.weights[g]
-    n_doc, n_pos, kept = keys.shape
+    (n_doc, n_pos, _), kept = queries.shape, keys.shape[-1]
     scale = problem.scale
     curvature = torch.empty(n_doc, n_pos, kept, kept)
     target = torch.empty(n_doc, n_pos, kept)
@@ -184,6 +190,7 @@ def turn_back_mean(
 def _solve_keys(
     problem: Problem,
     queries: Float[torch.Tensor, "group doc pos kept"],
+    query_turn: Turn,
     turn: Turn,
     start: Float[torch.Tensor, "kept d_head"],
     covariance: Float[torch.Tensor, "d_head d_head"],
@@ -202,7 +209,7 @@ def _solve_keys(
         return pulled_back(scale * (queries @ field.transpose(-1, -2)))
 
     right = pulled_back(problem.logits)
-    back = turn(queries, inverse=True).flatten(0, 2)
+    back = query_turn(queries, inverse=True).flatten(0, 2)
     left = scale**2 * (back.T @ back)
     return _conjugate_gradients(normal, right, start, left, covariance, iterations, ridge)
 

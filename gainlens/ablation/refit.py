@@ -1,13 +1,13 @@
 """``RefitCut``: a cut whose kept query and key dimensions were refitted by least squares.
 
 ``refit(model, tokens, mask)`` is training-free: no gradient of the loss is taken, the maps are
-least-squares fits of the attention logits (``gainlens.ablation.least_squares``). Layers are
-fitted in order in one forward pass, each on the inputs that the already cut layers below it give,
-and towards the logits that the intact model had there, so later layers make up for earlier ones.
+least-squares fits of the attention logits (``gainlens.ablation.least_squares``), of every head by
+itself, on the queries and keys of the intact model.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,16 @@ from gainlens.ablation.least_squares import Problem, Turn, fit_maps, make_turn, 
 from gainlens.ablation.mask import KeyMask
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
 from gainlens.files import load_tensors, save_tensors
-from gainlens.model.batches import Tokens, as_documents
+from gainlens.model.batches import TOKENS_PER_BATCH, Tokens, as_documents
 from gainlens.model.fingerprint import model_fingerprint
-from gainlens.model.forward import TextHasher
-from gainlens.model.hooks import Hook
+from gainlens.model.forward import TextHasher, forward_layers
+from gainlens.model.hooks import Hook, attached
+from gainlens.model.rotation import rotate
 from gainlens.model.sites import KeySites, key_sites
-from gainlens.model.twin import Edit, Twin, build_twin
+from gainlens.model.twin import Edit
+
+PATTERN_TOLERANCE = 2e-3
+"""Largest difference in an attention weight that rounding explains."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,21 +155,26 @@ def refit(
     tokens: Tokens,
     mask: KeyMask,
     *,
-    rounds: int = 3,
+    rounds: int = 2,
     iterations: int = 12,
-    ridge: float = 1e-3,
+    ridge: float = 1e-2,
+    uniform: float = 0.2,
+    stride: int = 2,
     progress: bool = True,
 ) -> RefitCut:
     """Fit the kept query and key dimensions to the intact attention logits, without training.
 
     Args:
-        model: a TransformerBridge whose Hugging Face model can be rebuilt around its weights.
-        tokens: calibration text, documents of one length; some 8,000 tokens or more. All of it
-            is run as one batch.
+        model: a TransformerBridge or HookedTransformer.
+        tokens: calibration text, documents of one length; some 4,000 tokens or more. Its queries
+            and keys are kept in memory: about 90 kB a token on a model of 135M weights.
         mask: what stays; no rotary pair may be split.
         rounds: how often queries and keys are solved in turn.
         iterations: conjugate-gradient steps of each solve.
         ridge: pull towards plain selection, relative to the mean curvature.
+        uniform: share of the weights that is spread evenly over the keys, 0 to 1, so that keys
+            which hardly get attention now are not free to get it after.
+        stride: every how many positions a query is fitted; all keys are.
         progress: show a progress bar over layers.
 
     Returns:
@@ -173,70 +182,48 @@ def refit(
         Kullback-Leibler divergence per query) before and after.
 
     Raises:
-        InputError: a split pair, another shape, documents of unequal length.
-        UnsupportedModelError: a HookedTransformer or a family without a twin; or logits that are
-            soft-capped, which the fit does not describe.
+        InputError: a split pair, another shape, documents of unequal length, a setting below 1.
+        UnsupportedModelError: attention that is more than causal with one scale (soft caps,
+            windows, position biases), which the fit does not describe.
     """
     sites = key_sites(model)
     if mask.shape != sites.shape:
         raise InputError(f"mask has shape {mask.shape}: this model has {sites.shape}")
     if not mask.whole_pairs(sites.partner):
         raise InputError("mask splits a rotary pair: refit keeps or cuts whole pairs")
+    if not 0 <= uniform < 1:
+        raise InputError(f"uniform={uniform!r} is outside 0..1")
+    for name, value in (("rounds", rounds), ("iterations", iterations), ("stride", stride)):
+        if value < 1:
+            raise InputError(f"{name}={value!r}: expected at least 1")
     documents = as_documents(tokens, int(model.cfg.d_vocab))
     if len({len(d) for d in documents}) > 1:
         raise InputError("tokens has documents of unequal length: refit takes one length")
     batch = torch.stack(documents)
-    twin = build_twin(model)
-    if twin is None:
-        raise UnsupportedModelError(
-            f"{sites.architecture} as {type(model).__name__} can't be rebuilt around its weights, "
-            "so its layers can't be refitted in order; load it with kind='bridge'"
-        )
-    intact = _intact(twin, batch, sites)
-    if not twin.plain or twin.scaling is None:
-        raise UnsupportedModelError(
-            f"{sites.architecture} soft-caps its attention logits, windows or biases them; refit "
-            "describes plain causal attention only"
-        )
-    scale = twin.scaling
-    turns = layer_turns(sites, batch.shape[1])
+    n_pos = batch.shape[1]
+    intact, scale = intact_attention(model, batch)
+    turns = layer_turns(sites, n_pos)
+    at = torch.arange(min(stride, n_pos) - 1, n_pos, stride)
     d, group = sites.d_head, sites.group_size
     query_maps = torch.zeros(sites.n_layers, sites.n_heads, d, d)
     key_maps = torch.zeros(sites.n_layers, sites.n_kv_heads, d, d)
     misfits: list[tuple[float, float]] = []
-    bar = tqdm(total=sites.n_layers, desc="refit", unit="layer", disable=not progress)
-
-    def fit(
-        queries: torch.Tensor, keys: torch.Tensor, layer: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        turn = turns[layer]
-        q = turn(queries.permute(2, 0, 1, 3).float(), inverse=True)
-        k = turn(keys.permute(2, 0, 1, 3).float(), inverse=True)
+    for layer in tqdm(range(sites.n_layers), desc="refit", unit="layer", disable=not progress):
+        queries, keys = intact[layer]
         for head in range(sites.n_kv_heads):
             kept = mask.keep[layer, head].nonzero()[:, 0]
             if len(kept) == 0:
                 continue
             rows = slice(head * group, (head + 1) * group)
-            problem = _problem(intact[layer], q[rows], k[head], rows, head, turn, scale)
+            problem = _problem(
+                queries[:, :, rows], keys[:, :, head], at, turns[layer], scale, uniform
+            )
             m_q, m_k = fit_maps(problem, kept, rounds=rounds, iterations=iterations, ridge=ridge)
             eye = torch.eye(d)[kept]
-            misfits.append(
-                (
-                    misfit(problem, kept, eye.expand(group, -1, -1), eye),
-                    misfit(problem, kept, m_q, m_k),
-                )
-            )
+            plain = misfit(problem, kept, eye.expand(group, -1, -1), eye)
+            misfits.append((plain, misfit(problem, kept, m_q, m_k)))
             query_maps[layer][rows][:, kept] = m_q
             key_maps[layer, head][kept] = m_k
-        intact[layer] = None
-        bar.update()
-        return (
-            mapped(queries, query_maps[layer], turn),
-            mapped(keys, key_maps[layer], turn),
-        )
-
-    with bar, torch.inference_mode(), twin.edited(fit):
-        twin.hidden(batch)
     hasher = TextHasher()
     hasher.update(batch)
     before, after = (sum(m[i] for m in misfits) / max(1, len(misfits)) for i in (0, 1))
@@ -249,49 +236,112 @@ def refit(
         "rounds": rounds,
         "iterations": iterations,
         "ridge": ridge,
+        "uniform": uniform,
+        "stride": stride,
         "misfit_before": before,
         "misfit_after": after,
     }
-    return RefitCut(mask, query_maps.clone(), key_maps.clone(), facts)
+    return RefitCut(mask, query_maps, key_maps, facts)
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def _intact(
-    twin: Twin, batch: Int[torch.Tensor, "document pos"], sites: KeySites
-) -> list[Pair | None]:
-    """Rotated queries and keys of the intact model, per layer."""
-    found: list[Pair | None] = [None] * sites.n_layers
+def intact_attention(
+    model: Any, batch: Int[torch.Tensor, "document pos"]
+) -> tuple[list[Pair], float]:
+    """Rotated queries and keys of every layer, and the scale of the logits that they make.
 
-    def keep(q: torch.Tensor, k: torch.Tensor, layer: int) -> Pair:
-        found[layer] = (q.clone(), k.clone())
-        return q, k
+    That scale · q·k under a causal mask is all there is to a layer's attention is checked on the
+    model's own attention pattern.
 
-    with torch.inference_mode(), twin.edited(keep):
-        for start in range(0, len(batch), 4):
-            twin.hidden(batch[start : start + 4])
-            if start == 0:
-                parts: list[list[Pair]] = [[] for _ in range(sites.n_layers)]
-            for layer, pair in enumerate(found):
-                assert pair is not None
-                parts[layer].append(pair)
-    return [(torch.cat([q for q, _ in part]), torch.cat([k for _, k in part])) for part in parts]
+    Raises:
+        UnsupportedModelError: it is not.
+    """
+    sites = key_sites(model)
+    stage = sites.hook_stage("rotated")
+    found: dict[tuple[str, int], list[torch.Tensor]] = {}
+    marks: dict[int, torch.Tensor] = {}
+
+    def record(x: torch.Tensor, hook: Any, *, what: str, layer: int) -> None:
+        if stage == "projected":
+            x = rotate(x, sites.frequencies[layer], sites.pairing)
+        found.setdefault((what, layer), []).append(x.detach().float().cpu())
+
+    def mark(values: torch.Tensor, hook: Any) -> torch.Tensor:
+        seen = torch.eye(values.shape[1], values.shape[-1]).to(values)
+        return seen[None, :, None, :].expand(values.shape).clone()
+
+    def read(z: torch.Tensor, hook: Any, *, layer: int) -> None:
+        marks[layer] = z.detach().float().cpu().reshape(*z.shape[:2], sites.n_heads, -1)
+
+    recorders: list[Hook] = []
+    for layer in range(sites.n_layers):
+        for what, name in (("q", sites.query_hook), ("k", sites.key_hook)):
+            recorders.append((name(layer, stage), partial(record, what=what, layer=layer)))
+    with attached(model, recorders):
+        rows = max(1, TOKENS_PER_BATCH // batch.shape[1])
+        for start in range(0, len(batch), rows):
+            forward_layers(model, batch[start : start + rows])
+    pairs = [
+        (torch.cat(found["q", layer]), torch.cat(found["k", layer]))
+        for layer in range(sites.n_layers)
+    ]
+    found.clear()
+    # A prompt short enough for one-hot values: then hook_z spells the attention pattern out.
+    spell: list[Hook] = list(recorders)
+    for layer in range(sites.n_layers):
+        spell.append((f"blocks.{layer}.attn.hook_v", mark))
+        spell.append((f"blocks.{layer}.attn.hook_z", partial(read, layer=layer)))
+    short = batch[:1, : min(batch.shape[1], sites.d_head)]
+    with attached(model, spell):
+        forward_layers(model, short)
+    scale = _logit_scale(model, sites)
+    for layer in range(sites.n_layers):
+        q, k = found["q", layer][0], found["k", layer][0].repeat_interleave(sites.group_size, 2)
+        logits = scale * torch.einsum("bihd,bjhd->bhij", q, k)
+        causal = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+        wanted = logits.masked_fill(~causal, -torch.inf).softmax(-1)
+        given = marks[layer].permute(0, 2, 1, 3)[..., : wanted.shape[-1]]
+        if float((wanted - given).abs().max()) > PATTERN_TOLERANCE:
+            raise UnsupportedModelError(
+                f"{sites.architecture}: attention of layer {layer} is more than causal attention "
+                "with one scale (soft cap, window or position bias), which refit does not describe"
+            )
+    return pairs, scale
+
+
+def _logit_scale(model: Any, sites: KeySites) -> float:
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    known = getattr(config, "query_pre_attn_scalar", None)
+    if known:
+        return 1.0 / math.sqrt(known)
+    direct = getattr(config, "attention_multiplier", None)
+    if direct:
+        return float(direct)
+    return 1.0 / math.sqrt(sites.d_head)
 
 
 def _problem(
-    intact: Pair | None,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    rows: slice,
-    head: int,
+    queries: Float[torch.Tensor, "document pos group d_head"],
+    keys: Float[torch.Tensor, "document pos d_head"],
+    at: Int[torch.Tensor, " query_pos"],
     turn: Turn,
     scale: float,
+    uniform: float,
 ) -> Problem:
-    assert intact is not None
-    q = intact[0].permute(2, 0, 1, 3)[rows].float()
-    k = intact[1].permute(2, 0, 1, 3)[head].float()
-    causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
-    logits = scale * q @ k.transpose(-1, -2)
+    q = queries.permute(2, 0, 1, 3)[:, :, at]
+    causal = at[:, None] >= torch.arange(keys.shape[1])
+    logits = scale * q @ keys.transpose(-1, -2)
     weights = logits.masked_fill(~causal, -torch.inf).softmax(-1)
-    return Problem(queries, keys, logits.masked_fill(~causal, 0.0), weights, turn, scale)
+    weights = (1 - uniform) * weights + uniform * causal / causal.sum(-1, keepdim=True)
+    q_turn = turn.at(at)
+    return Problem(
+        q_turn(q, inverse=True),
+        turn(keys, inverse=True),
+        logits.masked_fill(~causal, 0.0),
+        weights,
+        q_turn,
+        turn,
+        scale,
+    )

@@ -124,6 +124,8 @@ class KeyGains:
             moments["k_mean"] = moments["k_sum"]
             moments["k_var"] = moments["k_sq"] - moments["k_sum"].square()
         try:
+            if unit == "pair" and score.compute_pair is not None:
+                return score.compute_pair(moments, self.model.partner).float()
             if unit == "pair":
                 partner = self.model.partner
                 moments = {k: 0.5 * (v + v[..., partner]) for k, v in moments.items()}
@@ -143,7 +145,10 @@ class KeyGains:
         key = f"{name}.{stage}"
         if key not in self.sums:
             raise InputError(f"these gains hold no {name!r} at stage={stage!r}")
-        heads = self.model.n_heads // self.model.n_kv_heads if name.startswith("q_") else 1
+        if name.startswith("fisher_"):
+            return self.sums[key] / self.n_documents
+        per_query = name.startswith(("q_", "logit_"))
+        heads = self.model.n_heads // self.model.n_kv_heads if per_query else 1
         return self.sums[key] / (self.n_tokens * heads)
 
     def __add__(self, other: KeyGains) -> KeyGains:

@@ -16,6 +16,7 @@ from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import TextHasher, forward_layers
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.sites import key_sites
+from gainlens.probes.backward import forward_backward
 from gainlens.probes.gains import KeyGains, ModelCard
 from gainlens.probes.scores import get_score
 from gainlens.probes.statistics import STATISTICS
@@ -32,7 +33,8 @@ class KeyGainProbe:
 
     Args:
         model: a TransformerBridge or HookedTransformer.
-        scores: which scores the gains must be able to answer.
+        scores: which scores the gains must be able to answer. With ``fisher``, run a loss
+            summed over documents and its backward pass inside the ``with``.
 
     Raises:
         UnsupportedModelError: the model's keys can't be probed.
@@ -59,6 +61,11 @@ class KeyGainProbe:
         self._documents = 0
         self._stack = ExitStack()
         self._texts: list[str] = []
+
+    @property
+    def needs_backward(self) -> bool:
+        """Whether a backward pass of the loss is needed (``fisher``)."""
+        return any(statistic.backward for statistic in self._statistics)
 
     def hooks(self) -> list[Hook]:
         """The forward hooks, for ``run_with_hooks``; the ``with`` form attaches them itself."""
@@ -98,6 +105,15 @@ class KeyGainProbe:
                 "probe, without stop_at_layer and without reset_hooks?"
             )
 
+    def _check_backward(self) -> None:
+        for name, value in self._sums.items():
+            if name.startswith("fisher_documents") and not bool((value == self._documents).all()):
+                raise SilentSiteError(
+                    f"score 'fisher' saw the gradients of {int(value.min())} of "
+                    f"{self._documents} documents: inside the probe, run the loss and its backward "
+                    "pass with gradients enabled, or use probe_gains"
+                )
+
     def gains(self) -> KeyGains:
         """What has been gathered so far.
 
@@ -106,6 +122,7 @@ class KeyGainProbe:
             InputError: the statistics are not finite (NaN in the weights or activations).
         """
         self._check_fired()
+        self._check_backward()
         sums = {name: value.detach().cpu().clone() for name, value in self._sums.items()}
         for name, value in sums.items():
             bad = ~torch.isfinite(value)
@@ -155,7 +172,10 @@ def probe_gains(
     with probe, tqdm(total=total, desc="probe", unit="doc", disable=not progress) as bar:
         for batch in batches(tokens, vocabulary, tokens_per_batch):
             hasher.update(batch)
-            forward_layers(model, batch)
+            if probe.needs_backward:
+                forward_backward(model, batch)
+            else:
+                forward_layers(model, batch)
             bar.update(len(batch))
     probe.note_text(hasher.hexdigest())
     return probe.gains()

@@ -17,6 +17,8 @@ from jaxtyping import Float
 from gainlens.model.hooks import Hook
 from gainlens.model.rotation import rotate
 from gainlens.model.sites import KeySites, Stage
+from gainlens.probes.backward import fisher_hooks
+from gainlens.probes.spread import spread_hooks
 
 Sums = dict[str, torch.Tensor]
 
@@ -97,10 +99,21 @@ def _per_stage(*names: str) -> Callable[[KeySites], tuple[str, ...]]:
     return lambda sites: tuple(f"{n}.{stage}" for n in names for stage in filled_stages(sites))
 
 
+def _last_stage(*names: str) -> Callable[[KeySites], tuple[str, ...]]:
+    return lambda sites: tuple(f"{n}.{filled_stages(sites)[-1]}" for n in names)
+
+
 STATISTICS: dict[str, Statistic] = {
     s.name: s
     for s in (
         Statistic("keys", _per_stage("k_sum", "k_sq"), partial(_stage_hooks, "k", key_moments)),
         Statistic("queries", _per_stage("q_sq"), partial(_stage_hooks, "q", query_energy)),
+        Statistic("logit_spread", _last_stage("logit_sq", "logit_cross"), spread_hooks),
+        Statistic(
+            "fisher",
+            _per_stage("fisher_sq", "fisher_cross", "fisher_documents"),
+            fisher_hooks,
+            backward=True,
+        ),
     )
 }

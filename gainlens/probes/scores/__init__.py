@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from gainlens.errors import InputError
 from gainlens.probes.scores.base import Score
+from gainlens.probes.scores.fisher import FISHER
+from gainlens.probes.scores.logit_std import LOGIT_STD
 from gainlens.probes.scores.qk import QK
 from gainlens.probes.scores.rms import RMS
 from gainlens.probes.scores.std import STD
 
-SCORES: dict[str, Score] = {s.name: s for s in (RMS, STD, QK)}
+SCORES: dict[str, Score] = {s.name: s for s in (RMS, STD, QK, LOGIT_STD, FISHER)}
 
 
 def get_score(name: str) -> Score:

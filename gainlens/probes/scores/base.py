@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 Moments = Mapping[str, Float[torch.Tensor, "layer kv_head d_head"]]
 """Means over tokens by name (``k_mean``, ``k_sq``, ``q_sq``, …), float64, of one stage and unit.
@@ -26,6 +26,8 @@ class Score:
         gauge_invariant: whether rescaling a key pair by s and its query pair by 1/s leaves it
             unchanged; only such a score should decide a cut.
         compute: from the means of one stage to ``[layer, kv_head, d_head]``.
+        compute_pair: the same for rotary pairs from the moments of single dimensions, where
+            averaging the two dimensions' moments would not do; given each dimension's partner.
         formula: the definition in one line, with its source where it has one.
     """
 
@@ -34,3 +36,23 @@ class Score:
     gauge_invariant: bool
     compute: Callable[[Moments], Float[torch.Tensor, "layer kv_head d_head"]]
     formula: str
+    compute_pair: PairScore | None = None
+
+
+PairScore = Callable[
+    [Moments, Int[torch.Tensor, " d_head"]], Float[torch.Tensor, "layer kv_head d_head"]
+]
+
+
+def of_the_sum(moment: str) -> PairScore:
+    """sqrt(E[(a + b)²]) of a pair: ``moment_sq`` holds E[a²] and E[b²], ``moment_cross`` E[ab]."""
+
+    def pair(
+        m: Moments, partner: Int[torch.Tensor, " d_head"]
+    ) -> Float[torch.Tensor, "layer kv_head d_head"]:
+        square, cross = m[f"{moment}_sq"], m[f"{moment}_cross"]
+        alone = partner == torch.arange(len(partner))
+        both = square + torch.where(alone, 0.0, square[..., partner] + 2 * cross)
+        return both.clamp_min(0).sqrt()
+
+    return pair

@@ -1,0 +1,93 @@
+"""Statistics of a backward pass: the loss's gradient with respect to a gate on every unit.
+
+A gate g on a dimension (1 for the intact model) multiplies it at all positions of a document, so
+dL/dg = Σ_pos k · dL/dk: no gate is needed, only the gradient at the keys. The gate of a rotary
+pair is one gate on both dimensions; its gradient is the sum of theirs, and the same before and
+after the rotation.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+
+from gainlens.errors import InputError
+from gainlens.model.hooks import Hook, attached
+from gainlens.model.rotation import rotate
+from gainlens.model.sites import KeySites, Stage
+
+Sums = dict[str, torch.Tensor]
+
+
+def fisher_hooks(sites: KeySites, sums: Sums) -> list[Hook]:
+    """Forward hooks that wait for the gradient at every key site and add a document's squares."""
+    computed = sites.rotary_dim > 0 and not sites.rotated_fires
+    partner = sites.partner
+
+    def add(stage: Stage, layer: int, keys: torch.Tensor, gradient: torch.Tensor) -> None:
+        gate: Float[torch.Tensor, "document kv_head d_head"]
+        gate = (
+            (keys.double() * gradient.double()).sum(1)
+            if keys.device.type != "mps"
+            else (keys.float() * gradient.float()).sum(1)
+        )
+        for name, value in (
+            ("fisher_sq", gate.square().sum(0)),
+            ("fisher_cross", (gate * gate[..., partner.to(gate.device)]).sum(0)),
+            ("fisher_documents", torch.full_like(gate[0], len(gate))),
+        ):
+            target = sums[f"{name}.{stage}"]
+            target[layer] += value.to(target)
+
+    def arrived(gradient: torch.Tensor, *, keys: torch.Tensor, layer: int, stage: Stage) -> None:
+        add(stage, layer, keys, gradient)
+        if computed:
+            turn = partial(rotate, frequencies=sites.frequencies[layer], pairing=sites.pairing)
+            add("rotated", layer, turn(keys), turn(gradient))
+
+    def wait(keys: torch.Tensor, hook: Any, *, layer: int, stage: Stage) -> torch.Tensor | None:
+        if not torch.is_grad_enabled() or keys.is_inference():
+            return None
+        if not keys.requires_grad:  # all weights below are frozen
+            keys = keys.detach().requires_grad_()
+        keys.register_hook(  # type: ignore[no-untyped-call]
+            partial(arrived, keys=keys.detach(), layer=layer, stage=stage)
+        )
+        return keys
+
+    return [
+        (sites.key_hook(layer, stage), partial(wait, layer=layer, stage=stage))
+        for layer in range(sites.n_layers)
+        for stage in sites.stages
+    ]
+
+
+def forward_backward(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> None:
+    """Run a batch forwards and backwards for the sake of its hooks.
+
+    The loss is the sum over documents of each document's mean next-token loss, so the gradient at
+    a document's keys is that of its own loss. Weights get no gradient: the graph starts at the
+    residual stream.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    start: list[torch.Tensor] = []
+
+    def begin(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        start.append(x.detach().requires_grad_())
+        return start[0]
+
+    tokens = tokens.to(next(model.parameters()).device)
+    with torch.enable_grad(), attached(model, [("blocks.0.hook_resid_pre", begin)]):
+        logits = model(tokens, return_type="logits")
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+        )
+        loss = losses.reshape(len(tokens), -1).mean(1).sum()
+        if not bool(torch.isfinite(loss)):
+            raise InputError("the loss is not finite; expected weights without NaN or infinity")
+        torch.autograd.grad(loss, start)
