@@ -1,0 +1,19 @@
+"""A physically smaller model from a mask, and checkpoints of it that stock engines run."""
+
+from gainlens.export.attention import sliced_attention
+from gainlens.export.canonical import canonical_plan
+from gainlens.export.modeling import plan_of, register_auto_classes
+from gainlens.export.plan import SlicePlan
+from gainlens.export.slim import Parity, load_slim, slim
+
+register_auto_classes()
+
+__all__ = [
+    "Parity",
+    "SlicePlan",
+    "canonical_plan",
+    "load_slim",
+    "plan_of",
+    "sliced_attention",
+    "slim",
+]

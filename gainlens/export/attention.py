@@ -1,0 +1,195 @@
+"""The attention of a slim model: the compiled sliced kernel where it is installed.
+
+This is the one place that knows of the kernels package. Registered with transformers under
+``ATTENTION``; ``attn_implementation="eager"`` or ``"sdpa"`` choose transformers' own instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+_compiled: Callable[..., torch.Tensor] | None = None
+try:
+    from gainlens_kernels import sliced_attention as _compiled
+except ImportError:  # installed without the kernels
+    pass
+
+ATTENTION = "gainlens_sliced"
+FEW_QUERIES = 16
+"""Up to this many query positions the matrix products are done group by group."""
+
+
+def sliced_attention(
+    q: Float[torch.Tensor, "batch head tq d_qk"],
+    k: Float[torch.Tensor, "batch kv_head tk d_qk"],
+    v: Float[torch.Tensor, "batch kv_head tk d_v"],
+    *,
+    scale: float,
+    causal: bool = True,
+) -> Float[torch.Tensor, "batch head tq d_v"]:
+    """Attention with keys and values of any two widths; query head h reads key head h // group.
+
+    Args:
+        q, k, v: queries, keys and values.
+        scale: what a query-key product is multiplied by.
+        causal: the last query sees all keys, the one before all but the last, and so on.
+    """
+    if _compiled is not None:
+        out: torch.Tensor = _compiled(q, k, v, scale=scale, causal=causal)
+        return out
+    return plain_attention(q, k, v, scale=scale, causal=causal)
+
+
+def plain_attention(
+    q: Float[torch.Tensor, "batch head tq d_qk"],
+    k: Float[torch.Tensor, "batch kv_head tk d_qk"],
+    v: Float[torch.Tensor, "batch kv_head tk d_v"],
+    *,
+    scale: float,
+    causal: bool = True,
+    mask: Bool[torch.Tensor, "batch _ tq tk"] | None = None,
+) -> Float[torch.Tensor, "batch head tq d_v"]:
+    """The same from PyTorch's own operators, in their fastest formulation for thin keys.
+
+    Args:
+        q, k, v, scale, causal: as for ``sliced_attention``.
+        mask: True where a query may see a key; takes the place of ``causal``.
+    """
+    batch, heads, tq, _ = q.shape
+    kv_heads, tk = k.shape[1], k.shape[2]
+    d_v = v.shape[3]
+    if mask is None and causal and tq > 1 and tq != tk:
+        ones = torch.ones(tq, tk, dtype=torch.bool, device=q.device)
+        mask = ones.tril(diagonal=tk - tq)[None, None]
+    if tq <= FEW_QUERIES and q.device.type == "cpu" and not torch.compiler.is_compiling():
+        grouped = q.reshape(batch, kv_heads, -1, q.shape[3])
+        logits = torch.matmul(grouped, k.transpose(2, 3)) * scale
+        if mask is None and causal and tq > 1:
+            mask = torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq)[None, None]
+        if mask is not None:
+            shown = logits.view(batch, heads, tq, tk).masked_fill(~mask, float("-inf"))
+            logits = shown.view(logits.shape)
+        weights = torch.softmax(logits, -1, dtype=_wide(v)).nan_to_num(0.0).to(v.dtype)
+        return torch.matmul(weights, v).view(batch, heads, tq, d_v)
+    # Unequal widths push PyTorch off its fast paths, so the narrower is padded with zeros.
+    width = max(q.shape[3], d_v)
+    if q.shape[3] < width:
+        q, k = pad(q, (0, width - q.shape[3])), pad(k, (0, width - k.shape[3]))
+    elif d_v < width:
+        v = pad(v, (0, width - d_v))
+    out = scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=causal and mask is None and tq > 1,
+        scale=scale,
+        enable_gqa=heads != kv_heads,
+    )
+    return out[..., :d_v]
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Float[torch.Tensor, "batch head tq d_qk"],
+    key: Float[torch.Tensor, "batch kv_head tk d_qk"],
+    value: Float[torch.Tensor, "batch kv_head tk d_v"],
+    attention_mask: torch.Tensor | None,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Float[torch.Tensor, "batch tq head d_v"], None]:
+    """What transformers calls: ``[batch, pos, head, d_v]`` and no attention weights."""
+    if dropout:
+        out = eager_forward(module, query, key, value, attention_mask, scaling, dropout)[0]
+        return out, None
+    if attention_mask is None:
+        out = sliced_attention(query, key, value, scale=scaling)
+    else:
+        shown = attention_mask[..., : key.shape[2]]
+        seen = shown if shown.dtype == torch.bool else shown >= 0
+        out = plain_attention(query, key, value, scale=scaling, mask=seen)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def eager_forward(
+    module: torch.nn.Module,
+    query: Float[torch.Tensor, "batch head tq d_qk"],
+    key: Float[torch.Tensor, "batch kv_head tk d_qk"],
+    value: Float[torch.Tensor, "batch kv_head tk d_v"],
+    attention_mask: torch.Tensor | None,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Float[torch.Tensor, "batch tq head d_v"], Float[torch.Tensor, "batch head tq tk"]]:
+    """Every attention weight in memory; for ``output_attentions`` and for dropout."""
+    group = query.shape[1] // key.shape[1]
+    keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    logits = torch.matmul(query, keys.transpose(2, 3)) * scaling
+    tq, tk = logits.shape[-2:]
+    if attention_mask is None:
+        ones = torch.ones(tq, tk, dtype=torch.bool, device=query.device)
+        logits = logits.masked_fill(~ones.tril(tk - tq), float("-inf"))
+    elif attention_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attention_mask[..., :tk], torch.finfo(logits.dtype).min)
+    else:
+        logits = logits + attention_mask[..., :tk]
+    weights = torch.softmax(logits, -1, dtype=_wide(query)).to(query.dtype)
+    weights = torch.nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, values).transpose(1, 2).contiguous(), weights
+
+
+def sliced_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    attention_mask: Bool[torch.Tensor, "batch tk"] | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """None where the causal rule (last query sees all keys) says it all, else a boolean mask."""
+    from transformers.masking_utils import sdpa_mask
+
+    plain = (
+        allow_is_causal_skip
+        and not torch.compiler.is_compiling()
+        and not isinstance(q_offset, torch.Tensor)
+        and q_offset + q_length == kv_offset + kv_length
+        and (local_size is None or kv_offset + kv_length <= local_size)
+        and (attention_mask is None or bool(attention_mask[:, :kv_length].all()))
+    )
+    if plain:
+        return None
+    mask: torch.Tensor | None = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip and q_length in (1, kv_length),
+        **kwargs,
+    )
+    return mask
+
+
+def register() -> None:
+    """Make ``attn_implementation="gainlens_sliced"`` known to transformers."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, attention_forward)
+    AttentionMaskInterface.register(ATTENTION, sliced_mask)

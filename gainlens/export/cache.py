@@ -1,0 +1,85 @@
+"""A key-value cache layer that grows in place.
+
+transformers' own layer copies the whole cache for every token, which costs as much memory
+traffic as reading it twice. This one keeps spare room and writes behind the last token; what it
+hands out is a view, whose last axis is contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+SPARE = 256
+"""Least room for further tokens when the buffer is made anew; beyond, it grows by a quarter."""
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """``DynamicLayer`` with spare room; falls back on it for gradients and while compiling."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keys: Any
+        self.values: Any
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._views: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self,
+        key_states: Float[torch.Tensor, "batch kv_head new d_key"],
+        value_states: Float[torch.Tensor, "batch kv_head new d_value"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Float[torch.Tensor, "..."], Float[torch.Tensor, "..."]]:
+        """Append and return everything so far."""
+        if torch.compiler.is_compiling() or key_states.requires_grad or value_states.requires_grad:
+            self._buffers = self._views = None
+            grown: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
+            return grown
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[-2]
+        old = self.get_seq_length()
+        # Cropping and reordering replace self.keys, and with it the claim on the buffer's tail.
+        mine = self._views is not None and self._views[0] is self.keys
+        if not mine or self._buffers is None or old + new > self._buffers[0].shape[-2]:
+            room = old + new + max(SPARE, (old + new) // 4)
+            self._buffers = (
+                _room(self.keys, key_states, old, room),
+                _room(self.values, value_states, old, room),
+            )
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, old : old + new] = states
+        self.keys, self.values = (b[:, :, : old + new] for b in self._buffers)
+        self._views = (self.keys, self.values)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._buffers = self._views = None
+        super().reset()
+
+
+def _room(
+    before: torch.Tensor, like: torch.Tensor, old: int, room: int
+) -> Float[torch.Tensor, "batch kv_head room d"]:
+    batch, heads, _, width = like.shape
+    buffer = like.new_empty(batch, heads, room, width)
+    if old:
+        buffer[:, :, :old] = before
+    return buffer
+
+
+def use_growing_layer(cache: Any, layer: int) -> None:
+    """Let a fresh, plain ``DynamicCache`` keep ``layer`` in a ``GrowingLayer``."""
+    if type(cache) is not DynamicCache or torch.compiler.is_compiling():
+        return
+    if layer < len(cache.layers):
+        found = cache.layers[layer]
+        if type(found) is DynamicLayer and not found.is_initialized:
+            cache.layers[layer] = GrowingLayer()
+    elif getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
+        cache.layer_class_to_replicate = GrowingLayer

@@ -1,0 +1,68 @@
+"""Where the kept dimensions of a layer's heads go: slots of a thin head.
+
+Where keys rotate, a thin head is a row of slot pairs (s, s + width/2), as in the half-split
+layout of the full one. A kept rotary pair fills one slot pair and brings its frequency. Kept
+dimensions that don't rotate fill slot pairs of frequency zero, two by two. Heads with fewer
+slots than the widest are padded with empty ones, whose rows are zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLayout:
+    """One layer's slots.
+
+    Attributes:
+        width: dimensions of a thin key head.
+        order: ``[kv_head, width]``, the original dimension in each slot; -1 where empty.
+        frequency: ``[kv_head, width / 2]``, the rotary pair whose angle each slot pair turns by,
+            or the number of rotary pairs where it doesn't turn; None without rotation.
+        natural: whether the layout is that of the uncut head.
+    """
+
+    width: int
+    order: npt.NDArray[np.int64]
+    frequency: npt.NDArray[np.int64] | None
+    natural: bool
+
+
+def head_layout(keep: npt.NDArray[np.bool_], rotary_dim: int) -> HeadLayout:
+    """Lay out one layer.
+
+    Args:
+        keep: ``[kv_head, d_head]``, whole rotary pairs.
+        rotary_dim: how many leading dimensions rotate, in half-split pairs.
+    """
+    n_heads, d_head = keep.shape
+    if rotary_dim == 0:
+        width = int(keep.sum(1).max())
+        order = np.full((n_heads, width), -1, dtype=np.int64)
+        for head, row in enumerate(keep):
+            dims = np.flatnonzero(row)
+            order[head, : len(dims)] = dims
+        return HeadLayout(width, order, None, bool(keep.all()))
+    n_pairs = rotary_dim // 2
+    pairs = [np.flatnonzero(row[:n_pairs]) for row in keep]
+    still = [rotary_dim + np.flatnonzero(row[rotary_dim:]) for row in keep]
+    slots = max(len(p) + (len(s) + 1) // 2 for p, s in zip(pairs, still, strict=True))
+    order = np.full((n_heads, 2 * slots), -1, dtype=np.int64)
+    frequency = np.full((n_heads, slots), n_pairs, dtype=np.int64)
+    for head, (turning, single) in enumerate(zip(pairs, still, strict=True)):
+        n = len(turning)
+        order[head, :n], order[head, slots : slots + n] = turning, turning + n_pairs
+        frequency[head, :n] = turning
+        first = (len(single) + 1) // 2
+        order[head, n : n + first] = single[:first]
+        order[head, slots + n : slots + n + len(single) - first] = single[first:]
+    # An empty slot is zero whatever its angle; sharing the widest head's row keeps a layer whose
+    # heads differ by padding alone in one shape, and avoids a column of zero frequency.
+    if rotary_dim == d_head:
+        frequency[frequency == n_pairs] = 0
+    natural = bool(keep.all()) and rotary_dim == d_head
+    return HeadLayout(2 * slots, order, frequency, natural)

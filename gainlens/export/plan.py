@@ -1,0 +1,357 @@
+"""``SlicePlan``: which key dimensions every key head of every layer keeps, physically."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+
+from gainlens.ablation.mask import KeyMask, Scope
+from gainlens.errors import FileFormatError, InputError
+from gainlens.export.layout import HeadLayout, head_layout
+from gainlens.files import FORMAT, read_json, write_json
+from gainlens.model.sites import pair_partners
+from gainlens.probes.gains import KeyGains
+
+Basis = Literal["own", "canonical"]
+BASES: tuple[Basis, ...] = ("own", "canonical")
+KIND = "slice_plan"
+
+
+@dataclass(frozen=True, eq=False)
+class SlicePlan:
+    """Which key dimensions stay: boolean ``[layer, kv_head, d_head]``, and how wide values become.
+
+    A plan may be ragged: a layer's heads are padded to the widest with zero rows, which add
+    nothing to a logit. Rotary pairs are kept or cut whole.
+
+    Attributes:
+        keep: True for what stays, on the CPU.
+        value_widths: dimensions of a value head, per layer; None leaves values alone.
+        basis: ``own`` when ``keep`` indexes the model's own dimensions, ``canonical`` when it
+            indexes the singular directions of each head's query-key product, strongest first
+            (only for models that don't rotate).
+        fingerprint: hash of the model's weights (``gainlens.model.fingerprint``), or None for a
+            plan that was made by hand; ``slim`` then checks the shape alone.
+        facts: how it was made (score, scope, fraction, …).
+
+    Raises:
+        InputError: a head that keeps nothing, a shape or a value width that no model has.
+    """
+
+    keep: Bool[torch.Tensor, "layer kv_head d_head"]
+    value_widths: tuple[int, ...] | None = None
+    basis: Basis = "own"
+    fingerprint: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        keep = KeyMask(self.keep).keep
+        empty = (~keep.any(-1)).nonzero()
+        if len(empty):
+            layer, head = (int(i) for i in empty[0])
+            raise InputError(
+                f"plan leaves key head {head} of layer {layer} no dimension: expected at least "
+                "one (a rotary pair where keys rotate)"
+            )
+        if self.basis not in BASES:
+            raise InputError(f"basis={self.basis!r} is not one of {', '.join(BASES)}")
+        if self.value_widths is not None:
+            widths = tuple(int(w) for w in self.value_widths)
+            n_layers, _, d_head = keep.shape
+            if len(widths) != n_layers or not all(1 <= w <= d_head for w in widths):
+                raise InputError(
+                    f"value_widths={widths}: expected {n_layers} widths (one per layer) between "
+                    f"1 and {d_head}"
+                )
+            object.__setattr__(self, "value_widths", widths)
+        object.__setattr__(self, "keep", keep)
+
+    def __repr__(self) -> str:
+        values = "" if self.value_widths is None else f", values {_span(self.value_widths)}"
+        return f"SlicePlan({self.shape}, keeps {self.fraction_kept:.1%} of key dimensions{values})"
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, SlicePlan)
+            and torch.equal(self.keep, other.keep)
+            and (self.value_widths, self.basis) == (other.value_widths, other.basis)
+            and self.fingerprint == other.fingerprint
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.keep.numpy().tobytes(), self.value_widths, self.basis))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(n_layers, n_kv_heads, d_head)`` of the model it cuts."""
+        n_layers, n_kv_heads, d_head = self.keep.shape
+        return n_layers, n_kv_heads, d_head
+
+    @property
+    def fraction_kept(self) -> float:
+        """Share of key dimensions that stay, 0 to 1 (padding of ragged heads not counted)."""
+        return float(self.keep.float().mean())
+
+    @property
+    def mask(self) -> KeyMask:
+        """The same choice as a ``KeyMask``, for ablation."""
+        return KeyMask(self.keep, self.facts)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all heads of all layers keep the same dimensions."""
+        return bool((self.keep == self.keep[:1, :1]).all())
+
+    def layouts(self, rotary_dim: int) -> list[HeadLayout]:
+        """Where each kept dimension goes, one layout per layer.
+
+        Args:
+            rotary_dim: how many leading dimensions of a head rotate (half-split pairs); 0 for
+                models that don't rotate and for plans in the canonical basis.
+
+        Raises:
+            InputError: half of a rotary pair is kept.
+        """
+        self.check_pairs(rotary_dim)
+        return [head_layout(layer.numpy(), rotary_dim) for layer in self.keep]
+
+    def key_widths(self, rotary_dim: int) -> tuple[int, ...]:
+        """Physical width of a key head, per layer: the widest head's, even where keys rotate."""
+        return tuple(layout.width for layout in self.layouts(rotary_dim))
+
+    def cache_bytes_per_token(self, rotary_dim: int, bytes_per_number: int = 4) -> tuple[int, int]:
+        """Bytes that one token takes in the key cache and in the value cache, all layers."""
+        n_layers, n_kv_heads, d_head = self.shape
+        values = self.value_widths or (d_head,) * n_layers
+        per = n_kv_heads * bytes_per_number
+        return sum(self.key_widths(rotary_dim)) * per, sum(values) * per
+
+    def check_pairs(self, rotary_dim: int) -> None:
+        """Raise ``InputError`` where one dimension of a rotary pair stays without the other."""
+        partner = pair_partners(self.shape[2], rotary_dim, "half" if rotary_dim else "none")
+        split = (self.keep & ~self.keep[..., partner]).nonzero()
+        if len(split):
+            layer, head, dim = (int(i) for i in split[0])
+            kept = int(self.keep[layer, head].sum())
+            raise InputError(
+                f"plan keeps {kept} dimensions of key head {head} of layer {layer}, among them "
+                f"{dim} without {int(partner[dim])}, which rotates with it: expected whole rotary "
+                "pairs (unit='pair')"
+            )
+
+    def check_model(self, shape: tuple[int, int, int], fingerprint: str, name: str) -> None:
+        """Raise ``InputError`` unless the plan was made for this model."""
+        if self.shape != shape:
+            raise InputError(
+                f"plan has shape {self.shape}: {name} has [layer, kv_head, d_head] = {shape}"
+            )
+        if self.fingerprint is not None and self.fingerprint != fingerprint:
+            raise InputError(
+                f"plan was made for another model (weights {self.fingerprint[:12]}): this "
+                f"{name} has weights {fingerprint[:12]}"
+            )
+
+    def with_values(self, widths: int | float | Sequence[int] | None) -> SlicePlan:
+        """The same keys with value heads of ``widths``.
+
+        Args:
+            widths: dimensions (int), a share of them (float between 0 and 1), one width per
+                layer, or None for full values.
+        """
+        return replace(self, value_widths=_value_widths(widths, self.shape))
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: KeyMask,
+        *,
+        values: int | float | Sequence[int] | None = None,
+        fingerprint: str | None = None,
+    ) -> SlicePlan:
+        """The plan that keeps what a mask keeps; the mask's facts carry over.
+
+        Args:
+            mask: of the model to cut.
+            values: as for ``with_values``.
+            fingerprint: of the model; taken from the mask's facts where they have one.
+
+        Raises:
+            InputError: not a mask, or a head that would keep nothing.
+        """
+        if not isinstance(mask, KeyMask):
+            raise InputError(f"mask={type(mask).__name__}: expected a KeyMask")
+        return cls(
+            mask.keep,
+            _value_widths(values, mask.shape),
+            fingerprint=fingerprint or mask.facts.get("fingerprint"),
+            facts=dict(mask.facts),
+        )
+
+    @classmethod
+    def from_gains(
+        cls,
+        gains: KeyGains,
+        keep: float = 0.5,
+        score: str = "qk",
+        scope: Scope = "head",
+        *,
+        values: int | float | Sequence[int] | None = None,
+    ) -> SlicePlan:
+        """Keep the best-scoring share ``keep`` of the units, within each group of the scope.
+
+        Whole rotary pairs are the units where keys rotate. A head that a wide scope would leave
+        nothing keeps its best unit.
+
+        Args:
+            gains: from ``probe_gains`` of the model.
+            keep: share of key dimensions that stay, above 0 and up to 1.
+            score, scope: as for ``KeyMask.quietest``.
+            values: as for ``with_values``.
+        """
+        if isinstance(keep, bool) or not 0 < keep <= 1:
+            raise InputError(f"keep={keep!r}: expected a share above 0 and up to 1")
+        mask = KeyMask.quietest(gains, 1 - keep, score, scope, "pair")
+        kept = mask.keep | (~mask.keep.any(-1, keepdim=True) & _loudest(gains, score))
+        return cls(
+            kept,
+            _value_widths(values, gains.shape),
+            fingerprint=gains.model.fingerprint,
+            facts={**mask.facts, "n_documents": gains.n_documents, "n_tokens": gains.n_tokens},
+        )
+
+    @classmethod
+    def identity(cls, model: Any) -> SlicePlan:
+        """The plan that cuts nothing of ``model`` (any of the three kinds)."""
+        from gainlens.export.sources import open_source
+
+        source = open_source(model)
+        return cls(
+            torch.ones(source.shape, dtype=torch.bool),
+            fingerprint=source.fingerprint,
+            facts={"order": "identity"},
+        )
+
+    def nearest_shared(self, rotary_dim: int, width: int | None = None) -> SlicePlan:
+        """The plan with one index set for all heads that agrees with this one most.
+
+        Args:
+            rotary_dim: as for ``layouts``.
+            width: key dimensions that each head keeps; by default this plan's mean, rounded to
+                whole pairs.
+        """
+        d_head = self.shape[2]
+        partner = pair_partners(d_head, rotary_dim, "half" if rotary_dim else "none")
+        votes = self.keep.float().mean((0, 1))
+        votes = votes + votes[partner]
+        wanted = max(2, 2 * round(self.fraction_kept * d_head / 2)) if width is None else width
+        keep = torch.zeros(d_head, dtype=torch.bool)
+        for dim in torch.argsort(votes, descending=True, stable=True).tolist():
+            if int(keep.sum()) >= wanted:
+                break
+            keep[dim] = keep[partner[dim]] = True
+        return replace(
+            self,
+            keep=keep.expand(self.shape).clone(),
+            facts={**self.facts, "shared_from": "votes of the heads"},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready description; kept dimensions as lists of indices."""
+        return {
+            "format": FORMAT,
+            "kind": KIND,
+            "fingerprint": self.fingerprint,
+            "shape": list(self.shape),
+            "basis": self.basis,
+            "keep": [[head.nonzero().flatten().tolist() for head in layer] for layer in self.keep],
+            "value_widths": None if self.value_widths is None else list(self.value_widths),
+            "facts": self.facts,
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, where: str = "plan") -> SlicePlan:
+        """Read what ``to_json`` made.
+
+        Raises:
+            FileFormatError: not a plan, of another version, or with indices out of range.
+            InputError: a plan that no model can be cut by.
+        """
+        try:
+            if value["format"] != FORMAT or value["kind"] != KIND:
+                raise FileFormatError(
+                    f"{where} is not a slice plan of format {FORMAT}: it says {value['kind']!r}, "
+                    f"{value['format']!r}"
+                )
+            n_layers, n_kv_heads, d_head = (int(n) for n in value["shape"])
+            rows = value["keep"]
+            if len(rows) != n_layers or any(len(layer) != n_kv_heads for layer in rows):
+                raise FileFormatError(
+                    f"{where}: keep does not hold {n_layers} × {n_kv_heads} heads"
+                )
+            keep = torch.zeros(n_layers, n_kv_heads, d_head, dtype=torch.bool)
+            for layer, heads in enumerate(rows):
+                for head, dims in enumerate(heads):
+                    if any(not isinstance(d, int) or not 0 <= d < d_head for d in dims):
+                        raise FileFormatError(
+                            f"{where}: key head {head} of layer {layer} names a dimension "
+                            f"outside 0..{d_head - 1}"
+                        )
+                    keep[layer, head, dims] = True
+            return cls(
+                keep,
+                None if value["value_widths"] is None else tuple(value["value_widths"]),
+                value["basis"],
+                value["fingerprint"],
+                dict(value["facts"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise FileFormatError(f"{where} is not a slice plan: {error!r}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write one JSON file."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> SlicePlan:
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileFormatError: missing, truncated, or not a plan.
+        """
+        return cls.from_json(read_json(path), str(path))
+
+
+def _span(widths: Sequence[int]) -> str:
+    low, high = min(widths), max(widths)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _loudest(gains: KeyGains, score: str) -> Bool[torch.Tensor, "layer kv_head d_head"]:
+    values: Float[torch.Tensor, "layer kv_head d_head"] = gains.score(score, unit="pair")
+    best = values.argmax(-1, keepdim=True)
+    chosen = torch.zeros(gains.shape, dtype=torch.bool).scatter(-1, best, True)
+    return chosen | chosen[..., gains.model.partner]
+
+
+def _value_widths(
+    widths: int | float | Sequence[int] | None, shape: tuple[int, int, int]
+) -> tuple[int, ...] | None:
+    n_layers, _, d_head = shape
+    if widths is None:
+        return None
+    if isinstance(widths, bool | str):
+        raise InputError(f"values={widths!r}: expected a width, a share, or one width per layer")
+    if isinstance(widths, float):
+        if not 0 < widths <= 1:
+            raise InputError(f"values={widths!r}: expected a share above 0 and up to 1")
+        return (max(1, round(widths * d_head)),) * n_layers
+    if isinstance(widths, int):
+        return (widths,) * n_layers
+    return tuple(widths)

@@ -1,0 +1,95 @@
+"""What the three kinds of model have in common for ``slim``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+
+from gainlens.errors import UnsupportedModelError
+from gainlens.export.families import FAMILIES, SlimFamily
+from gainlens.export.weights import AttentionWeights
+from gainlens.model.fingerprint import model_fingerprint
+
+KeyMap = Float[torch.Tensor, "layer kv_head d_head d_head"]
+"""What a key is multiplied by from the right, per head: a diagonal of 0 and 1, or a projection."""
+ValueMap = Float[torch.Tensor, "layer kv_head d_value d_value"]
+"""The same for attention outputs before the output projection."""
+Flows = Float[torch.Tensor, "layer kv_head d_value d_value"]
+"""Second moment of what flows out of the attention, mean over tokens and query heads."""
+
+
+class Source(ABC):
+    """Read access to a model that is to be made slim; the model stays as it is.
+
+    Attributes:
+        model: the object that was passed.
+        config: the Hugging Face configuration.
+        architecture: the Hugging Face architecture name.
+        family: its row.
+    """
+
+    def __init__(self, model: Any, config: Any, architecture: str) -> None:
+        self.model, self.config, self.architecture = model, config, architecture
+        family = FAMILIES.get(architecture)
+        if family is None:
+            raise UnsupportedModelError(
+                f"{architecture} can't be made slim: known are {', '.join(FAMILIES)}"
+            )
+        reason = family.refuse(config)
+        if reason is not None:
+            raise UnsupportedModelError(f"{architecture} can't be made slim: {reason}")
+        self.family: SlimFamily = family
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(n_layers, n_kv_heads, d_head)``."""
+        family, config = self.family, self.config
+        return self.n_layers, family.n_kv_heads(config), family.d_head(config)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weights, the same for the three kinds."""
+        return model_fingerprint(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        first: torch.Tensor = next(self.model.parameters())
+        return first.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        first: torch.Tensor = next(self.model.parameters())
+        return first.dtype
+
+    @abstractmethod
+    def attention(self, layer: int) -> AttentionWeights:
+        """One layer's attention; the tensors may be the model's own and are never written."""
+
+    @abstractmethod
+    def others(self, wanted: list[str]) -> Iterator[tuple[str, Float[torch.Tensor, "..."]]]:
+        """The other parameters by Hugging Face name; tensors may be the model's own."""
+
+    @abstractmethod
+    def logits(
+        self,
+        tokens: Int[torch.Tensor, "document pos"],
+        keys: KeyMap | None = None,
+        values: ValueMap | None = None,
+    ) -> Float[torch.Tensor, "document pos vocab"]:
+        """The original's logits, float32, with its keys and attention outputs multiplied."""
+
+    @abstractmethod
+    def flows(self, batches: list[Int[torch.Tensor, "document pos"]], keys: KeyMap | None) -> Flows:
+        """Second moments at the output projection's input over the text, float64 on the CPU."""

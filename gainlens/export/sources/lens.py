@@ -1,0 +1,73 @@
+"""What the two TransformerLens kinds have in common: masking through their own hooks."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+
+from gainlens.ablation import KeyMask, ablation_hooks
+from gainlens.export.sources.base import Flows, KeyMap, Source, ValueMap
+from gainlens.export.sources.huggingface import second_moment
+from gainlens.model.hooks import Hook, attached
+
+
+class LensSource(Source):
+    """A model with ``hook_k`` and ``hook_z``; see ``Source``."""
+
+    def logits(
+        self,
+        tokens: Int[torch.Tensor, "document pos"],
+        keys: KeyMap | None = None,
+        values: ValueMap | None = None,
+    ) -> Float[torch.Tensor, "document pos vocab"]:
+        """See ``Source``."""
+        hooks = self._key_hooks(keys)
+        for layer in range(self.n_layers if values is not None else 0):
+            assert values is not None
+            fn = partial(_project, maps=values[layer].to(self.device))
+            hooks.append((f"blocks.{layer}.attn.hook_z", fn))
+        with torch.no_grad(), attached(self.model, hooks):
+            out: torch.Tensor = self.model(tokens.to(self.device), return_type="logits")
+        return out.float().cpu()
+
+    def flows(self, batches: list[Int[torch.Tensor, "document pos"]], keys: KeyMap | None) -> Flows:
+        """See ``Source``."""
+        n_layers, n_kv, d_head = self.shape
+        sums = torch.zeros(n_layers, n_kv, d_head, d_head, dtype=torch.float64)
+        count = 0
+
+        def record(z: torch.Tensor, hook: Any, *, layer: int) -> None:
+            sums[layer] += second_moment(z.flatten(2), n_kv, z.shape[2])
+
+        hooks = self._key_hooks(keys)
+        for layer in range(n_layers):
+            hooks.append((f"blocks.{layer}.attn.hook_z", partial(record, layer=layer)))
+        with torch.no_grad(), attached(self.model, hooks):
+            for batch in batches:
+                self.model(batch.to(self.device), return_type=None)
+                count += batch.numel()
+        return sums / count
+
+    def _key_hooks(self, keys: KeyMap | None) -> list[Hook]:
+        if keys is None:
+            return []
+        diagonal = torch.diagonal(keys, dim1=-2, dim2=-1)
+        if torch.equal(torch.diag_embed(diagonal), keys):
+            return list(ablation_hooks(self.model, KeyMask(diagonal > 0.5), "zero"))
+        return [
+            (f"blocks.{layer}.attn.hook_k", partial(_project, maps=keys[layer].to(self.device)))
+            for layer in range(self.n_layers)
+        ]
+
+
+def _project(
+    x: Float[torch.Tensor, "batch pos head d"],
+    hook: Any,
+    *,
+    maps: Float[torch.Tensor, "kv_head d d"],
+) -> Float[torch.Tensor, "batch pos head d"]:
+    wide = maps.to(x.dtype).repeat_interleave(x.shape[2] // len(maps), 0)
+    return torch.einsum("bphd,hde->bphe", x, wide)
