@@ -34,14 +34,12 @@ from gainlens.analysis.map_stability import map_stability
 from gainlens.environment import environment
 from gainlens.files import check_writable, write_json
 
-LENGTH = 256
-
 
 def record(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that the map page shows, for one model."""
     seed, permutations, seconds = options.seed, options.permutations, {}
     model = gl.load_model(options.model)
-    length = min(LENGTH, int(getattr(model.cfg, "n_ctx", LENGTH) or LENGTH))
+    length = min(options.length, int(getattr(model.cfg, "n_ctx", 0) or options.length))
 
     def text(source: str, n_docs: int, split: str, tokens: int = length) -> torch.Tensor:
         return gl.load_tokens(source, model, n_docs=n_docs, length=tokens, split=split)
@@ -88,7 +86,7 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
         validation,
         margin=options.margin,
         observation=seen,
-        patch=validation[: max(2, options.judges // 2)],
+        patch=validation[: max(2, options.judges // 2), : length // 2],
     )
     timed("red_line", start)
     cmap = replace(cmap, sinks=sinks, price=price, red_line=line, stability=stability["rms"])
@@ -102,7 +100,8 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
             "sinks": f"the first {options.docs // 2} documents of the gains' text",
             "red line, chosen on": f"sotu training, {options.judges} documents × {length // 2}",
             "judged on": f"sotu validation, {len(validation)} documents × {length} tokens",
-            "units patched alone on": f"the first {max(2, options.judges // 2)} of those",
+            "units patched alone on": f"the first {max(2, options.judges // 2)} of those, "
+            f"{length // 2} tokens",
         },
         "answers": answers(cmap, invariant),
         "claims": claims(cmap),
@@ -155,24 +154,26 @@ def scale(options: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng(options.seed)
     gains = np.exp(0.5 * rng.standard_normal((32, 32, 128)))
     frequency = np.tile(1e5 ** (-np.arange(64) / 64), 2)
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     found = {}
     for name, more in (("both nulls", {"frequency": frequency}), ("plain null", {})):
         for heads in (True, False):
-            times = []
+            times, work = [], []
             for _ in range(options.repeats):
-                start = time.perf_counter()
+                start, cpu = time.perf_counter(), time.process_time()
                 gl.coordinate_map(gains, n_permutations=options.permutations, heads=heads, **more)
                 times.append(time.perf_counter() - start)
+                work.append(time.process_time() - cpu)
             kind = "with heads" if heads else "layers only"
             found[f"{name}, {kind}"] = {
                 "median_s": round(float(np.median(times)), 2),
                 "all_s": [round(t, 2) for t in times],
+                "processor_s": [round(t, 2) for t in work],
             }
     return {
         "shape": list(gains.shape),
         "permutations": options.permutations,
-        "threads": 2,
+        "threads": options.threads,
         "target": "under 10 s on 2 cores",
         "seconds": found,
     }
@@ -244,9 +245,11 @@ def main() -> None:
     parser.add_argument("--map", help="also save the map itself here")
     parser.add_argument("--docs", type=int, default=16, help="calibration documents")
     parser.add_argument("--judges", type=int, default=8, help="validation documents")
+    parser.add_argument("--length", type=int, default=256, help="tokens per document")
     parser.add_argument("--margin", type=float, default=0.05, help="of the red line, in nats")
     parser.add_argument("--permutations", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="of --scale")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--planted", action="store_true")

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 
 from gainlens.analysis.similarity import (
@@ -63,13 +62,18 @@ def in_chunks(orders: Orders, size: int = 100) -> Iterator[Orders]:
         yield orders[start : start + size]
 
 
-def shuffle(x: Float[np.ndarray, "layer *row unit"], orders: Orders) -> torch.Tensor:
+def shuffle(
+    x: Float[np.ndarray, "layer *row unit"], orders: Orders
+) -> Float[np.ndarray, "permutation layer *row unit"]:
     """``x`` with the units of each layer in the given orders, float32, one copy each."""
-    rows = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
-    index = torch.from_numpy(orders)
-    if rows.ndim == 3:
-        index = index[:, :, None, :].expand(-1, -1, rows.shape[1], -1)
-    return rows.expand(len(orders), *rows.shape).gather(-1, index)
+    rows = x.astype(np.float32, copy=False)
+    layers = np.arange(len(x))
+    if x.ndim == 2:
+        moved: np.ndarray = rows[layers[:, None], orders]
+    else:
+        heads = np.arange(x.shape[1])
+        moved = rows[layers[:, None, None], heads[:, None], orders[:, :, None, :]]
+    return moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +116,7 @@ def pair_test(
     i, j = alive[i], alive[j]
     values = np.concatenate(
         [
-            torch.bmm(moved, moved.transpose(1, 2)).numpy()[:, i, j]
+            (moved @ moved.transpose(0, 2, 1))[:, i, j]
             for chunk in in_chunks(orders)
             for moved in [shuffle(rows, chunk)]
         ]
