@@ -14,12 +14,16 @@ report: install
 
 test: test-bridge test-hooked
 
+# Two processes of one thread each: small models gain nothing from threads, and lose when they share.
+TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+WORKERS ?= 2
+
 test-bridge: install
-	$(PY) -m pytest
+	$(TEST) $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 # The same model-facing tests on transformer-lens 3.9, which still has HookedTransformer.
 test-hooked: install-hooked
-	$(PYH) -m pytest -m "not one_env"
+	$(TEST) $(PYH) -m pytest -n $(WORKERS) --dist loadfile -m "not one_env"
 
 lint: install
 	$(PY) -m ruff format --check gainlens tests

@@ -13,14 +13,15 @@ from typing import Any
 
 from gainlens.ablation.mask import KeyMask
 from gainlens.analysis import CoordinateMap, SurgeryCurve, coordinate_map, surgery
+from gainlens.analysis.map_evidence import similarity_table, with_evidence
 from gainlens.environment import environment
 from gainlens.errors import InputError
 from gainlens.files import check_writable, read_json, write_json
 from gainlens.model import load_tokens
 from gainlens.probes import KeyGains, probe_gains
-from gainlens.report.claims import FLAT_MARGIN, FUNCTIONAL_MARGIN, all_claims
-from gainlens.report.page import PageFigure, PageTable, Section, render_page
-from gainlens.report.plots import plot_gains, plot_layer_cosine, plot_surgery
+from gainlens.report.claims import all_claims
+from gainlens.report.page import render_page
+from gainlens.report.sections import all_sections, draw_figures
 
 KIND = "gainlens-report"
 
@@ -36,6 +37,7 @@ class Plan:
         fractions: shares of key dimensions cut; 0.5 and 0.8 are added, the claims need them.
         score: which gain ranks the units.
         seeds: of the random control.
+        evidence_docs: documents of each split for sinks, red line and price.
         seed: of the permutations.
         device: where the model runs.
     """
@@ -47,6 +49,7 @@ class Plan:
     fractions: tuple[float, ...] = (0.25, 0.5, 0.6, 0.8)
     score: str = "qk"
     seeds: tuple[int, ...] = (0, 1, 2)
+    evidence_docs: int = 6
     seed: int = 0
     device: str = "cpu"
 
@@ -76,7 +79,8 @@ class Plan:
             f"  probe    {self.n_docs} calibration documents × {self.length} tokens",
             f"  surgery  {points} forward passes over {self.n_docs} validation documents "
             f"({tokens} tokens each)",
-            "  map      1000 permutations",
+            f"  map      1000 permutations; sinks, red line and price of sharing on "
+            f"{min(self.evidence_docs, self.n_docs)} documents of each split",
         ]
 
 
@@ -121,7 +125,16 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
     curve = surgery(
         model, validation, gains, plan.all_fractions, score=plan.score, seeds=plan.seeds
     )
-    cmap = coordinate_map(gains, seed=plan.seed)
+    cmap = with_evidence(
+        coordinate_map(gains, seed=plan.seed),
+        model,
+        gains,
+        calibration[: plan.evidence_docs],
+        validation[: plan.evidence_docs],
+        score=plan.score,
+        fractions=(0.25, 0.5),
+        seed=plan.seed,
+    )
     seconds = time.monotonic() - started
     beside = Path(tempfile.mkdtemp(dir=out.resolve().parent, prefix=f".{out.name}."))
     try:
@@ -154,8 +167,10 @@ def _write(
 ) -> dict[str, Any]:
     gains.save(folder / "gains.safetensors")
     curve.save(folder / "surgery.json")
+    cmap.save(folder / "map.safetensors")
     claims = all_claims(curve, cmap)
-    paths = _figures(folder, plan, gains, curve, cmap)
+    similarity = similarity_table(gains, seed=plan.seed)
+    figures = draw_figures(folder, gains, curve, cmap, plan.score)
     facts: dict[str, Any] = {
         "kind": KIND,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -167,7 +182,8 @@ def _write(
         "claims": [claim.to_json() for claim in claims],
         "intact_loss": float(curve.baseline.mean()),
         "surgery": curve.table(),
-        "map": cmap.summary(),
+        "map": cmap.to_json(),
+        "similarity": similarity,
         "cut": _cut_facts(plan, gains),
         **environment(),
     }
@@ -181,7 +197,7 @@ def _write(
         calibration=f"{plan.text}, {gains.n_documents} documents, {gains.n_tokens} tokens",
         validation=f"{plan.text}, {curve.n_documents} documents, {curve.n_tokens} tokens",
         claims=claims,
-        sections=_sections(plan, curve, cmap, paths),
+        sections=all_sections(curve, cmap, similarity, figures, plan.score),
         command=f"gainlens report --model {plan.model} --text {plan.text} "
         f"--n-docs {plan.n_docs} --length {plan.length} --seed {plan.seed}",
         provenance=[
@@ -206,96 +222,4 @@ def _cut_facts(plan: Plan, gains: KeyGains) -> list[dict[str, Any]]:
             "cut": 1 - KeyMask.quietest(gains, fraction, plan.score).fraction_kept,
         }
         for fraction in plan.all_fractions
-    ]
-
-
-def _figures(
-    folder: Path, plan: Plan, gains: KeyGains, curve: SurgeryCurve, cmap: CoordinateMap
-) -> dict[str, Path]:
-    drawn = {
-        "key_gains": plot_gains(gains, plan.score).figure,
-        "surgery_impact": plot_surgery(curve, FLAT_MARGIN).figure,
-        "layer_correlation": plot_layer_cosine(cmap)[0].figure,
-    }
-    paths = {}
-    for name, figure in drawn.items():
-        paths[name] = folder / f"{name}.png"
-        figure.savefig(paths[name], dpi=130)
-    return paths
-
-
-def _sections(
-    plan: Plan, curve: SurgeryCurve, cmap: CoordinateMap, paths: dict[str, Path]
-) -> list[Section]:
-    rows = []
-    for row in curve.table():
-        low, high = row["interval"]
-        seed = "" if row["seed"] is None else f", seed {row['seed']}"
-        rows.append(
-            [
-                row["order"] + seed,
-                f"{row['fraction']:.0%}",
-                f"{row['loss']:.4f}",
-                f"{row['delta']:+.4f}",
-                f"{low:+.4f} to {high:+.4f}",
-            ]
-        )
-    s = cmap.summary()
-    return [
-        Section(
-            "surgery",
-            "Surgery: what cutting costs",
-            [
-                f"Whole rotary pairs are zeroed after the rotation, in each key head the same "
-                f"share, ranked by {plan.score} on the calibration text. The intact model has a "
-                f"loss of {curve.baseline.mean():.4f} nats per token.",
-                f"Flat means less than {FLAT_MARGIN:g} nats, highly functional less than "
-                f"{FUNCTIONAL_MARGIN:g} nats (perplexity up by about a tenth).",
-            ],
-            [
-                PageFigure.of(
-                    paths["surgery_impact"],
-                    "Rise of the loss against the share of key dimensions cut, for the quietest "
-                    "pairs, random pairs and the loudest pairs; the table below has the numbers.",
-                    "Rise of the loss against the share of key dimensions cut.",
-                )
-            ],
-            [
-                PageTable(
-                    ["order", "cut", "loss (nats)", "rise (nats)", "95% interval of the rise"],
-                    rows,
-                )
-            ],
-        ),
-        Section(
-            "map",
-            "Map: do layers use the same dimensions?",
-            [
-                f"Mean cosine between layers {s['cosine']:.3f}; shuffling each layer's dimensions "
-                f"gives {s['null_cosine']:.3f}, because non-negative vectors are never far from "
-                f"parallel (coefficient of variation {s['cv']:.2f}). After taking off each "
-                f"layer's mean, {s['centred_cosine']:.3f} is left."
-            ],
-            [
-                PageFigure.of(
-                    paths["layer_correlation"],
-                    "Two heat maps, layer by layer: the cosine of gains, and what is left of it "
-                    "above the mean of its permutation null.",
-                    "Cosine between layers, and what is left above its null.",
-                )
-            ],
-        ),
-        Section(
-            "gains",
-            "Gains",
-            ["How loud each key dimension is, by layer."],
-            [
-                PageFigure.of(
-                    paths["key_gains"],
-                    "Heat map of the gain of each key dimension by layer, on a logarithmic scale.",
-                    f"Gain ({plan.score}) of each key dimension, mean over key heads, each "
-                    "head scaled to mean 1.",
-                )
-            ],
-        ),
     ]

@@ -71,34 +71,44 @@ def cosine_claim(cmap: CoordinateMap) -> Claim:
     """The claim of one coordinate system for all layers."""
     verdict = cmap.verdict()
     s = cmap.summary()
+    low, high = verdict.interval
+    control = f"units shuffled {s['null_cosine']:.3f}"
+    if "null_cosine_band" in s:
+        control += f", shuffled within frequency bands {s['null_cosine_band']:.3f}"
     return Claim(
         "cosine above 0.99 between layers: one universal coordinate system",
         verdict,
-        f"mean cosine {s['cosine']:.3f} between layers (lowest pair {s['min_cosine']:.3f})",
-        f"layers shuffled {s['null_cosine']:.3f}; centred cosine {s['centred_cosine']:.3f}; "
-        f"CV of the gains {s['cv']:.2f}",
+        f"mean cosine {s['cosine']:.3f} [{low:.3f}, {high:.3f}] between layers (lowest pair "
+        f"{s['min_cosine']:.3f}): {cmap.answer}",
+        f"{control}; centred cosine {s['centred_cosine']:.3f}; CV of the gains {s['cv']:.2f}",
         "map",
     )
 
 
 def sink_claim(cmap: CoordinateMap) -> Claim:
-    """The claim that sinks are the same at every depth; undecided until sinks are measured."""
-    verdict = Verdict(
-        "undecided",
-        "a sink dimension is a sink at every depth",
-        float("nan"),
-        (float("nan"), float("nan")),
-        float("nan"),
-        cmap.n_documents,
-        "sink dimensions were not measured in this run",
+    """The claim that sinks are the same at every depth; undecided where they weren't measured."""
+    quote = "a sink dimension is a sink at every depth"
+    if cmap.sinks is None:
+        unknown = float("nan")
+        verdict = Verdict(
+            "undecided", quote, unknown, (unknown, unknown), unknown, cmap.n_documents
+        )
+        return Claim(quote, verdict, "sinks were not measured in this run", "none run", "sinks")
+    verdict = cmap.verdict(claim="sinks")
+    if len(cmap.sinks.layers) < 3:
+        number = f"{len(cmap.sinks.layers)} layers have a sink head, too few to follow with depth"
+        return Claim(quote, verdict, number, "none run", "sinks")
+    low, high = verdict.interval
+    number = (
+        f"a sink unit of one layer is one in another with chance {verdict.estimate:.2f} "
+        f"[{low:.2f}, {high:.2f}] (every depth: above {verdict.margin:g})"
     )
-    return Claim(
-        "a sink dimension is a sink at every depth",
-        verdict,
-        "not measured in this run",
-        "none run",
-        "map",
+    names = {"plain": "units shuffled", "band": "shuffled within frequency bands"}
+    control = "; ".join(
+        f"{names.get(name, name)} {null['chance']:.2f} (p = {null['p']:.2g})"
+        for name, null in cmap.sinks.nulls.items()
     )
+    return Claim(quote, verdict, number, control or "none run", "sinks")
 
 
 def all_claims(curve: SurgeryCurve, cmap: CoordinateMap, **choice: Any) -> list[Claim]:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gainlens.analysis.coordinates import CoordinateMap
 from gainlens.analysis.curve import SurgeryCurve
 from gainlens.analysis.intervals import t_interval
 from gainlens.probes.gains import KeyGains
@@ -75,27 +74,6 @@ def plot_surgery(
     )
     ax.legend()
     return ax
-
-
-def plot_layer_cosine(cmap: CoordinateMap, axes: tuple[Axes, Axes] | None = None) -> Any:
-    """The cosine between layers and, beside it, what is left of it above its null."""
-    if axes is None:
-        from matplotlib.figure import Figure
-
-        left, right = Figure(figsize=(10, 4.4), layout="constrained").subplots(1, 2)
-        axes = (left, right)
-    image = axes[0].imshow(cmap.cosine, cmap="viridis", vmin=0, vmax=1)
-    axes[0].set_title("cosine between layers")
-    _colour_bar(axes[0], image, "cosine")
-    excess = cmap.cosine - cmap.null_cosine
-    limit = float(np.abs(excess).max()) or 1.0
-    image = axes[1].imshow(excess, cmap="PuOr_r", vmin=-limit, vmax=limit)
-    axes[1].set_title("above the permutation null")
-    _colour_bar(axes[1], image, "cosine minus mean of the null")
-    for ax in axes:
-        ax.set_xlabel("layer")
-        ax.set_ylabel("layer")
-    return axes
 
 
 def _axes(width: float, height: float) -> Axes:

@@ -33,6 +33,11 @@ def test_report_leaves_what_a_person_opens(report):
         "surgery_impact.png",
         "layer_correlation.png",
         "key_gains.png",
+        "map.safetensors",
+        "universal_units.png",
+        "sinks.png",
+        "price.png",
+        "red_line.png",
     }
     assert [p.name for p in report.parent.iterdir()] == ["report"]
     page = (report / "index.html").read_text()
