@@ -127,6 +127,17 @@ def _make_is_plain() -> Any:
 _is_plain = _make_is_plain()
 
 
+def _refuse_forward_gradients(*tensors: torch.Tensor) -> None:
+    # A custom operator would drop the tangents without a word.
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+        for x in tensors
+    ):
+        raise NotImplementedError(
+            "sliced_attention has no forward-mode gradient; use reverse mode, or reference()"
+        )
+
+
 def sliced_attention(
     q: Float[torch.Tensor, "batch heads tq d_qk"],
     k: Float[torch.Tensor, "batch kv_heads tk d_qk"],
@@ -183,6 +194,7 @@ def sliced_attention(
     )
     if plain:
         return cpu.attend(q, k, v, scale, bool(causal), lengths, starts)
+    _refuse_forward_gradients(q, k, v)
     return _dispatch(q, k, v, scale, bool(causal), lengths, starts)
 
 

@@ -6,7 +6,9 @@ prefill a program sees all its keys and writes the output; in decode the keys of
 shared out over several programs, whose partial results a second kernel merges.
 """
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-any-return,import-not-found,import-untyped"
+# Triton has no types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-any-return"
+# mypy: disable-error-code="import-not-found,import-untyped"
 
 from __future__ import annotations
 
