@@ -33,6 +33,7 @@ from gainlens.analysis.map_sinks import find_sinks
 from gainlens.analysis.map_stability import map_stability
 from gainlens.environment import environment
 from gainlens.files import check_writable, write_json
+from gainlens.probes.probe import DEFAULT_SCORES
 
 
 def record(options: argparse.Namespace) -> dict[str, Any]:
@@ -49,7 +50,10 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
 
     start = time.perf_counter()
     speeches = text("sotu", options.docs, "calibration")
-    first, second = (gl.probe_gains(model, half) for half in (speeches[0::2], speeches[1::2]))
+    first, second = (
+        gl.probe_gains(model, half, (*DEFAULT_SCORES, "logit_std"))
+        for half in (speeches[0::2], speeches[1::2])
+    )
     gains = first + second
     domains = {
         name: gl.probe_gains(model, text(name, options.docs // 2, "calibration"))
@@ -76,14 +80,19 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
     sinks = find_sinks(seen, cmap.units, n_permutations=permutations, seed=seed)
     timed("sinks", start)
     start = time.perf_counter()
-    price = price_of_universality(model, validation, gains, (0.25, 0.5, 0.8), seeds=(seed,))
+    scores = options.scores.split(",")
+    choosing = text("sotu", options.judges, "training", length // 2)
+    price = price_of_universality(
+        model, validation, gains, (0.25, 0.5, 0.8), score=scores, choose=choosing, seeds=(seed,)
+    )
     timed("price", start)
     start = time.perf_counter()
     line = find_red_line(
         model,
         gains,
-        text("sotu", options.judges, "training", length // 2),
+        choosing,
         validation,
+        score=scores,
         margin=options.margin,
         observation=seen,
         patch=validation[: max(2, options.judges // 2), : length // 2],
@@ -98,7 +107,8 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
             "gains": f"sotu calibration, {len(speeches)} documents × {length} tokens",
             "domains": f"stdlib and pydoc calibration, {options.docs // 2} documents × {length}",
             "sinks": f"the first {options.docs // 2} documents of the gains' text",
-            "red line, chosen on": f"sotu training, {options.judges} documents × {length // 2}",
+            "rankings and red line, chosen on": f"sotu training, {options.judges} documents × "
+            f"{length // 2} tokens",
             "judged on": f"sotu validation, {len(validation)} documents × {length} tokens",
             "units patched alone on": f"the first {max(2, options.judges // 2)} of those, "
             f"{length // 2} tokens",
@@ -119,10 +129,12 @@ def answers(cmap: gl.CoordinateMap, invariant: gl.CoordinateMap) -> dict[str, An
         "is it universal": {"rms": cmap.answer, "qk": invariant.answer},
         "on what evidence": {"rms": repr(cmap), "qk": repr(invariant)},
         "which units": {
-            "rms": list(cmap.universal_units),
-            "rms, beyond their frequency": cmap.universal.units_beyond_frequency,
-            "qk": list(invariant.universal_units),
-            "qk, beyond their frequency": invariant.universal.units_beyond_frequency,
+            name: {
+                "universal": list(m.universal_units),
+                "beyond chance": list(m.universal.beyond_chance),
+                "universal beyond their frequency": m.universal.units_beyond_frequency,
+            }
+            for name, m in (("rms", cmap), ("qk", invariant))
         },
         "which sinks": repr(cmap.sinks),
         "at what price": repr(cmap.price),
@@ -137,7 +149,7 @@ def claims(cmap: gl.CoordinateMap) -> list[dict[str, Any]]:
         for r in cmap.price.rows
         if r["sharing"] == "head"  # type: ignore[union-attr]
     }
-    note = "units ranked by qk, one set per head, no training; the surgery decides this claim"
+    note = "one set per head, no training; the surgery decides this claim"
     return [
         {"claim": "half of the key dimensions can be deleted with the loss flat",
          "number": rows[0.5], "note": note},
@@ -246,6 +258,7 @@ def main() -> None:
     parser.add_argument("--docs", type=int, default=16, help="calibration documents")
     parser.add_argument("--judges", type=int, default=8, help="validation documents")
     parser.add_argument("--length", type=int, default=256, help="tokens per document")
+    parser.add_argument("--scores", default="qk,std,logit_std", help="rankings tried for cuts")
     parser.add_argument("--margin", type=float, default=0.05, help="of the red line, in nats")
     parser.add_argument("--permutations", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)

@@ -88,7 +88,8 @@ class CoordinateMap:
         return (
             f"CoordinateMap({len(self.cv)} layers × {len(self.units)} {self.units.kind}s, "
             f"{self.answer}: {map_verdict.evidence_line(self)}; "
-            f"{len(self.universal_units)} universal units{tail})"
+            f"{len(self.universal_units)} universal units, {len(self.universal.beyond_chance)} "
+            f"beyond chance{tail})"
         )
 
     @property

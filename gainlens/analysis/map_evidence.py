@@ -16,6 +16,7 @@ from gainlens.analysis.map_units import Units, unit_gains
 from gainlens.errors import InputError
 from gainlens.model.batches import Tokens
 from gainlens.probes.gains import KeyGains
+from gainlens.probes.scores import SCORES
 
 PARTS = ("sinks", "red_line", "price", "stability")
 
@@ -29,7 +30,7 @@ def with_evidence(
     *,
     parts: Sequence[str] = ("sinks", "red_line", "price"),
     texts: Mapping[str, KeyGains] | None = None,
-    score: str = "qk",
+    score: str | Sequence[str] = "qk",
     margin: float = 0.05,
     fractions: Sequence[float] = (0.25, 0.5),
     patch: bool = False,
@@ -49,7 +50,8 @@ def with_evidence(
         validation: text that judges; other documents.
         parts: which to measure, of ``PARTS``.
         texts: gains on further texts, by name, for ``stability``.
-        score: what ranks the units of the red line and the price.
+        score: what ranks the units of the red line and the price; of several, ``calibration``
+            picks.
         margin: of the red line, nats per token.
         fractions: cuts of the price.
         patch: patch each unit of the red line alone as well.
@@ -72,7 +74,14 @@ def with_evidence(
         found["sinks"] = find_sinks(observation, units, seed=seed)
     if "price" in parts:
         found["price"] = price_of_universality(
-            model, validation, gains, fractions, score=score, seeds=(seed,), progress=progress
+            model,
+            validation,
+            gains,
+            fractions,
+            score=score,
+            choose=calibration,
+            seeds=(seed,),
+            progress=progress,
         )
     if "red_line" in parts:
         found["red_line"] = find_red_line(
@@ -118,7 +127,7 @@ def _units_of(cmap: CoordinateMap, gains: KeyGains) -> Units:
 def similarity_table(
     gains: KeyGains,
     *,
-    scores: Sequence[str] = ("rms", "std", "qk"),
+    scores: Sequence[str] | None = None,
     stages: Sequence[str] = ("projected", "rotated"),
     units: Sequence[str] = ("dim", "pair"),
     n_permutations: int = 1000,
@@ -126,14 +135,20 @@ def similarity_table(
 ) -> list[dict[str, Any]]:
     """One row per gain definition, stage and unit: summary, answer and universal units.
 
-    Without rotary embeddings both stages are the same and there are no pairs; those rows are
-    left out.
+    Args:
+        gains: of a model.
+        scores: gain definitions; by default all that the gains hold statistics for.
+        stages, units: without rotary embeddings both stages are the same and there are no pairs;
+            those rows are left out, and so are those that a gain definition does not have.
+        n_permutations, seed: of the nulls.
     """
     rows = []
     rotates = bool(gains.model.rotary_dim)
-    for score in scores:
+    for score in scores or tuple(SCORES):
         for stage in stages if rotates else ("projected",):
             for unit in units if rotates else ("dim",):
+                if scores is None and not _holds(gains, score, stage, unit):
+                    continue
                 cmap = coordinate_map(
                     gains, score, stage, unit=unit, n_permutations=n_permutations, seed=seed,
                     heads=False,
@@ -152,3 +167,11 @@ def similarity_table(
                     }
                 )
     return rows
+
+
+def _holds(gains: KeyGains, score: str, stage: str, unit: str) -> bool:
+    try:
+        gains.score(score, stage=stage, unit=unit)  # type: ignore[arg-type]
+    except InputError:
+        return False
+    return True

@@ -128,6 +128,7 @@ def map_json(cmap: CoordinateMap) -> dict[str, Any]:
         "units": {**cmap.units.to_json(), "wavelength": cmap.units.wavelength},
         "measures": cmap.table(),
         "universal_units": cmap.universal_units,
+        "units_beyond_chance": cmap.universal.beyond_chance,
         "universal_beyond_frequency": cmap.universal.units_beyond_frequency,
         "universal": cmap.universal.table(),
         "heads": cmap.heads.summary() if cmap.heads else None,

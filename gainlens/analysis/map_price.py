@@ -1,8 +1,10 @@
 """The price of universality: the loss at equal cut with one index set for the whole model, with
 one per layer, with one per head.
 
-Every design keeps the same number of units in every head, chosen by the same gains: of a head its
-own, or of a layer or the whole model the mean of its heads' shares. Only the sharing differs.
+Every design keeps the same number of units in every head, chosen by gains: of a head its own, or
+of a layer or the whole model the mean of its heads' shares. Which gain ranks best depends on the
+design (a unit that few heads need dearly is lost in a mean), so several can be tried, and a text
+that does not judge picks one for each design and cut.
 """
 
 from __future__ import annotations
@@ -116,10 +118,10 @@ class Price:
 
     Attributes:
         rows: per design (``model``, ``layer``, ``head``, ``random model``) and fraction the rise
-            of the loss in nats per token with its interval.
+            of the loss in nats per token with its interval, and the score that ranked.
         rises: rise per document, ``[row, document]``.
         intact: loss of each document without a cut.
-        score: what ranked the units.
+        tried: rise on the choosing text of every score, where several were tried.
         n_units, n_tokens: units per head; length of the text.
         text: its fingerprint.
     """
@@ -127,7 +129,7 @@ class Price:
     rows: list[dict[str, Any]]
     rises: Float[np.ndarray, "row document"]
     intact: Float[np.ndarray, " document"]
-    score: str
+    tried: list[dict[str, Any]]
     n_units: int
     n_tokens: int
     text: str
@@ -165,18 +167,22 @@ class Price:
         """
         at = min(self.fractions, key=lambda f: abs(f - 0.5)) if cut is None else cut
         mean, interval = self.difference(at)
-        own = next(r["rise"] for r in self.rows if r["sharing"] == "head" and r["cut"] == at)
+        own, shared = (
+            next(r for r in self.rows if r["sharing"] == name and r["cut"] == at)
+            for name in ("head", "model")
+        )
         return non_inferiority(
             f"at {at:.0%} cut one index set for the whole model costs less than {margin:g} nats "
             "more than one per head",
             mean, interval, margin, len(self.intact),
-            f"per head {own:+.3f} nats, shared {own + mean:+.3f}; units ranked by {self.score}",
+            f"per head {own['rise']:+.3f} nats (ranked by {own['score']}), shared "
+            f"{shared['rise']:+.3f} ({shared['score']})",
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
-            "score": self.score,
+            "tried": self.tried,
             "n_units": self.n_units,
             "n_documents": len(self.intact),
             "n_tokens": self.n_tokens,
@@ -198,7 +204,8 @@ def price_of_universality(
     gains: KeyGains,
     fractions: Sequence[float] = (0.25, 0.5),
     *,
-    score: str = "qk",
+    score: str | Sequence[str] = "qk",
+    choose: Tokens | None = None,
     seeds: Sequence[int] = (0,),
     mode: str = "zero",
     progress: bool = True,
@@ -210,43 +217,67 @@ def price_of_universality(
         tokens: validation text, other than what the gains were gathered on.
         gains: what ranks the units.
         fractions: shares of the units to cut, between 0 and 1.
-        score: which gain ranks; gauge-invariant ones only make sense for a cut.
+        score: which gain ranks, or several of which ``choose`` picks.
+        choose: calibration or training text; needed with several scores.
         seeds: of random shared sets, the control.
         mode: of the ablation.
         progress: show a progress bar.
 
     Raises:
         InputError: a fraction that cuts nothing or everything, gains of another model, text that
-            chose.
+            chose, several scores without a text to choose by.
     """
-    x, units = unit_gains(gains, score, "rotated")
+    names = (score,) if isinstance(score, str) else tuple(score)
+    if len(names) > 1 and choose is None:
+        raise InputError(f"score={names!r} names several: expected choose=… to pick one by")
+    values = {name: unit_gains(gains, name, "rotated")[0] for name in names}
+    units = unit_gains(gains, names[0], "rotated")[1]
     cuts = [(f, _kept(f, len(units))) for f in fractions]
     bench = Bench(model, tokens, gains, judges=True)
-    plan: list[tuple[str, float, KeyMask, int | None]] = []
-    for fraction, kept in cuts:
-        for sharing in SHARING:
-            mask = shared_mask(x, units, gains.shape[-1], kept, sharing)
-            plan.append((sharing, fraction, mask, None))
-        for seed in seeds:
-            noise = np.random.default_rng(seed).random(len(units))
-            drawn = np.broadcast_to(noise, x.shape).copy()
-            mask = shared_mask(drawn, units, gains.shape[-1], kept, "model")
-            plan.append(("random model", fraction, mask, seed))
-    rows, rises = [], []
-    for sharing, fraction, mask, drawn_seed in tqdm(plan, desc="price", disable=not progress):
+    chooser = Bench(model, choose, gains, judges=False) if len(names) > 1 else None
+    if chooser is not None and chooser.text == bench.text:
+        raise InputError("choose is the text that judges: expected other documents")
+    runs = len(cuts) * (len(SHARING) * (1 + len(names) * (chooser is not None)) + len(seeds))
+    rows: list[dict[str, Any]] = []
+    rises, tried = [], []
+
+    def measure(mask: KeyMask, fraction: float, kept: int, **facts: Any) -> None:
         rise = bench.rise(mask, mode)
         rises.append(rise)
         rows.append(
             {
-                "sharing": sharing,
+                **facts,
                 "cut": float(fraction),
-                "kept": _kept(fraction, len(units)),
-                "seed": drawn_seed,
+                "kept": kept,
                 "rise": float(rise.mean()),
                 "interval": list(t_interval(rise)),
             }
         )
-    return Price(rows, np.stack(rises), bench.intact, score, len(units), bench.n_tokens, bench.text)
+
+    with tqdm(total=runs, desc="price", unit="run", disable=not progress) as bar:
+        for fraction, kept in cuts:
+            for sharing in SHARING:
+                masks = {
+                    name: shared_mask(x, units, gains.shape[-1], kept, sharing)
+                    for name, x in values.items()
+                }
+                best = names[0]
+                if chooser is not None:
+                    means = {}
+                    for name, mask in masks.items():
+                        means[name] = float(chooser.rise(mask, mode).mean())
+                        bar.update()
+                    best = min(means, key=lambda name: means[name])
+                    tried.append({"sharing": sharing, "cut": float(fraction), "rises": means})
+                measure(masks[best], fraction, kept, sharing=sharing, score=best, seed=None)
+                bar.update()
+            for seed in seeds:
+                noise = np.random.default_rng(seed).random(len(units))
+                drawn = np.broadcast_to(noise, values[names[0]].shape).copy()
+                mask = shared_mask(drawn, units, gains.shape[-1], kept, "model")
+                measure(mask, fraction, kept, sharing="random model", score="random", seed=seed)
+                bar.update()
+    return Price(rows, np.stack(rises), bench.intact, tried, len(units), bench.n_tokens, bench.text)
 
 
 def _kept(fraction: float, n_units: int) -> int:

@@ -7,6 +7,7 @@ sets found are then judged on another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class RedLine:
 
     Attributes:
         margin: nats per token that the loss may rise by.
-        score: what ranked the units.
+        scores: per design the gain that ranked its units: the one that needed the fewest.
         shared: the shared set, loudest first.
         per_layer: a set for each layer, loudest first.
         judged: per design the rise on the judging text, its interval and the verdict.
@@ -43,7 +44,7 @@ class RedLine:
     """
 
     margin: float
-    score: str
+    scores: dict[str, str]
     shared: tuple[int, ...]
     per_layer: tuple[tuple[int, ...], ...]
     judged: dict[str, dict[str, Any]]
@@ -77,7 +78,7 @@ class RedLine:
         """Plain values."""
         return {
             "margin": self.margin,
-            "score": self.score,
+            "scores": self.scores,
             "n_units": self.n_units,
             "shared": list(self.shared),
             "per_layer": [list(units) for units in self.per_layer],
@@ -95,7 +96,7 @@ def find_red_line(
     judge: Tokens,
     *,
     margin: float = 0.05,
-    score: str = "qk",
+    score: str | Sequence[str] = "qk",
     mode: str = "zero",
     observation: KeyObservation | None = None,
     patch: Tokens | None = None,
@@ -105,8 +106,8 @@ def find_red_line(
     """Find the sets by bisection, judge them, and describe every unit of the shared one.
 
     The bisection takes it that a larger set of louder units never hurts; every step is in
-    ``steps``. Costs about 2·log2(units) forward passes over ``choose``, three over ``judge``, and
-    one over ``patch`` per unit.
+    ``steps``. Costs about 2·log2(units) forward passes over ``choose`` per score, three over
+    ``judge``, and one over ``patch`` per unit.
 
     Args:
         model: the model.
@@ -114,7 +115,7 @@ def find_red_line(
         choose: text that picks the size: calibration or training documents.
         judge: validation text.
         margin: rise of the loss in nats per token, above 0.
-        score: which gain ranks.
+        score: which gain ranks; of several, that with the smallest set on ``choose``.
         mode: of the cut.
         observation: from ``observe_keys``, for gain by position and tokens.
         patch: text on which each unit of the shared set is patched alone, in all layers and
@@ -128,36 +129,47 @@ def find_red_line(
     """
     if not margin > 0:
         raise InputError(f"margin={margin!r} is not above 0: no finite text can show zero damage")
-    x, units = unit_gains(gains, score, "rotated")
+    names = (score,) if isinstance(score, str) else tuple(score)
+    values = {name: unit_gains(gains, name, "rotated")[0] for name in names}
+    units = unit_gains(gains, names[0], "rotated")[1]
     d_head = gains.shape[-1]
     chooser = Bench(model, choose, gains, judges=False, name="choose")
     judger = Bench(model, judge, gains, judges=True, name="judge")
     if chooser.text == judger.text:
         raise InputError("judge is the text that chooses: expected other documents")
     n_patched = len(units) if patch is not None else 0
-    total = 2 * int(np.ceil(np.log2(len(units)))) + 4 + n_patched
+    total = 2 * len(names) * int(np.ceil(np.log2(len(units)))) + 2 + n_patched
     steps: list[dict[str, Any]] = []
     judged: dict[str, dict[str, Any]] = {}
     sets: dict[str, np.ndarray] = {}
+    scores: dict[str, str] = {}
     with tqdm(total=total, desc="red line", unit="run", disable=not progress) as bar:
         for design, sharing in DESIGNS.items():
-            low, high = 0, len(units)  # `low` is not enough, `high` is
-            while high - low > 1:
-                kept = (low + high) // 2
-                mask = shared_mask(x, units, d_head, kept, sharing)
-                rise = float(chooser.rise(mask, mode).mean())
-                steps.append({"design": design, "kept": kept, "rise": rise})
-                low, high = (low, kept) if rise <= margin else (kept, high)
-                bar.update()
+            needed = {}
+            for name, x in values.items():
+                low, high = 0, len(units)  # `low` is not enough, `high` is
+                while high - low > 1:
+                    kept = (low + high) // 2
+                    mask = shared_mask(x, units, d_head, kept, sharing)
+                    rise = float(chooser.rise(mask, mode).mean())
+                    steps.append({"design": design, "score": name, "kept": kept, "rise": rise})
+                    low, high = (low, kept) if rise <= margin else (kept, high)
+                    bar.update()
+                needed[name] = high
+            best = min(names, key=lambda name: needed[name])
+            x, high = values[best], needed[best]
+            scores[design] = best
             sets[design] = ranked_units(x, sharing)[:, 0, :high]
             found = judger.rise(shared_mask(x, units, d_head, high, sharing), mode)
             bar.update()
             judged[design] = {
+                "score": best,
                 "kept": high,
                 "rise": float(found.mean()),
                 "interval": list(t_interval(found)),
                 "n_documents": len(found),
             }
+        x = values[scores["shared"]]
         shared = tuple(int(u) for u in sets["shared"][0])
         details = _describe(shared, x, units, observation)
         if patch is not None:
@@ -174,7 +186,7 @@ def find_red_line(
         bar.refresh()
     return RedLine(
         margin=margin,
-        score=score,
+        scores=scores,
         shared=shared,
         per_layer=tuple(tuple(int(u) for u in row) for row in sets["per layer"]),
         judged=judged,

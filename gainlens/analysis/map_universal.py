@@ -64,8 +64,13 @@ class Universal:
     min_presence: float = MIN_PRESENCE
 
     @property
+    def beyond_chance(self) -> tuple[int, ...]:
+        """Units that are loud in more places than chance gives, by however little."""
+        return tuple(int(u) for u in np.flatnonzero(self.q_values["plain"] <= self.fdr))
+
+    @property
     def units(self) -> tuple[int, ...]:
-        """Units shared beyond chance."""
+        """Units loud beyond chance and in most places."""
         return tuple(int(u) for u in np.flatnonzero(self.is_universal["plain"]))
 
     @property

@@ -84,7 +84,11 @@ def plot_ranks(cmap: CoordinateMap, axis: Any = None) -> Any:
     axis = _axes(axis, 1, 1, (8, 5))[0]
     table = cmap.universal.table()
     universal = set(cmap.universal_units)
-    colours = ["tab:red" if row["unit"] in universal else "0.7" for row in table]
+    some = set(cmap.universal.beyond_chance)
+    colours = [
+        "tab:red" if row["unit"] in universal else "tab:orange" if row["unit"] in some else "0.7"
+        for row in table
+    ]
     axis.bar(range(len(table)), [row["presence"] for row in table], color=colours)
     axis.axhline(0, color="black", lw=0.8)
     axis.axhline(cmap.universal.min_presence, color="tab:red", ls="--", lw=1)
@@ -95,7 +99,8 @@ def plot_ranks(cmap: CoordinateMap, axis: Any = None) -> Any:
     axis.set_xlabel(f"{cmap.units.kind}, by presence")
     axis.set_ylabel("presence among the loudest (0 chance, 1 everywhere)")
     axis.set_title(
-        f"{cmap.answer}: {len(universal)} universal {cmap.units.kind}s (red; dashed: the bound)",
+        f"{cmap.answer}: {len(universal)} universal {cmap.units.kind}s (red; dashed: the bound), "
+        f"{len(some)} beyond chance (orange)",
         fontsize=10,
     )
     return axis
@@ -176,7 +181,7 @@ def plot_price(cmap: CoordinateMap, axis: Any = None) -> Any:
     axis.set_xticks(range(len(price.fractions)), [f"{f:.0%} cut" for f in price.fractions])
     axis.set_ylabel("rise of the loss, nats per token")
     axis.legend(fontsize=8)
-    axis.set_title(f"the price of one index set (ranked by {price.score})", fontsize=10)
+    axis.set_title("the price of one index set", fontsize=10)
     return axis
 
 
