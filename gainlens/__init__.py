@@ -1,7 +1,29 @@
 """gainlens: what the key dimensions of a transformer do, which can go, and what that is worth."""
 
-from gainlens.ablation import KeyMask, ablate, ablation_hooks
-from gainlens.analysis import CoordinateMap, SurgeryCurve, Verdict, coordinate_map, surgery
+from gainlens.ablation import (
+    KeyCache,
+    KeyMask,
+    RefitCut,
+    ablate,
+    ablation_hooks,
+    greedy_mask,
+    refit,
+)
+from gainlens.analysis import (
+    Behaviours,
+    CoordinateMap,
+    PatchEffects,
+    SurgeryCurve,
+    Verdict,
+    attribution_patching,
+    behaviours,
+    canonical_gains,
+    compare_maps,
+    coordinate_map,
+    patch_keys,
+    surgery,
+    with_evidence,
+)
 from gainlens.errors import (
     FileFormatError,
     GainlensError,
@@ -15,24 +37,36 @@ from gainlens.probes import KeyGainProbe, KeyGains, probe_gains
 __version__ = "0.1.0"
 
 __all__ = [
+    "Behaviours",
     "CoordinateMap",
     "FileFormatError",
     "GainlensError",
     "InputError",
+    "KeyCache",
     "KeyGainProbe",
     "KeyGains",
     "KeyMask",
     "KeySites",
+    "PatchEffects",
+    "RefitCut",
     "SilentSiteError",
     "SurgeryCurve",
     "UnsupportedModelError",
     "Verdict",
     "ablate",
     "ablation_hooks",
+    "attribution_patching",
+    "behaviours",
+    "canonical_gains",
+    "compare_maps",
     "coordinate_map",
+    "greedy_mask",
     "key_sites",
     "load_model",
     "load_tokens",
+    "patch_keys",
     "probe_gains",
+    "refit",
     "surgery",
+    "with_evidence",
 ]

@@ -61,7 +61,8 @@ class SurgeryCurve:
     def deltas(self, index: int) -> Float[np.ndarray, " document"]:
         """Rise of the loss of each document that a point was run on, nats per token."""
         difference: Float[np.ndarray, " document"] = self.losses[index] - self.baseline
-        return difference[np.isfinite(difference)]
+        run: Float[np.ndarray, " document"] = difference[np.isfinite(difference)]
+        return run
 
     def interval(
         self, index: int, level: float = 0.95, method: Method = "t"
@@ -188,6 +189,12 @@ class SurgeryCurve:
             note,
             more,
         )
+
+    def plot(self, margin: float | None = None) -> Any:
+        """Rise of the loss over fractions, with intervals and controls; returns matplotlib axes."""
+        from gainlens.report.plots_surgery import plot_surgery
+
+        return plot_surgery(self, margin=margin)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; ``from_json`` reads them back."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.ablation.ablate import PlannedCut, ablation_hooks, plan_cut
+from gainlens.ablation.ablate import ablate, plan_cut
 from gainlens.ablation.cache import KeyCache
 from gainlens.ablation.mask import KeyMask
 from gainlens.ablation.refit import RefitCut
@@ -21,10 +23,6 @@ from gainlens.probes.gains import KeyGains
 
 SAME_LOSS = 1e-4
 """Largest difference in nats between the two ways on a few tokens; above it the hooks are used."""
-
-
-class _Planned(Protocol):
-    def edit(self, device: torch.device) -> Edit: ...
 
 
 class Evaluator:
@@ -45,7 +43,7 @@ class Evaluator:
     def __init__(self, model: Any, *, fast: bool = True) -> None:
         self.model = model
         self.sites = key_sites(model)
-        self.twin = self._verified(build_twin(model)) if fast and not _hooked(model) else None
+        self.twin = self._verified(build_twin(model)) if fast and not _has_hooks(model) else None
 
     def _verified(self, twin: Twin | None) -> Twin | None:
         if twin is None:
@@ -59,22 +57,15 @@ class Evaluator:
         try:
             pairs = [
                 (twin_losses(twin, tokens), token_losses(self.model, tokens)),
-                (twin_losses(twin, tokens, cut.edit(twin.device)), self._hook_losses(tokens, mask)),
             ]
+            with ablate(self.model, mask):
+                hooked = token_losses(self.model, tokens)
+            pairs.append((twin_losses(twin, tokens, cut.edit(twin.device)), hooked))
         except Exception:  # a family that can't be run this way; the hooks do the work
             return None
         tolerance = SAME_LOSS if twin.exact else 0.0
         same = all(float((a - b).abs().max()) <= tolerance for a, b in pairs)
         return twin if same else None
-
-    def _hook_losses(
-        self, tokens: torch.Tensor, mask: KeyMask, **settings: Any
-    ) -> Float[torch.Tensor, "document next_pos"]:
-        hooks = ablation_hooks(self.model, mask, **settings)
-        with attached(self.model, hooks):
-            losses = token_losses(self.model, tokens)
-        hooks.check_fired()
-        return losses
 
     def tokens(
         self,
@@ -85,20 +76,66 @@ class Evaluator:
         seed: int = 0,
     ) -> Float[torch.Tensor, "document next_pos"]:
         """Next-token losses in nats of a batch; ``resample`` takes donors from the batch."""
-        if isinstance(cut, RefitCut):
-            if self.twin is not None:
-                return twin_losses(self.twin, batch, cut.edit(self.sites, batch.shape[1]))
-            with attached(self.model, cut.hooks(self.model)):
-                return token_losses(self.model, batch)
-        if cut is None:
-            if self.twin is not None:
-                return twin_losses(self.twin, batch)
+        if self.twin is not None:
+            return twin_losses(self.twin, batch, self._edit(batch, cut, mode, gains, seed))
+        with self._hooked(batch, cut, mode, gains, seed):
             return token_losses(self.model, batch)
+
+    def logits(
+        self,
+        batch: Int[torch.Tensor, "document pos"],
+        cut: KeyMask | RefitCut | None = None,
+        mode: str = "zero",
+        gains: KeyGains | None = None,
+        seed: int = 0,
+    ) -> Float[torch.Tensor, "document pos vocab"]:
+        """Logits of a (small) batch, float32 on the CPU."""
+        if self.twin is not None:
+            with (
+                torch.inference_mode(),
+                self.twin.edited(self._edit(batch, cut, mode, gains, seed)),
+            ):
+                found = self.twin.logits(self.twin.hidden(batch.to(self.twin.device)))
+            return found.float().cpu()
+        device = next(self.model.parameters()).device
+        with torch.inference_mode(), self._hooked(batch, cut, mode, gains, seed):
+            return self.model(batch.to(device), return_type="logits").float().cpu()  # type: ignore[no-any-return]
+
+    def _edit(
+        self,
+        batch: torch.Tensor,
+        cut: KeyMask | RefitCut | None,
+        mode: str,
+        gains: KeyGains | None,
+        seed: int,
+    ) -> Edit | None:
+        assert self.twin is not None
+        if cut is None:
+            return None
+        if isinstance(cut, RefitCut):
+            return cut.edit(self.sites, batch.shape[1])
         cache = KeyCache.run(self.model, batch) if mode == "resample" else None
-        if self.twin is None:
-            return self._hook_losses(batch, cut, mode=mode, gains=gains, cache=cache, seed=seed)
-        planned: PlannedCut = plan_cut(self.model, cut, mode, gains=gains, cache=cache, seed=seed)
-        return twin_losses(self.twin, batch, planned.edit(self.twin.device))
+        planned = plan_cut(self.model, cut, mode, gains=gains, cache=cache, seed=seed)
+        return planned.edit(self.twin.device)
+
+    @contextmanager
+    def _hooked(
+        self,
+        batch: torch.Tensor,
+        cut: KeyMask | RefitCut | None,
+        mode: str,
+        gains: KeyGains | None,
+        seed: int,
+    ) -> Iterator[None]:
+        if cut is None:
+            yield
+        elif isinstance(cut, RefitCut):
+            with attached(self.model, cut.hooks(self.model)):
+                yield
+        else:
+            cache = KeyCache.run(self.model, batch) if mode == "resample" else None
+            with ablate(self.model, cut, mode, gains=gains, cache=cache, seed=seed):
+                yield
 
     def documents(
         self,
@@ -124,7 +161,7 @@ class Evaluator:
         return losses
 
 
-def _hooked(model: Any) -> bool:
+def _has_hooks(model: Any) -> bool:
     """Whether somebody has hooks on the model, which a twin would not run."""
     points = getattr(model, "hook_dict", {})
     return any(

@@ -41,8 +41,10 @@ class Twin:
         self.model = model
         self.n_layers = n_layers
         self._head = _head_alone(model)
+        self._layers = _layers(model, n_layers)
         self._edit: Edit | None = None
         self._fires = [0] * n_layers
+        self._in_tuple = False
         self.scaling: float | None = None
         self.plain = True
         for module in model.modules():
@@ -77,6 +79,46 @@ class Twin:
         base = self.model.base_model
         found: torch.Tensor = base(input_ids=tokens, use_cache=False).last_hidden_state
         return found
+
+    def residuals(
+        self, tokens: Int[torch.Tensor, "document pos"]
+    ) -> list[Float[torch.Tensor, "document pos d_model"]]:
+        """What each layer reads in a run of ``tokens``."""
+        found: list[torch.Tensor] = []
+
+        def before(module: Any, args: Any, kwargs: Any) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+
+        def after(module: Any, args: Any, output: Any) -> None:
+            self._in_tuple = isinstance(output, tuple)
+
+        handles = [x.register_forward_pre_hook(before, with_kwargs=True) for x in self._layers]
+        handles.append(self._layers[0].register_forward_hook(after))
+        try:
+            self.hidden(tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def hidden_from(
+        self,
+        layer: int,
+        residual: Float[torch.Tensor, "document pos d_model"],
+        tokens: Int[torch.Tensor, "document pos"],
+    ) -> Float[torch.Tensor, "document pos d_model"]:
+        """As ``hidden``, without running the layers before ``layer``, which reads ``residual``.
+
+        ``residuals`` must have been called before.
+        """
+        given = (residual,) if self._in_tuple else residual
+        for skipped in self._layers[:layer]:
+            skipped.forward = lambda *args, **kwargs: given
+        try:
+            return self.hidden(tokens)
+        finally:
+            for skipped in self._layers[:layer]:
+                del skipped.forward
 
     def logits(
         self, hidden: Float[torch.Tensor, "document pos d_model"]
@@ -143,6 +185,14 @@ def _share(model: Any, original: Any) -> bool:
         table = owner._parameters if leaf in owner._parameters else owner._buffers
         table[leaf] = other
     return True
+
+
+def _layers(model: Any, n_layers: int) -> list[Any]:
+    """The model's decoder layers, in order."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers:
+            return list(module)
+    return []
 
 
 def _buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -81,8 +81,13 @@ def forward_backward(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> N
         start.append(x.detach().requires_grad_())
         return start[0]
 
-    tokens = tokens.to(next(model.parameters()).device)
-    with torch.enable_grad(), attached(model, [("blocks.0.hook_resid_pre", begin)]):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        attached(model, [("blocks.0.hook_resid_pre", begin)]),
+    ):
+        # A copy: tokens made in inference mode can't be part of a graph.
+        tokens = tokens.clone().to(next(model.parameters()).device)
         logits = model(tokens, return_type="logits")
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"

@@ -165,17 +165,19 @@ def probe_gains(
             that are not finite.
         UnsupportedModelError, SilentSiteError: see ``KeyGainProbe``.
     """
-    probe = KeyGainProbe(model, scores)
-    vocabulary = int(model.cfg.d_vocab)
-    total = len(tokens) if isinstance(tokens, Sequence | torch.Tensor) else None
-    hasher = TextHasher()
-    with probe, tqdm(total=total, desc="probe", unit="doc", disable=not progress) as bar:
-        for batch in batches(tokens, vocabulary, tokens_per_batch):
-            hasher.update(batch)
-            if probe.needs_backward:
-                forward_backward(model, batch)
-            else:
-                forward_layers(model, batch)
-            bar.update(len(batch))
-    probe.note_text(hasher.hexdigest())
-    return probe.gains()
+    # A caller's inference mode would leave nothing to run a backward pass on.
+    with torch.inference_mode(False):
+        probe = KeyGainProbe(model, scores)
+        vocabulary = int(model.cfg.d_vocab)
+        total = len(tokens) if isinstance(tokens, Sequence | torch.Tensor) else None
+        hasher = TextHasher()
+        with probe, tqdm(total=total, desc="probe", unit="doc", disable=not progress) as bar:
+            for batch in batches(tokens, vocabulary, tokens_per_batch):
+                hasher.update(batch)
+                if probe.needs_backward:
+                    forward_backward(model, batch)
+                else:
+                    forward_layers(model, batch)
+                bar.update(len(batch))
+        probe.note_text(hasher.hexdigest())
+        return probe.gains()

@@ -1,0 +1,348 @@
+"""Cached-activation patching of single key units, and its estimate by one backward pass.
+
+The corrupted prompt is run with one unit's key taken from the clean prompt, and a metric of the
+logits says what that changes; one figure per layer × key head × unit. A change in layer l can't
+reach the layers below it, so those are not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from tqdm.auto import tqdm
+
+from gainlens.ablation.cache import KeyCache
+from gainlens.analysis.evaluate import Evaluator
+from gainlens.errors import InputError
+from gainlens.model.batches import TOKENS_PER_BATCH, as_documents
+from gainlens.model.hooks import Hook, attached
+from gainlens.model.rotation import rotate
+from gainlens.model.sites import KeySites, key_sites
+from gainlens.probes.gains import UNITS
+
+Metric = Callable[[torch.Tensor], Any]
+"""From logits ``[document, pos, vocab]`` of the patched run to one number."""
+
+
+@dataclass(frozen=True, eq=False)
+class PatchEffects:
+    """What patching each unit changes.
+
+    Attributes:
+        effect: metric of the patched run minus that of the corrupted run, in the metric's units,
+            ``[layer, kv_head, unit]``; NaN in layers that were not asked for.
+        clean, corrupted: the metric on either prompt.
+        dims: the dimension (for a pair: the first of the two) behind each unit.
+        unit: ``pair`` or ``dim``.
+        method: ``exact`` or ``attribution``.
+    """
+
+    effect: Float[np.ndarray, "layer kv_head unit"]
+    clean: float
+    corrupted: float
+    dims: tuple[int, ...]
+    unit: str
+    method: str
+
+    def __repr__(self) -> str:
+        layer, head, unit = self.largest(1)[0][:3]
+        return (
+            f"PatchEffects({self.method}, {self.effect.shape}, metric clean {self.clean:.4g}, "
+            f"corrupted {self.corrupted:.4g}, largest at layer {layer}, head {head}, {self.unit} "
+            f"of dim {unit})"
+        )
+
+    @property
+    def normalised(self) -> Float[np.ndarray, "layer kv_head unit"]:
+        """Share of the gap between corrupted (0) and clean (1) that each unit restores.
+
+        Raises:
+            InputError: the metric is the same on both prompts.
+        """
+        if self.clean == self.corrupted:
+            raise InputError(
+                f"metric is {self.clean!r} on both prompts: there is no gap to take a share of"
+            )
+        share: Float[np.ndarray, "layer kv_head unit"] = self.effect / (self.clean - self.corrupted)
+        return share
+
+    def largest(self, n: int = 10) -> list[tuple[int, int, int, float]]:
+        """The units with the largest absolute effect: (layer, kv_head, dim, effect)."""
+        flat = np.abs(np.nan_to_num(self.effect)).ravel()
+        rows = []
+        for index in np.argsort(-flat, kind="stable")[:n]:
+            layer, head, unit = np.unravel_index(index, self.effect.shape)
+            value = float(self.effect[layer, head, unit])
+            rows.append((int(layer), int(head), self.dims[unit], value))
+        return rows
+
+    def correlation(self, other: PatchEffects) -> float:
+        """Pearson's correlation with the effects of another method, over units that both have.
+
+        Raises:
+            InputError: they have other shapes or nothing varies.
+        """
+        if self.effect.shape != other.effect.shape:
+            raise InputError(
+                f"effects have shapes {self.effect.shape} and {other.effect.shape}: expected one"
+            )
+        both = np.isfinite(self.effect) & np.isfinite(other.effect)
+        a, b = self.effect[both], other.effect[both]
+        if len(a) < 2 or a.std() == 0 or b.std() == 0:
+            raise InputError("effects do not vary, so they have no correlation")
+        return float(np.corrcoef(a, b)[0, 1])
+
+    def plot(self) -> Any:
+        """A heat map, layers and heads down, units across; returns matplotlib axes."""
+        from gainlens.report.plots_surgery import plot_patching
+
+        return plot_patching(self)
+
+
+def unit_dims(sites: KeySites, unit: str) -> list[list[int]]:
+    """The dimensions of each unit."""
+    if unit not in UNITS:
+        raise InputError(f"units={unit!r} is not one of {', '.join(UNITS)}")
+    if unit == "dim":
+        return [[d] for d in range(sites.d_head)]
+    return [sorted({d, int(p)}) for d, p in enumerate(sites.partner) if d <= int(p)]
+
+
+def patch_keys(
+    model: Any,
+    clean: Int[torch.Tensor, "document pos"] | KeyCache,
+    corrupted: Int[torch.Tensor, "document pos"],
+    *,
+    metric: Metric,
+    units: str = "pair",
+    layers: Sequence[int] | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: bool = True,
+) -> PatchEffects:
+    """Run ``corrupted`` with each unit's key from ``clean``, at all positions.
+
+    Args:
+        model: a TransformerBridge or HookedTransformer.
+        clean: tokens, or their ``KeyCache`` (then ``PatchEffects.clean`` is NaN).
+        corrupted: tokens of the same shape.
+        metric: from logits ``[document, pos, vocab]`` to one number.
+        units: ``pair`` (both dimensions of a rotary pair at once) or ``dim``.
+        layers: which layers; by default all.
+        tokens_per_batch: how many tokens are run at once; several units share a batch.
+        progress: show a progress bar over units.
+
+    Raises:
+        InputError: prompts of different shape, an unknown unit or layer, a metric that gives NaN
+            or not one number.
+    """
+    sites = key_sites(model)
+    groups = unit_dims(sites, units)
+    prompt = torch.stack(as_documents(corrupted, int(model.cfg.d_vocab)))
+    cache = clean if isinstance(clean, KeyCache) else KeyCache.run(model, clean)
+    _check_cache(cache, prompt, sites)
+    wanted = _layer_list(layers, sites)
+    prompt = prompt.to(next(model.parameters()).device)
+    effect = np.full((sites.n_layers, sites.n_kv_heads, len(groups)), np.nan)
+    todo = [(head, unit) for head in range(sites.n_kv_heads) for unit in range(len(groups))]
+    at_once = max(1, tokens_per_batch // prompt.numel())
+    runner = _Runner(model, prompt, sites)
+    start = _number(metric(runner.intact()), metric, "the corrupted prompt")
+    end = float("nan")
+    if not isinstance(clean, KeyCache):
+        with torch.inference_mode():
+            end = _number(metric(model(clean, return_type="logits")), metric, "the clean prompt")
+    with tqdm(
+        total=len(wanted) * len(todo), desc="patch", unit="unit", disable=not progress
+    ) as bar:
+        for layer in wanted:
+            for first in range(0, len(todo), at_once):
+                chosen = todo[first : first + at_once]
+                take = torch.zeros(len(chosen), sites.n_kv_heads, sites.d_head, dtype=torch.bool)
+                for row, (head, unit) in enumerate(chosen):
+                    take[row, head, groups[unit]] = True
+                logits = runner.patched(layer, cache.keys[layer], take)
+                for (head, unit), one in zip(chosen, logits, strict=True):
+                    where = f"layer {layer}, head {head}, dims {groups[unit]}"
+                    effect[layer, head, unit] = _number(metric(one), metric, where) - start
+                bar.update(len(chosen))
+    return PatchEffects(effect, end, start, tuple(g[0] for g in groups), units, "exact")
+
+
+def attribution_patching(
+    model: Any,
+    clean: Int[torch.Tensor, "document pos"] | KeyCache,
+    corrupted: Int[torch.Tensor, "document pos"],
+    *,
+    metric: Metric,
+    units: str = "pair",
+) -> PatchEffects:
+    """The first-order estimate of ``patch_keys``: (clean key - corrupted key) · d metric / d key.
+
+    One forward and one backward pass for all units together (Nanda 2023). Arguments as for
+    ``patch_keys``; ``metric`` must be differentiable.
+
+    Raises:
+        InputError: as for ``patch_keys``; a metric that does not depend on the logits.
+    """
+    sites = key_sites(model)
+    groups = unit_dims(sites, units)
+    prompt = torch.stack(as_documents(corrupted, int(model.cfg.d_vocab)))
+    cache = clean if isinstance(clean, KeyCache) else KeyCache.run(model, clean)
+    _check_cache(cache, prompt, sites)
+    prompt = prompt.to(next(model.parameters()).device)
+    value, keys, gradients = _key_gradients(model, prompt, metric, sites)
+    effect = np.empty((sites.n_layers, sites.n_kv_heads, len(groups)))
+    for layer, (k, gradient) in enumerate(zip(keys, gradients, strict=True)):
+        share = ((cache.keys[layer].to(k) - k) * gradient).sum((0, 1)).double().cpu().numpy()
+        for unit, dims in enumerate(groups):
+            effect[layer, :, unit] = share[:, dims].sum(1)
+    end = float("nan")
+    if not isinstance(clean, KeyCache):
+        with torch.inference_mode():
+            end = _number(metric(model(clean, return_type="logits")), metric, "the clean prompt")
+    return PatchEffects(effect, end, value, tuple(g[0] for g in groups), units, "attribution")
+
+
+class _Runner:
+    """Forward passes of the corrupted prompt from a layer on, several patches at once."""
+
+    def __init__(self, model: Any, prompt: torch.Tensor, sites: KeySites) -> None:
+        self.model, self.prompt, self.sites = model, prompt, sites
+        self.twin = Evaluator(model).twin
+        self.hooked = not hasattr(model, "original_model")
+        self.residuals: list[torch.Tensor] = []
+
+    @torch.inference_mode()
+    def intact(self) -> torch.Tensor:
+        """Logits of the corrupted prompt; keeps what each layer reads."""
+        if self.twin is not None:
+            self.residuals = self.twin.residuals(self.prompt)
+            return self.twin.logits(self.twin.hidden(self.prompt))
+        found: dict[int, torch.Tensor] = {}
+
+        def keep(x: torch.Tensor, hook: Any, *, layer: int) -> None:
+            found[layer] = x
+
+        hooks: list[Hook] = []
+        if self.hooked:
+            hooks = [
+                (f"blocks.{layer}.hook_resid_pre", partial(keep, layer=layer))
+                for layer in range(self.sites.n_layers)
+            ]
+        with attached(self.model, hooks):
+            logits: torch.Tensor = self.model(self.prompt, return_type="logits")
+        self.residuals = [found[layer] for layer in sorted(found)]
+        return logits
+
+    @torch.inference_mode()
+    def patched(
+        self, layer: int, clean: torch.Tensor, take: torch.Tensor
+    ) -> Float[torch.Tensor, "patch document pos vocab"]:
+        """Logits with the taken dimensions of ``layer`` from ``clean``, per row of ``take``."""
+        n, rows = len(take), len(self.prompt)
+        taken = take.repeat_interleave(rows, 0)[:, None].to(self.prompt.device)
+        source = clean.expand(rows, *clean.shape[1:]).repeat(n, 1, 1, 1)
+        tokens = self.prompt.repeat(n, 1)
+        if self.twin is not None:
+
+            def edit(
+                q: torch.Tensor, k: torch.Tensor, at: int
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+                return q, torch.where(taken, source.to(k), k) if at == layer else k
+
+            with self.twin.edited(edit):
+                residual = self.residuals[layer].repeat(n, 1, 1)
+                hidden = self.twin.hidden_from(layer, residual, tokens)
+            logits = self.twin.logits(hidden)
+        else:
+            stage = self.sites.hook_stage("rotated")
+
+            def put(k: torch.Tensor, hook: Any) -> torch.Tensor:
+                turn = partial(
+                    rotate,
+                    frequencies=self.sites.frequencies[layer],
+                    pairing=self.sites.pairing,
+                )
+                if stage == "rotated" or not self.sites.rotary_dim:
+                    return torch.where(taken, source.to(k), k)
+                return turn(torch.where(taken, source.to(k), turn(k)), inverse=True)
+
+            with attached(self.model, [(self.sites.key_hook(layer, stage), put)]):
+                if self.hooked:
+                    residual = self.residuals[layer].repeat(n, 1, 1)
+                    logits = self.model(residual, start_at_layer=layer, return_type="logits")
+                else:
+                    logits = self.model(tokens, return_type="logits")
+        return logits.reshape(n, rows, *logits.shape[1:])
+
+
+def _key_gradients(
+    model: Any, prompt: torch.Tensor, metric: Metric, sites: KeySites
+) -> tuple[float, list[torch.Tensor], list[torch.Tensor]]:
+    """The metric, rotated keys and its gradient with respect to them, per layer."""
+    stage = sites.hook_stage("rotated")
+    at_site: dict[int, torch.Tensor] = {}
+
+    def begin(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return x.detach().requires_grad_()
+
+    def keep(k: torch.Tensor, hook: Any, *, layer: int) -> torch.Tensor:
+        at_site[layer] = k
+        return k
+
+    hooks: list[Hook] = [("blocks.0.hook_resid_pre", begin)]
+    for layer in range(sites.n_layers):
+        hooks.append((sites.key_hook(layer, stage), partial(keep, layer=layer)))
+    with torch.inference_mode(False), torch.enable_grad(), attached(model, hooks):
+        value = metric(model(prompt.clone(), return_type="logits"))
+        if not isinstance(value, torch.Tensor) or not value.requires_grad:
+            raise InputError("metric does not depend on the logits in a differentiable way")
+        start = _number(value, metric, "the corrupted prompt")
+        keys = [at_site[layer] for layer in range(sites.n_layers)]
+        gradients = list(torch.autograd.grad(value.sum(), keys))
+    keys = [k.detach() for k in keys]
+    if stage == "projected" and sites.rotary_dim:
+        for layer, frequencies in enumerate(sites.frequencies):
+            keys[layer] = rotate(keys[layer], frequencies, sites.pairing)
+            gradients[layer] = rotate(gradients[layer], frequencies, sites.pairing)
+    return start, keys, gradients
+
+
+def _check_cache(cache: KeyCache, prompt: torch.Tensor, sites: KeySites) -> None:
+    if cache.stage != "rotated":
+        raise InputError(f"clean was read at stage={cache.stage!r}: expected 'rotated'")
+    shape = (cache.n_documents, cache.n_pos)
+    if cache.n_pos != prompt.shape[1] or cache.n_documents not in (1, prompt.shape[0]):
+        raise InputError(
+            f"clean has [document, position] = {shape}: corrupted has {tuple(prompt.shape)}, "
+            "expected the same, so that positions match"
+        )
+    if len(cache.keys) != sites.n_layers or cache.keys[0].shape[2:] != sites.shape[1:]:
+        raise InputError("clean is the cache of another model")
+
+
+def _layer_list(layers: Sequence[int] | None, sites: KeySites) -> list[int]:
+    chosen = list(range(sites.n_layers)) if layers is None else list(layers)
+    wrong = [layer for layer in chosen if not 0 <= layer < sites.n_layers]
+    if wrong or not chosen:
+        raise InputError(f"layers={layers!r}: expected some of 0 to {sites.n_layers - 1}")
+    return chosen
+
+
+def _number(value: Any, metric: Metric, where: str) -> float:
+    name = getattr(metric, "__name__", repr(metric))
+    try:
+        number = float(value.detach() if isinstance(value, torch.Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"metric={name} gave {type(value).__name__} for {where}: expected one number"
+        ) from None
+    if not np.isfinite(number):
+        raise InputError(f"metric={name} gave {number} for {where}: expected a finite number")
+    return number
