@@ -168,6 +168,45 @@ def test_the_price_is_that_of_plain_hooks(tiny, tiny_gains, tiny_validation, uni
         price_of_universality(tiny, tiny_validation, tiny_gains, (0.99,), progress=False)
 
 
+def test_a_text_that_does_not_judge_picks_the_ranking(
+    tiny, tiny_gains, tiny_calibration, tiny_validation
+):
+    both = price_of_universality(
+        tiny, tiny_validation, tiny_gains, (0.75,), score=("qk", "std"), choose=tiny_calibration,
+        progress=False,
+    )  # fmt: skip
+    alone = {
+        score: price_of_universality(
+            tiny, tiny_validation, tiny_gains, (0.75,), score=score, progress=False
+        )
+        for score in ("qk", "std")
+    }
+    for tried in both.tried:
+        row = next(r for r in both.rows if r["sharing"] == tried["sharing"])
+        assert row["score"] == min(tried["rises"], key=tried["rises"].get)
+        same = next(r for r in alone[row["score"]].rows if r["sharing"] == tried["sharing"])
+        assert row["rise"] == pytest.approx(same["rise"], abs=1e-9)
+    with pytest.raises(gl.InputError, match="choose="):
+        price_of_universality(tiny, tiny_validation, tiny_gains, score=("qk", "std"))
+    with pytest.raises(gl.InputError, match="text that judges"):
+        price_of_universality(
+            tiny, tiny_validation, tiny_gains, score=("qk", "std"), choose=tiny_validation
+        )
+    line = find_red_line(
+        tiny, tiny_gains, tiny_calibration, tiny_validation, margin=0.02, score=("rms", "std"),
+        progress=False,
+    )  # fmt: skip
+    for design, score in line.scores.items():
+        kept = {
+            name: min(
+                [s["kept"] for s in line.steps
+                 if (s["design"], s["score"]) == (design, name) and s["rise"] <= 0.02] + [16]
+            )
+            for name in ("rms", "std")
+        }  # fmt: skip
+        assert line.judged[design]["kept"] == kept[score] == min(kept.values())
+
+
 def test_the_red_line_is_where_the_bisection_says(
     tiny, tiny_gains, tiny_calibration, tiny_validation, seen, units
 ):

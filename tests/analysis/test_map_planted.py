@@ -92,3 +92,14 @@ def test_heads_of_a_layer_that_agree_are_not_layers_that_agree():
         gains = np.repeat(layer, 8, axis=1) * np.exp(0.01 * rng.standard_normal((6, 8, 16)))
         hits += bool(mapped(gains).universal.units)
     assert hits <= 6
+
+
+def test_shared_by_a_little_is_beyond_chance_but_not_universal():
+    """Units that are loud in 40% of layers where chance gives 12.5%."""
+    rng = np.random.default_rng(0)
+    gains = np.exp(0.1 * rng.standard_normal((60, 2, 32)))
+    for layer in gains:
+        layer[:, np.concatenate([rng.permutation(5)[:2], 5 + rng.permutation(27)[:2]])] *= 3
+    universal = mapped(gains).universal
+    assert set(range(5)) <= set(universal.beyond_chance)
+    assert universal.units == ()
