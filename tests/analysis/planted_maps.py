@@ -49,3 +49,42 @@ def f1(found: tuple[int, ...], truth: np.ndarray) -> float:
     wanted = {int(u) for u in np.flatnonzero(truth)}
     total = len(wanted) + len(found)
     return 1.0 if total == 0 else 2 * len(wanted & set(found)) / total
+
+
+def planted_model(seed: int, shared: int, private: int, ratio: float = 2.0):
+    """A random Llama of 24 layers whose keys are ``ratio`` times as loud on planted rotary pairs.
+
+    Returns:
+        The bridge, and the boolean set of pairs that are loud in every layer.
+    """
+    import torch
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers, heads, d_head = 24, 2, 32
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2 * heads,
+        num_key_value_heads=heads,
+        head_dim=d_head,
+        vocab_size=64,
+        max_position_embeddings=64,
+        architectures=["LlamaForCausalLM"],
+    )
+    hf = LlamaForCausalLM(config).eval()
+    n_pairs = d_head // 2
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randperm(n_pairs, generator=generator)[:shared]
+    rest = torch.tensor([p for p in range(n_pairs) if p not in common.tolist()])
+    with torch.no_grad():
+        for block in hf.model.layers:
+            own = rest[torch.randperm(len(rest), generator=generator)[:private]]
+            loud = torch.cat([common, own])
+            rows = block.self_attn.k_proj.weight.view(heads, d_head, -1)
+            rows[:, torch.cat([loud, loud + n_pairs])] *= ratio
+    truth = np.zeros(n_pairs, dtype=bool)
+    truth[common.numpy()] = True
+    return build_bridge_from_module(hf, "LlamaForCausalLM", hf_config=config), truth

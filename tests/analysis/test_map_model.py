@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from planted_maps import f1, planted_model
 
 import gainlens as gl
 from gainlens.analysis.map_canonical import canonical_basis, canonical_gains, head_weights
@@ -389,3 +390,13 @@ def test_the_canonical_basis_has_the_norm_folded_in(gpt2_and_weights):
 def test_a_rotating_model_has_no_canonical_basis(tiny, tiny_calibration):
     with pytest.raises(gl.UnsupportedModelError, match="rotates"):
         canonical_gains(tiny, tiny_calibration)
+
+
+@pytest.mark.parametrize(("shared", "private"), [(6, 0), (4, 2), (0, 6)])
+def test_shared_pairs_of_generated_models_are_recovered(shared, private):
+    model, truth = planted_model(0, shared, private)
+    tokens = torch.randint(0, 64, (6, 32), generator=torch.Generator().manual_seed(1))
+    cmap = gl.coordinate_map(gl.probe_gains(model, tokens, progress=False), n_permutations=300)
+    assert f1(cmap.universal_units, truth) >= 0.95
+    answers = {6: ("universal",), 4: ("universal", "partly shared"), 0: ("not shared",)}
+    assert cmap.answer in answers[shared]
