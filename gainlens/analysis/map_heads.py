@@ -160,8 +160,9 @@ def _shuffled_heads(
             torch.mm(moved[a:b], moved[c:].T, out=product)
             torch.ge(product, observed[k], out=hit)
             reached[k] += hit
-            if outside[k] is not None:
-                product += outside[k]
+            extra = outside[k]
+            if extra is not None:
+                product += extra
             top = max(top, float(product.max()))
         largest[i] = top
     cut = float(np.quantile(largest, 0.95, method="higher"))

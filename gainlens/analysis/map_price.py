@@ -234,7 +234,9 @@ def price_of_universality(
     units = unit_gains(gains, names[0], "rotated")[1]
     cuts = [(f, _kept(f, len(units))) for f in fractions]
     bench = Bench(model, tokens, gains, judges=True)
-    chooser = Bench(model, choose, gains, judges=False) if len(names) > 1 else None
+    chooser = (
+        Bench(model, choose, gains, judges=False) if len(names) > 1 and choose is not None else None
+    )
     if chooser is not None and chooser.text == bench.text:
         raise InputError("choose is the text that judges: expected other documents")
     runs = len(cuts) * (len(SHARING) * (1 + len(names) * (chooser is not None)) + len(seeds))

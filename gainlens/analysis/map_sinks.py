@@ -78,7 +78,7 @@ class Sinks:
     @property
     def per_layer(self) -> Bool[np.ndarray, "layer unit"]:
         """Whether a unit carries a sink in any head of a layer."""
-        found: Bool[np.ndarray, "layer unit"] = self.is_sink.any(1)
+        found: Bool[np.ndarray, "layer unit"] = np.asarray(self.is_sink.any(1))
         return found
 
     def persistence(self) -> float:
@@ -120,7 +120,7 @@ class Sinks:
             }
             for u in self.sink_units
         ]
-        return sorted(rows, key=lambda r: (-r["share_of_sink_layers"], r["unit"]))  # type: ignore[operator]
+        return sorted(rows, key=lambda r: (-r["share_of_sink_layers"], r["unit"]))
 
     def verdict(self, threshold: float = EVERY_DEPTH) -> Verdict:
         """ "A sink unit is a sink at every depth".
@@ -234,7 +234,7 @@ def find_sinks(
         min_mass=min_mass,
         carried=carried,
         n_documents=observation.n_documents,
-        nulls=_depth_nulls(is_sink.any(1), units, n_permutations, seed),
+        nulls=_depth_nulls(np.asarray(is_sink.any(1)), units, n_permutations, seed),
     )
 
 

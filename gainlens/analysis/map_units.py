@@ -151,10 +151,12 @@ def _of_key_gains(
     frequency[lower] = per_pair[: len(lower)]
     frequency[partner[lower]] = per_pair[: len(lower)]
     if kind == "dim":
-        dims = tuple((int(i),) for i in own)
-        return _checked(values), Units("dim", dims, frequency, frequency_bands(frequency))
+        singles = tuple((int(i),) for i in own)
+        return _checked(values), Units("dim", singles, frequency, frequency_bands(frequency))
     first = own[own <= partner]
-    dims = tuple((int(i),) if partner[i] == i else (int(i), int(partner[i])) for i in first)
+    dims: tuple[tuple[int, ...], ...] = tuple(
+        (int(i),) if partner[i] == i else (int(i), int(partner[i])) for i in first
+    )
     frequency = frequency[first]
     return _checked(values[..., first]), Units("pair", dims, frequency, frequency_bands(frequency))
 

@@ -76,7 +76,8 @@ def loudest(x: Float[np.ndarray, "row unit"], k: int) -> Float[np.ndarray, "row 
 def _merged_ties(x: np.ndarray) -> np.ndarray:
     """Values to 12 digits of their row's largest, so that rounding breaks no tie."""
     scale = np.abs(x).max(1, keepdims=True)
-    return np.round(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0), 12)
+    rounded: np.ndarray = np.round(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0), 12)
+    return rounded
 
 
 def overlap_matrix(marks: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, "row row2"]:
