@@ -2,6 +2,8 @@
 
 from gainlens.export.attention import sliced_attention
 from gainlens.export.canonical import canonical_plan
+from gainlens.export.engines import ENGINES, EngineLimitError
+from gainlens.export.export import ParityError, export_model
 from gainlens.export.modeling import plan_of, register_auto_classes
 from gainlens.export.plan import SlicePlan
 from gainlens.export.slim import Parity, load_slim, slim
@@ -9,9 +11,13 @@ from gainlens.export.slim import Parity, load_slim, slim
 register_auto_classes()
 
 __all__ = [
+    "ENGINES",
+    "EngineLimitError",
     "Parity",
+    "ParityError",
     "SlicePlan",
     "canonical_plan",
+    "export_model",
     "load_slim",
     "plan_of",
     "sliced_attention",

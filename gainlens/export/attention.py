@@ -7,6 +7,7 @@ This is the one place that knows of the kernels package. Registered with transfo
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,10 +15,8 @@ from jaxtyping import Bool, Float
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 _compiled: Callable[..., torch.Tensor] | None = None
-try:
+with suppress(ImportError):  # installed without the kernels
     from gainlens_kernels import sliced_attention as _compiled
-except ImportError:  # installed without the kernels
-    pass
 
 ATTENTION = "gainlens_sliced"
 FEW_QUERIES = 16

@@ -91,5 +91,5 @@ class Source(ABC):
         """The original's logits, float32, with its keys and attention outputs multiplied."""
 
     @abstractmethod
-    def flows(self, batches: list[Int[torch.Tensor, "document pos"]], keys: KeyMap | None) -> Flows:
+    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], keys: KeyMap | None) -> Flows:
         """Second moments at the output projection's input over the text, float64 on the CPU."""

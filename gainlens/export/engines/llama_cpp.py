@@ -1,0 +1,205 @@
+"""A GGUF file for llama.cpp: architecture llama, one ``rope_freqs`` tensor, no code of gainlens.
+
+llama.cpp rotates neighbouring rows, so query and key rows are interleaved, and it divides each
+frequency by ``rope_freqs``. Its own converter would drop the longrope factors of a checkpoint
+without a word, so the file is written here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gainlens.errors import InputError
+from gainlens.export.engines.base import Engine
+from gainlens.export.engines.stock import check_stock, longrope_factors, stock_llama
+
+FILE = "model.gguf"
+LAYER_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+GLOBAL_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+class LlamaCppEngine(Engine):
+    """llama.cpp; ``tokenizer`` is a GGUF file whose vocabulary is copied, or None for none.
+
+    Its CUDA flash attention takes heads of 40, 64, 72, 80, 96, 112, 128 and 256 dimensions; other
+    widths run without it.
+    """
+
+    name = "llama.cpp"
+    precisions = ("f32", "f16", "q8_0")
+    tolerance = {"f32": 1e-4, "f16": 1e-2, "q8_0": 2e-1}  # noqa: RUF012
+
+    def check(self, slim: Any) -> None:
+        """Raise ``EngineLimitError`` unless the model fits llama.cpp's Llama."""
+        check_stock(slim, self.name, None)
+        _gguf()
+
+    def write(self, slim: Any, folder: Path, precision: str, tokenizer: Any | None) -> None:
+        """``model.gguf``."""
+        gguf = _gguf()
+        stock = stock_llama(slim)
+        theta, factors, _ = longrope_factors(slim)
+        writer = gguf.GGUFWriter(str(folder / FILE), "llama")
+        try:
+            _add_settings(writer, stock.config, theta, precision, gguf)
+            _add_vocabulary(writer, tokenizer, int(stock.config.vocab_size), gguf)
+            writer.add_tensor("rope_freqs.weight", np.asarray(factors, dtype=np.float32))
+            for name, tensor in stock.state_dict().items():
+                if name == "lm_head.weight" and stock.config.tie_word_embeddings:
+                    continue
+                _add_weight(writer, name, tensor.numpy(), stock.config, precision, gguf)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+    def read_back(self, folder: Path) -> Any:
+        """Through gguf's reader into a transformers Llama whose frequencies come from the file."""
+        return llama_from_gguf(folder / FILE)
+
+
+def llama_from_gguf(file: Path) -> Any:
+    """A float32 ``LlamaForCausalLM`` from a GGUF file of architecture llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    gguf = _gguf()
+    reader = gguf.GGUFReader(str(file))
+
+    def setting(name: str) -> Any:
+        return reader.get_field(f"llama.{name}").contents()
+
+    tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    heads, kv_heads = int(setting("attention.head_count")), int(setting("attention.head_count_kv"))
+    theta, width = float(setting("rope.freq_base")), int(setting("rope.dimension_count"))
+    config = LlamaConfig(
+        vocab_size=tensors["token_embd.weight"].shape[0],
+        hidden_size=int(setting("embedding_length")),
+        intermediate_size=int(setting("feed_forward_length")),
+        num_hidden_layers=int(setting("block_count")),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=int(setting("attention.key_length")),
+        max_position_embeddings=int(setting("context_length")),
+        rms_norm_eps=float(setting("attention.layer_norm_rms_epsilon")),
+        attention_bias="blk.0.attn_q.bias" in tensors,
+        tie_word_embeddings="output.weight" not in tensors,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+    )
+    model = LlamaForCausalLM(config).eval()
+    state = {}
+    for name in model.state_dict():
+        theirs = _gguf_name(name)
+        if theirs not in tensors:
+            theirs = "token_embd.weight"  # a tied output
+        array = np.asarray(tensors[theirs], dtype=np.float32)
+        if theirs.split(".")[-2] in ("attn_q", "attn_k"):
+            n = heads if theirs.split(".")[-2] == "attn_q" else kv_heads
+            array = array.reshape(n, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        state[name] = torch.from_numpy(array.copy())
+    model.load_state_dict(state, strict=True)
+    plain = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    factors = tensors["rope_freqs.weight"].astype(np.float64)
+    model.model.rotary_emb.inv_freq = torch.from_numpy((plain / factors).astype(np.float32))
+    return model
+
+
+def _add_settings(writer: Any, config: Any, theta: float, precision: str, gguf: Any) -> None:
+    width = int(config.head_dim)
+    writer.add_name("gainlens slim model")
+    writer.add_context_length(int(config.max_position_embeddings))
+    writer.add_embedding_length(int(config.hidden_size))
+    writer.add_block_count(int(config.num_hidden_layers))
+    writer.add_feed_forward_length(int(config.intermediate_size))
+    writer.add_head_count(int(config.num_attention_heads))
+    writer.add_head_count_kv(int(config.num_key_value_heads))
+    writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
+    writer.add_rope_dimension_count(width)
+    writer.add_rope_freq_base(theta)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_vocab_size(int(config.vocab_size))
+    kinds = gguf.LlamaFileType
+    writer.add_file_type(
+        {"f32": kinds.ALL_F32, "f16": kinds.MOSTLY_F16, "q8_0": kinds.MOSTLY_Q8_0}[precision]
+    )
+
+
+def _add_vocabulary(writer: Any, source: Any | None, vocabulary: int, gguf: Any) -> None:
+    if source is None:
+        writer.add_tokenizer_model("none")  # token ids alone
+        return
+    path = Path(str(source))
+    if not path.is_file():
+        raise InputError(
+            f"tokenizer={str(source)!r}: for llama.cpp expected a GGUF file of the original model, "
+            "whose vocabulary is copied (or None, for token ids alone)"
+        )
+    for name, entry in gguf.GGUFReader(str(path)).fields.items():
+        if not name.startswith("tokenizer."):
+            continue
+        value, kind = entry.contents(), entry.types[0]
+        if name == "tokenizer.ggml.tokens" and len(value) != vocabulary:
+            raise InputError(
+                f"tokenizer={str(source)!r} has {len(value)} tokens, the model {vocabulary}"
+            )
+        inner = entry.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, value, kind, sub_type=inner)
+
+
+def _add_weight(
+    writer: Any,
+    name: str,
+    array: npt.NDArray[np.float32],
+    config: Any,
+    precision: str,
+    gguf: Any,
+) -> None:
+    theirs = _gguf_name(name)
+    part = theirs.split(".")[-2]
+    if part in ("attn_q", "attn_k"):
+        heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
+        array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+    array = np.ascontiguousarray(array)
+    kind = gguf.GGMLQuantizationType
+    if precision == "f32" or array.ndim == 1:
+        writer.add_tensor(theirs, array)
+    elif precision == "f16" or array.shape[-1] % 32:
+        writer.add_tensor(theirs, array.astype(np.float16))
+    else:
+        writer.add_tensor(theirs, gguf.quants.quantize(array, kind.Q8_0), raw_dtype=kind.Q8_0)
+
+
+def _gguf_name(name: str) -> str:
+    """``model.layers.3.mlp.up_proj.weight`` is ``blk.3.ffn_up.weight``."""
+    if name in GLOBAL_NAMES:
+        return GLOBAL_NAMES[name]
+    _, _, layer, *middle, leaf = name.split(".")
+    return f"blk.{layer}.{LAYER_NAMES['.'.join(middle)]}.{leaf}"
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise InputError("engine='llama.cpp' writes GGUF and needs: pip install gguf") from error
+    return gguf
