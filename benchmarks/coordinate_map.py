@@ -270,8 +270,10 @@ def main() -> None:
     check_writable(Path(options.out).parent)
     work = scale if options.scale else planted if options.planted else record
     result = work(options)
-    command = "python benchmarks/coordinate_map.py " + " ".join(sys.argv[1:])
-    facts = {"command": command.strip(), "seed": options.seed}
+    given = {k: v for k, v in vars(options).items() if k != "map" and v != parser.get_default(k)}
+    words = [f"--{k}" if v is True else f"--{k} {v}" for k, v in given.items()]
+    command = " ".join(["python benchmarks/coordinate_map.py", *words])
+    facts = {"command": command, "seed": options.seed}
     write_json(options.out, plain({**facts, **result, **environment()}))
     print(f"{options.out} written")
 

@@ -172,39 +172,33 @@ def test_the_price_is_that_of_plain_hooks(tiny, tiny_gains, tiny_validation, uni
 def test_a_text_that_does_not_judge_picks_the_ranking(
     tiny, tiny_gains, tiny_calibration, tiny_validation
 ):
+    choose, judge = tiny_calibration[:2, :32], tiny_validation[:2, :32]
     both = price_of_universality(
-        tiny, tiny_validation, tiny_gains, (0.75,), score=("qk", "std"), choose=tiny_calibration,
-        progress=False,
-    )  # fmt: skip
-    alone = {
-        score: price_of_universality(
-            tiny, tiny_validation, tiny_gains, (0.75,), score=score, progress=False
-        )
-        for score in ("qk", "std")
-    }
+        tiny, judge, tiny_gains, (0.75,), score=("qk", "std"), choose=choose, progress=False
+    )
+    x = {name: unit_gains(tiny_gains, name, "rotated") for name in ("qk", "std")}
     for tried in both.tried:
         row = next(r for r in both.rows if r["sharing"] == tried["sharing"])
         assert row["score"] == min(tried["rises"], key=tried["rises"].get)
-        same = next(r for r in alone[row["score"]].rows if r["sharing"] == tried["sharing"])
-        assert row["rise"] == pytest.approx(same["rise"], abs=1e-9)
+        mask = shared_mask(*x[row["score"]], 32, 4, tried["sharing"])
+        with torch.inference_mode():
+            cut = tiny.run_with_hooks(
+                judge, return_type="loss", fwd_hooks=gl.ablation_hooks(tiny, mask)
+            ).item()
+            intact = tiny(judge, return_type="loss").item()
+        assert row["rise"] == pytest.approx(cut - intact, abs=1e-4)
     with pytest.raises(gl.InputError, match="choose="):
-        price_of_universality(tiny, tiny_validation, tiny_gains, score=("qk", "std"))
+        price_of_universality(tiny, judge, tiny_gains, score=("qk", "std"))
     with pytest.raises(gl.InputError, match="text that judges"):
-        price_of_universality(
-            tiny, tiny_validation, tiny_gains, score=("qk", "std"), choose=tiny_validation
-        )
+        price_of_universality(tiny, judge, tiny_gains, score=("qk", "std"), choose=judge)
     line = find_red_line(
-        tiny, tiny_gains, tiny_calibration, tiny_validation, margin=0.02, score=("rms", "std"),
-        progress=False,
-    )  # fmt: skip
+        tiny, tiny_gains, choose, judge, margin=0.02, score=("rms", "std"), progress=False
+    )
     for design, score in line.scores.items():
-        kept = {
-            name: min(
-                [s["kept"] for s in line.steps
-                 if (s["design"], s["score"]) == (design, name) and s["rise"] <= 0.02] + [16]
-            )
-            for name in ("rms", "std")
-        }  # fmt: skip
+        kept = {}
+        for name in ("rms", "std"):
+            of_name = [s for s in line.steps if (s["design"], s["score"]) == (design, name)]
+            kept[name] = min([s["kept"] for s in of_name if s["rise"] <= 0.02] + [16])
         assert line.judged[design]["kept"] == kept[score] == min(kept.values())
 
 
@@ -213,7 +207,7 @@ def test_the_red_line_is_where_the_bisection_says(
 ):
     line = find_red_line(
         tiny, tiny_gains, tiny_calibration, tiny_validation, margin=0.02, score="rms",
-        observation=seen, patch=tiny_validation[:2], progress=False,
+        observation=seen, patch=tiny_validation[:1, :16], progress=False,
     )  # fmt: skip
     for design, kept in (("shared", len(line.shared)), ("per layer", len(line.per_layer[0]))):
         steps = {s["kept"]: s["rise"] for s in line.steps if s["design"] == design}
@@ -400,3 +394,10 @@ def test_shared_pairs_of_generated_models_are_recovered(shared, private):
     assert f1(cmap.universal_units, truth) >= 0.95
     answers = {6: ("universal",), 4: ("universal", "partly shared"), 0: ("not shared",)}
     assert cmap.answer in answers[shared]
+
+
+def test_every_model_class_is_observed_alike(any_tiny, seen, tiny_calibration, tiny_gains, units):
+    found = observe_keys(any_tiny, tiny_calibration, tiny_gains, units, progress=False)
+    np.testing.assert_allclose(found.mass, seen.mass, atol=1e-4)
+    np.testing.assert_allclose(found.advantage, seen.advantage, atol=1e-3)
+    np.testing.assert_allclose(found.rms, seen.rms, rtol=1e-3)

@@ -14,7 +14,7 @@ SHAPE = (24, 4, 32)
 
 
 def mapped(gains, seed=0, **more):
-    return gl.coordinate_map(gains, heads=False, n_permutations=200, seed=seed, **more)
+    return gl.coordinate_map(gains, heads=False, n_permutations=150, seed=seed, **more)
 
 
 @pytest.mark.parametrize("per", ["layer", "head"])
