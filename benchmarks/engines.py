@@ -45,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 4096])
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/engines.json")
+    parser.add_argument("--under", default="", help="put before an engine's command (a lock, say)")
     parser.add_argument("--work", type=Path, default=ROOT / ".engines/work")
     return parser.parse_args()
 
@@ -79,7 +80,10 @@ def main() -> int:
     results: dict[str, Any] = {}
     failed = []
     for engine in ENVIRONMENTS:
-        runs = {kind: run(engine, folders[engine, kind], job, kind) for kind in ("full", "slim")}
+        runs = {
+            kind: run(engine, folders[engine, kind], job, kind, args.under)
+            for kind in ("full", "slim")
+        }
         found = compare(expected, runs["slim"]["rows"])
         found["version"] = runs["slim"]["engine"]
         found["decode"] = ratios(runs, whole, thin)
@@ -143,7 +147,7 @@ def transformers_rows(model: Any, prompts: torch.Tensor, new: int) -> list[dict[
     return rows
 
 
-def run(engine: str, folder: Path, job: dict[str, Any], kind: str) -> dict[str, Any]:
+def run(engine: str, folder: Path, job: dict[str, Any], kind: str, under: str) -> dict[str, Any]:
     """Run a job in an engine's own environment."""
     model = folder / "model.gguf" if engine == "llama.cpp" else folder
     question, answer = folder / "job.json", folder / "answer.json"
@@ -156,7 +160,7 @@ def run(engine: str, folder: Path, job: dict[str, Any], kind: str) -> dict[str, 
     log = folder / "log.txt"
     with log.open("w") as out:
         done = subprocess.run(
-            [str(python), str(script), str(question), str(answer)],
+            [*under.split(), str(python), str(script), str(question), str(answer)],
             stdout=out, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
     if done.returncode:

@@ -53,7 +53,7 @@ def main() -> None:
     rows = []
     for ids in job["prompts"]:
         answer = run(ids, job["n_new"], 1)
-        steps = answer.get("completion_probabilities") or answer["probs"]
+        steps = answer["choices"][0]["logprobs"]["content"]
         rows.append(
             {
                 "prompt_logprobs": None,

@@ -31,6 +31,7 @@ from gainlens.errors import (
     SilentSiteError,
     UnsupportedModelError,
 )
+from gainlens.export import SlicePlan, export_model, load_slim, sliced_attention, slim
 from gainlens.model import KeySites, key_sites, load_model, load_tokens
 from gainlens.probes import KeyGainProbe, KeyGains, probe_gains
 
@@ -50,6 +51,7 @@ __all__ = [
     "PatchEffects",
     "RefitCut",
     "SilentSiteError",
+    "SlicePlan",
     "SurgeryCurve",
     "UnsupportedModelError",
     "Verdict",
@@ -60,13 +62,17 @@ __all__ = [
     "canonical_gains",
     "compare_maps",
     "coordinate_map",
+    "export_model",
     "greedy_mask",
     "key_sites",
     "load_model",
+    "load_slim",
     "load_tokens",
     "patch_keys",
     "probe_gains",
     "refit",
+    "sliced_attention",
+    "slim",
     "surgery",
     "with_evidence",
 ]

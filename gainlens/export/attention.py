@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 _compiled: Callable[..., torch.Tensor] | None = None
@@ -19,6 +19,8 @@ with suppress(ImportError):  # installed without the kernels
     from gainlens_kernels import sliced_attention as _compiled
 
 ATTENTION = "gainlens_sliced"
+KERNEL_WIDTH = 256
+"""The widest head that the compiled kernel takes."""
 FEW_QUERIES = 16
 """Up to this many query positions the matrix products are done group by group."""
 
@@ -30,6 +32,8 @@ def sliced_attention(
     *,
     scale: float,
     causal: bool = True,
+    lengths: Int[torch.Tensor, " batch"] | None = None,
+    starts: Int[torch.Tensor, " batch"] | None = None,
 ) -> Float[torch.Tensor, "batch head tq d_v"]:
     """Attention with keys and values of any two widths; query head h reads key head h // group.
 
@@ -37,11 +41,39 @@ def sliced_attention(
         q, k, v: queries, keys and values.
         scale: what a query-key product is multiplied by.
         causal: the last query sees all keys, the one before all but the last, and so on.
+        lengths: one past the last valid key of each row, for caches padded on the right; the last
+            query is aligned with the last valid key.
+        starts: the first valid key of each row, for texts padded on the left.
     """
-    if _compiled is not None:
-        out: torch.Tensor = _compiled(q, k, v, scale=scale, causal=causal)
+    if _compiled is not None and max(q.shape[3], v.shape[3]) <= KERNEL_WIDTH:
+        out: torch.Tensor = _compiled(
+            q, k, v, scale=scale, causal=causal, lengths=lengths, starts=starts
+        )
         return out
-    return plain_attention(q, k, v, scale=scale, causal=causal)
+    mask = None
+    if lengths is not None or starts is not None:
+        mask = _seen(q.shape[2], k.shape[2], causal, lengths, starts, q.device)
+    return plain_attention(q, k, v, scale=scale, causal=causal, mask=mask)
+
+
+def _seen(
+    tq: int,
+    tk: int,
+    causal: bool,
+    lengths: Int[torch.Tensor, " batch"] | None,
+    starts: Int[torch.Tensor, " batch"] | None,
+    device: torch.device,
+) -> Bool[torch.Tensor, "batch 1 tq tk"]:
+    """True where a query may see a key."""
+    key = torch.arange(tk, device=device)
+    end = torch.tensor([tk], device=device) if lengths is None else lengths
+    begin = torch.zeros_like(end) if starts is None else starts
+    rows = max(len(end), len(begin))
+    last = end[:, None].expand(rows, tq)
+    if causal:
+        last = last - tq + 1 + torch.arange(tq, device=device)
+    seen = (key < last[..., None]) & (key >= begin[:, None, None])
+    return seen[:, None]
 
 
 def plain_attention(
@@ -109,10 +141,15 @@ def attention_forward(
 ) -> tuple[Float[torch.Tensor, "batch tq head d_v"], None]:
     """What transformers calls: ``[batch, pos, head, d_v]`` and no attention weights."""
     if dropout:
+        if attention_mask is not None and attention_mask.ndim == 1:
+            tq, tk = query.shape[2], key.shape[2]
+            attention_mask = _seen(tq, tk, True, None, attention_mask, query.device)
         out = eager_forward(module, query, key, value, attention_mask, scaling, dropout)[0]
         return out, None
     if attention_mask is None:
         out = sliced_attention(query, key, value, scale=scaling)
+    elif attention_mask.ndim == 1:  # see sliced_mask
+        out = sliced_attention(query, key, value, scale=scaling, starts=attention_mask)
     else:
         shown = attention_mask[..., : key.shape[2]]
         seen = shown if shown.dtype == torch.bool else shown >= 0
@@ -158,7 +195,11 @@ def sliced_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """None where the causal rule (last query sees all keys) says it all, else a boolean mask."""
+    """None where the causal rule (last query sees all keys) says it all.
+
+    Texts padded on the left give ``[batch]``, the first position of each; all else a boolean
+    mask ``[batch, 1, query, key]``.
+    """
     from transformers.masking_utils import sdpa_mask
 
     plain = (
@@ -167,10 +208,18 @@ def sliced_mask(
         and not isinstance(q_offset, torch.Tensor)
         and q_offset + q_length == kv_offset + kv_length
         and (local_size is None or kv_offset + kv_length <= local_size)
-        and (attention_mask is None or bool(attention_mask[:, :kv_length].all()))
     )
     if plain:
-        return None
+        if attention_mask is None:
+            return None
+        real = attention_mask[:, :kv_length]
+        if bool(real.all()):
+            return None
+        starts = kv_length - real.sum(1)
+        if real.shape[1] == kv_length and bool(
+            (real == (torch.arange(kv_length, device=real.device) >= starts[:, None])).all()
+        ):
+            return starts
     mask: torch.Tensor | None = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,

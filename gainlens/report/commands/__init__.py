@@ -9,11 +9,12 @@ from __future__ import annotations
 from types import ModuleType
 
 from gainlens.report.commands import map as map_command
-from gainlens.report.commands import probe, report, surgery
+from gainlens.report.commands import probe, report, slim, surgery
 
 COMMANDS: dict[str, ModuleType] = {
     "probe": probe,
     "surgery": surgery,
     "map": map_command,
+    "slim": slim,
     "report": report,
 }

@@ -1,0 +1,103 @@
+"""``gainlens slim``: write a physically smaller model, for gainlens' own or a stock engine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from gainlens.errors import InputError
+from gainlens.export import ENGINES, SlicePlan, export_model, slim
+from gainlens.export.ledger import CONTEXTS, ledger, sizes
+from gainlens.files import check_writable, write_json
+from gainlens.model.loading import load_hf
+from gainlens.model.zoo import smollm2
+from gainlens.report.commands.common import add_text_arguments, gains_of, open_model, text
+
+HELP = "write a physically smaller model, and what it saves"
+OUT = "slim"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments besides the common ones."""
+    add_text_arguments(parser, n_docs=16)
+    parser.add_argument("--keep", type=float, default=0.5, help="share of key dimensions that stay")
+    parser.add_argument(
+        "--values", type=float, help="share of value dimensions that stay (stock engines: as keys)"
+    )
+    parser.add_argument("--plan", help="a plan file, in the place of --keep, --values and --scope")
+    parser.add_argument("--gains", help="a gains file; without it the calibration text is probed")
+    parser.add_argument("--score", default="qk", help="which gain ranks the units")
+    parser.add_argument("--scope", help="head, layer, model, universal (stock engines need that)")
+    parser.add_argument("--engine", default="gainlens", help=", ".join(ENGINES))
+    parser.add_argument("--precision", help="f32, f16, bf16; for llama.cpp f32, f16, q8_0")
+    parser.add_argument("--ledger", action="store_true", help="time it before and after as well")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Cut, write, check, count."""
+    out = Path(options.out)
+    if options.engine not in ENGINES:
+        raise InputError(f"--engine {options.engine!r} is not one of {', '.join(ENGINES)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {str(out)!r} already holds something: expected a new folder")
+    check_writable(out.absolute().parent)
+    own = options.engine == "gainlens"
+    model = open_model(options)
+    if options.plan:
+        plan = SlicePlan.load(options.plan)
+    else:
+        values = options.values if options.values is not None or own else options.keep
+        scope: Any = options.scope or ("head" if own else "universal")
+        plan = SlicePlan.from_gains(
+            gains_of(options, model), options.keep, options.score, scope, values=values
+        )
+    tokens = text(options, model, "calibration") if plan.value_widths else None
+    thin = slim(model, plan, tokens)
+    export_model(
+        thin,
+        out,
+        options.engine,
+        precision=options.precision,
+        tokenizer=_tokenizer(options, model),
+    )
+    plan.save(out / "slice_plan.json")
+    full = slim(model, SlicePlan.identity(model))
+    del model
+    before, after = sizes(full), sizes(thin)
+    result: dict[str, Any] = {
+        "out": str(out),
+        "engine": options.engine,
+        "parity": thin.gainlens_parity.difference,
+        "full": vars(before),
+        "slim": vars(after),
+    }
+    keys, values_before = before.key_bytes, before.value_bytes
+    lines = [
+        f"{out}: {plan!r} for {options.engine}, logits within "
+        f"{thin.gainlens_parity.difference:.1e} of the masked original's",
+        f"parameters {before.parameters:,} -> {after.parameters:,}; cache per token "
+        f"{keys + values_before:,} -> {after.key_bytes + after.value_bytes:,} bytes "
+        f"(keys {keys:,} -> {after.key_bytes:,})",
+    ]
+    if options.ledger:
+        found = ledger(full, thin, baseline=load_hf(options.model), contexts=CONTEXTS)
+        where = out.parent / f"{out.name}.ledger.json"
+        write_json(where, found)
+        result["ledger"] = found
+        for row in found["contexts"]:
+            lines.append(
+                f"{row['context']:>7,} tokens: decode x{row['decode_ratio']:.2f} (predicted "
+                f"x{row['predicted']['decode_ratio']:.2f}; x"
+                f"{row['decode_ratio_to_best_transformers']:.2f} of {row['best_transformers']}), "
+                f"prefill x{row['prefill_ratio']:.2f}"
+            )
+        lines += [found["twice_as_fast"]["verdict"], f"{where}: the ledger"]
+    return {**result, "lines": lines}
+
+
+def _tokenizer(options: argparse.Namespace, model: Any) -> Any | None:
+    """What the engine's checkpoint takes its vocabulary from."""
+    if options.engine == "llama.cpp":
+        return smollm2.packaged_gguf() if options.model == "smollm2" else None
+    return getattr(model, "tokenizer", None)
