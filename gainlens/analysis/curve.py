@@ -176,8 +176,8 @@ class SurgeryCurve:
         note, more = "", documents_to_decide(delta, margin, level)
         if self.stopping is not None:
             note = f"stopped early; interval over {len(self.stopping.looks)} planned looks"
-            level = self.stopping.look_level(len(delta)) or self.stopping.level
-            more = documents_to_decide(delta, margin, level)
+            status = non_inferiority("", 0.0, self.interval(index), margin, len(delta)).status
+            more = (more or 1) if status == "undecided" else 0
         if more:
             note = (note + "; " if note else "") + f"some {more} more documents would decide it"
         return non_inferiority(

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
 from gainlens.errors import InputError
+
+
+@lru_cache(maxsize=4096)
+def t_quantile(level: float, freedom: int) -> float:
+    """Half the width of Student's two-sided interval, in standard errors."""
+    return float(stats.t.ppf(0.5 + level / 2, freedom))
 
 
 def t_interval(
@@ -34,7 +41,7 @@ def t_interval(
     if len(values) < 2:
         return -math.inf, math.inf
     spread = values.std(ddof=1) / math.sqrt(len(values))
-    half = float(stats.t.ppf(0.5 + level / 2, len(values) - 1)) * float(spread)
+    half = t_quantile(level, len(values) - 1) * float(spread)
     mean = float(values.mean())
     return mean - half, mean + half
 
@@ -108,7 +115,7 @@ def documents_to_decide(
     gap, spread = abs(float(values.mean()) - margin), float(values.std(ddof=1))
 
     def decided(count: int) -> bool:
-        return float(stats.t.ppf(0.5 + level / 2, count - 1)) * spread / math.sqrt(count) < gap
+        return t_quantile(level, count - 1) * spread / math.sqrt(count) < gap
 
     if decided(n):
         return 0

@@ -116,7 +116,7 @@ def unit_dims(sites: KeySites, unit: str) -> list[list[int]]:
 
 def patch_keys(
     model: Any,
-    clean: Int[torch.Tensor, "document pos"] | KeyCache,
+    clean: Int[torch.Tensor, "clean_document clean_pos"] | KeyCache,
     corrupted: Int[torch.Tensor, "document pos"],
     *,
     metric: Metric,
@@ -152,11 +152,10 @@ def patch_keys(
     todo = [(head, unit) for head in range(sites.n_kv_heads) for unit in range(len(groups))]
     at_once = max(1, tokens_per_batch // prompt.numel())
     runner = _Runner(model, prompt, sites)
-    start = _number(metric(runner.intact()), metric, "the corrupted prompt")
     end = float("nan")
     if not isinstance(clean, KeyCache):
-        with torch.inference_mode():
-            end = _number(metric(model(clean, return_type="logits")), metric, "the clean prompt")
+        end = _number(metric(runner.intact(clean)), metric, "the clean prompt")
+    start = _number(metric(runner.intact(prompt)), metric, "the corrupted prompt")
     with tqdm(
         total=len(wanted) * len(todo), desc="patch", unit="unit", disable=not progress
     ) as bar:
@@ -176,7 +175,7 @@ def patch_keys(
 
 def attribution_patching(
     model: Any,
-    clean: Int[torch.Tensor, "document pos"] | KeyCache,
+    clean: Int[torch.Tensor, "clean_document clean_pos"] | KeyCache,
     corrupted: Int[torch.Tensor, "document pos"],
     *,
     metric: Metric,
@@ -219,11 +218,12 @@ class _Runner:
         self.residuals: list[torch.Tensor] = []
 
     @torch.inference_mode()
-    def intact(self) -> torch.Tensor:
-        """Logits of the corrupted prompt; keeps what each layer reads."""
+    def intact(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits of a prompt; keeps what each layer reads in the last one asked for."""
+        tokens = tokens.to(self.prompt.device)
         if self.twin is not None:
-            self.residuals = self.twin.residuals(self.prompt)
-            return self.twin.logits(self.twin.hidden(self.prompt))
+            self.residuals = self.twin.residuals(tokens)
+            return self.twin.logits(self.twin.hidden(tokens))
         found: dict[int, torch.Tensor] = {}
 
         def keep(x: torch.Tensor, hook: Any, *, layer: int) -> None:
@@ -236,7 +236,7 @@ class _Runner:
                 for layer in range(self.sites.n_layers)
             ]
         with attached(self.model, hooks):
-            logits: torch.Tensor = self.model(self.prompt, return_type="logits")
+            logits: torch.Tensor = self.model(tokens, return_type="logits")
         self.residuals = [found[layer] for layer in sorted(found)]
         return logits
 

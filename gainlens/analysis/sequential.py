@@ -2,13 +2,16 @@
 
 Looking at the running interval after every batch and stopping when it clears the margin would
 call "holds" too often. Here the error is shared out over the looks beforehand (Bonferroni
-spending): a fifth equally among the looks before the last, the rest to the last one, so that a
-point that runs to its end is judged almost as by the plain test. By the union bound the chance
+spending): of that of "holds" a twentieth goes equally to the looks before the last, of that of
+"fails" half, the rest to the last look. Gross damage stops a point soon, and one that runs to its
+end is judged almost as by the plain test. By the union bound the chance
 that a claim whose true damage is the margin (or more) is ever called "holds" is at most
-(1 - level) / 2, however the looks depend on each other; the same holds for "fails". The
-assumption is that of Student's interval at each look: documents are independent, and means of a
-few of them nearly normal. The first looks rest on few documents, so none is taken before
-``MIN_DOCUMENTS``.
+(1 - level) / 2, however the looks depend on each other, and the same for "fails" - as far as the
+interval at each look keeps its promise. That interval is Student's, widened by Johnson's (1978)
+correction on the side to which the differences are skewed: a few documents that suffer much are
+the usual case, and make Student's own upper end too low. Documents are taken to be independent.
+With normal differences simulation gives 2.4% false "holds", with exponential ones (skewness 2,
+32 documents) some 5% (tests/analysis/test_statistics.py).
 """
 
 from __future__ import annotations
@@ -19,12 +22,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from gainlens.analysis.intervals import t_interval
+from gainlens.analysis.intervals import t_interval, t_quantile
 from gainlens.analysis.verdict import Status
 from gainlens.errors import InputError
 
 MIN_DOCUMENTS = 4
-EARLY_SHARE = 0.2
+EARLY_HOLDS, EARLY_FAILS = 0.05, 0.5
 
 
 @dataclass(frozen=True)
@@ -59,28 +62,48 @@ class StoppingRule:
         looks = (*(n for n in ends[:-1] if n >= MIN_DOCUMENTS), ends[-1])
         return cls(margin, looks, level)
 
-    def look_level(self, n_documents: int) -> float | None:
-        """Coverage of the two-sided interval at the look after so many documents, if there is one.
+    def errors(self, n_documents: int) -> tuple[float, float] | None:
+        """Chances of a false "fails" and of a false "holds" that a look may spend, if there is one.
 
-        It is 1 - (the share of the error that this look may spend).
+        The look is the one after ``n_documents``.
         """
         if n_documents not in self.looks:
             return None
-        error, early = 1 - self.level, len(self.looks) - 1
+        error, early = (1 - self.level) / 2, len(self.looks) - 1
         if not early:
-            return self.level
-        if n_documents == self.looks[-1]:
-            return 1 - error * (1 - EARLY_SHARE)
-        return 1 - error * EARLY_SHARE / early
+            return error, error
+        last = n_documents == self.looks[-1]
+        fails, holds = (
+            error * (1 - share if last else share / early) for share in (EARLY_FAILS, EARLY_HOLDS)
+        )
+        return fails, holds
 
     def status(self, differences: Float[np.ndarray, " document"]) -> Status:
         """Decide at the present look; ``undecided`` also between looks."""
-        level = self.look_level(len(differences))
-        if level is None:
+        if len(differences) not in self.looks:
             return "undecided"
-        low, high = t_interval(differences, level)
+        low, high = self.interval(differences)
         return "holds" if high < self.margin else "fails" if low > self.margin else "undecided"
 
     def interval(self, differences: Float[np.ndarray, " document"]) -> tuple[float, float]:
-        """The interval at the look that stopped the point."""
-        return t_interval(differences, self.look_level(len(differences)) or self.level)
+        """The interval at the look that stopped the point; its ends spend different errors."""
+        either = (1 - self.level) / 2
+        fails, holds = self.errors(len(differences)) or (either, either)
+        return (
+            skew_interval(differences, 1 - 2 * fails)[0],
+            skew_interval(differences, 1 - 2 * holds)[1],
+        )
+
+
+def skew_interval(differences: Float[np.ndarray, " document"], level: float) -> tuple[float, float]:
+    """Student's interval, its end on the skewed side moved out by Johnson's correction."""
+    low, high = t_interval(differences, level)
+    n = len(differences)
+    if n < 3 or differences.std() == 0:
+        return low, high
+    quantile = t_quantile(level, n - 1)
+    centred = differences - differences.mean()
+    raw = float((centred**3).mean()) / float((centred**2).mean()) ** 1.5
+    skewness = raw * math.sqrt(n * (n - 1)) / (n - 2)
+    shift = float(differences.std(ddof=1)) * (1 + 2 * quantile**2) / (6 * n) * skewness
+    return low + min(shift, 0.0), high + max(shift, 0.0)

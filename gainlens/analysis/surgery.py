@@ -155,9 +155,9 @@ def _run_point(
     gains: KeyGains,
     baseline: Float[np.ndarray, " document"],
     rule: StoppingRule | None,
-) -> Float[np.ndarray, " document"]:
+) -> Float[np.ndarray, " run"]:
     """Losses of a point: of all documents, or of as many as decide it."""
-    found: Float[np.ndarray, " document"] = np.empty(0)
+    found: Float[np.ndarray, " run"] = np.empty(0)
     for batch in documents:
         more = evaluator.documents(batch, cut, point.mode, gains, point.seed or 0)
         found = np.concatenate([found, more])

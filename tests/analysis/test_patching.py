@@ -1,0 +1,142 @@
+"""Patching single units against TransformerLens' own, and its one-pass estimate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformer_lens.patching as theirs
+from families import FAMILIES, bridge, family_tokens
+
+import gainlens as gl
+from gainlens.model.hooks import attached
+
+
+def metric(logits):
+    return logits[:, -1, 7].mean() - logits[:, -1, 11].mean()
+
+
+def prompts(tokens, rows=2, length=12):
+    clean = tokens[:rows, :length].clone()
+    corrupted = clean.clone()
+    corrupted[:, 4] = (corrupted[:, 4] + 9) % 60
+    return clean, corrupted
+
+
+def test_agrees_with_generic_activation_patch(any_tiny, tiny_calibration):
+    clean, corrupted = prompts(tiny_calibration)
+    got = gl.patch_keys(any_tiny, clean, corrupted, metric=metric, progress=False)
+    _, cache = any_tiny.run_with_cache(clean)
+    index = pd.DataFrame(
+        [(layer, h, p) for layer in range(4) for h in range(2) for p in (0, 3, 15)],
+        columns=["layer", "head", "pair"],
+    )
+
+    def setter(activation, row, clean_cache):
+        source = clean_cache
+        if not isinstance(source, torch.Tensor):  # 3.9 hands over the whole cache
+            source = source[f"blocks.{row[0]}.attn.hook_rot_k"]
+        activation = activation.clone()
+        dims = [row[2], row[2] + 16]
+        activation[:, :, row[1], dims] = source[:, :, row[1], dims]
+        return activation
+
+    wanted = theirs.generic_activation_patch(
+        any_tiny, corrupted, cache, metric, setter, "rot_k", index_df=index
+    )
+    ours = np.array([got.effect[row.layer, row.head, row.pair] for row in index.itertuples()])
+    assert np.abs(ours).max() > 1e-3
+    assert np.allclose(ours + got.corrupted, wanted.detach().numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name):
+    """One unit by hand, at the last stage the model shows; the prefix is reused where it can be."""
+    model = bridge(name)
+    clean, corrupted = prompts(family_tokens())
+    got = gl.patch_keys(model, clean, corrupted, metric=metric, layers=[1], progress=False)
+    sites = gl.key_sites(model)
+    dims = sorted({2, int(sites.partner[2])})
+    unit = got.dims.index(dims[0])
+    keep = torch.ones(sites.shape, dtype=torch.bool)
+    keep[1, 0, dims] = False
+    cache = gl.KeyCache.run(model, clean)
+    hooks = gl.ablation_hooks(model, gl.KeyMask(keep), "patch", cache=cache)
+    with torch.inference_mode(), attached(model, hooks):
+        wanted = float(metric(model(corrupted, return_type="logits")))
+    assert got.effect[1, 0, unit] + got.corrupted == pytest.approx(wanted, abs=1e-4)
+    assert np.isnan(got.effect[0]).all()
+
+
+def test_layers_below_are_not_run_again(monkeypatch, tiny, tiny_calibration):
+    from gainlens.model.twin import Twin
+
+    clean, corrupted = prompts(tiny_calibration)
+    started = []
+    real = Twin.hidden_from
+
+    def noted(self, layer, *rest):
+        started.append(layer)
+        return real(self, layer, *rest)
+
+    monkeypatch.setattr(Twin, "hidden_from", noted)
+    evaluator_layers = []
+    import gainlens.analysis.patching as patching
+
+    class Spy(patching._Runner):
+        def __init__(self, *args):
+            super().__init__(*args)
+            for number, layer in enumerate(self.twin._layers):
+                layer.self_attn.register_forward_hook(
+                    lambda *_, number=number: evaluator_layers.append(number)
+                )
+
+    monkeypatch.setattr(patching, "_Runner", Spy)
+    gl.patch_keys(tiny, clean, corrupted, metric=metric, layers=[3], progress=False)
+    assert set(started) == {3}
+    # Two whole runs of either prompt, then layer 3 alone.
+    run = [evaluator_layers.count(i) for i in range(4)]
+    assert run[0] == run[2] == 4
+    assert run[3] == 4 + len(started)
+
+
+def test_attribution_is_the_first_order_of_the_exact_effect(any_tiny, tiny_calibration):
+    clean, corrupted = prompts(tiny_calibration)
+    exact = gl.patch_keys(any_tiny, clean, corrupted, metric=metric, progress=False)
+    estimate = gl.attribution_patching(any_tiny, clean, corrupted, metric=metric)
+    assert exact.correlation(estimate) > 0.8
+    assert estimate.corrupted == pytest.approx(exact.corrupted, abs=1e-4)
+    # For a small step the two are the same: clean keys a thousandth of the way off.
+    base = gl.KeyCache.run(any_tiny, corrupted)
+    far = gl.KeyCache.run(any_tiny, clean)
+    near = gl.KeyCache([b + 0.01 * (f - b) for b, f in zip(base.keys, far.keys, strict=True)])
+    exact = gl.patch_keys(any_tiny, near, corrupted, metric=metric, progress=False)
+    estimate = gl.attribution_patching(any_tiny, near, corrupted, metric=metric)
+    assert exact.correlation(estimate) > 0.99
+
+
+def test_patching_the_same_prompt_changes_nothing(tiny, tiny_calibration):
+    clean, _ = prompts(tiny_calibration)
+    got = gl.patch_keys(tiny, clean, clean, metric=metric, units="dim", layers=[0], progress=False)
+    assert got.effect.shape == (4, 2, 32)
+    assert np.nanmax(np.abs(got.effect)) < 1e-5
+    with pytest.raises(gl.InputError, match="gap"):
+        got.normalised
+
+
+def test_bad_input(tiny, tiny_calibration):
+    clean, corrupted = prompts(tiny_calibration)
+    for bad in (lambda x: torch.tensor(float("nan")), lambda x: x, lambda x: None):
+        with pytest.raises(gl.InputError, match="metric"):
+            gl.patch_keys(tiny, clean, corrupted, metric=bad, progress=False)
+    for other in (clean[:, :10], gl.KeyCache.run(tiny, clean[:, :10])):
+        with pytest.raises(gl.InputError, match="positions match"):
+            gl.patch_keys(tiny, other, corrupted, metric=metric, progress=False)
+    with pytest.raises(gl.InputError, match="units"):
+        gl.patch_keys(tiny, clean, corrupted, metric=metric, units="head")
+    with pytest.raises(gl.InputError, match="layers"):
+        gl.patch_keys(tiny, clean, corrupted, metric=metric, layers=[4])
+    with pytest.raises(gl.InputError, match="differentiable"):
+        gl.attribution_patching(tiny, clean, corrupted, metric=lambda x: 1.0)
+    assert not any(point.fwd_hooks for point in tiny.hook_dict.values())
