@@ -7,7 +7,7 @@
 namespace gk {
 namespace {
 
-constexpr int64_t STREAM_ROWS = 4;  // up to here rows are few enough not to pack the keys
+constexpr int64_t STREAM_ROWS = 8;  // up to here rows are few enough not to pack the keys
 
 // Keys of a block. Many rows: wide, to pay the softmax's fixed costs rarely. Few rows: the
 // block of keys and values stays in the first-level cache.
@@ -114,7 +114,17 @@ static void attend_typed(const Problem &p, const Task &t, float *scratch) {
     const int64_t count = min64(l.block, last - key0);
     const T *const k = k_base + key0 * p.ks[2];
     const T *const v = v_base + key0 * p.vs[2];
-    if (!l.stream) pack_keys(k, p.ks[2], count, d, kt);
+    // With few rows memory is the limit: ask for the next block while working on this one.
+    Stream ahead{};
+    if (l.rows <= 2 * MR) {
+      ahead.k = reinterpret_cast<const char *>(k + l.block * p.ks[2]);
+      ahead.k_stride = p.ks[2] * int64_t(sizeof(T));
+      ahead.k_bytes = d * int64_t(sizeof(T));
+      ahead.keys = last - key0 - l.block;
+    }
+    // Values that are used where they lie; the packing of the others touches them early itself.
+    int64_t ahead_v = ahead.keys > 0 && !copy_v ? l.block * p.vs[2] : 0;
+    if (!l.stream) pack_keys(k, p.ks[2], count, d, kt, ahead);
     const float *values = reinterpret_cast<const float *>(v);
     int64_t ldv = p.vs[2];
     if (copy_v) {
@@ -134,17 +144,17 @@ static void attend_typed(const Problem &p, const Task &t, float *scratch) {
       }
       if (most == 0) continue;
       if (l.stream) {
-        const int64_t next = l.block;
-        const Stream ahead{reinterpret_cast<const char *>(k + next * p.ks[2]),
-                           reinterpret_cast<const char *>(v + next * p.vs[2]),
-                           p.ks[2] * int64_t(sizeof(T)), p.vs[2] * int64_t(sizeof(T)),
-                           d * int64_t(sizeof(T)), p.d_v * int64_t(sizeof(T)),
-                           last - key0 - next};
-        switch (rows) {
-          case 1: score_stream<1, T>(q, l.dp, k, p.ks[2], most, d, s, l.block, ahead); break;
-          case 2: score_stream<2, T>(q, l.dp, k, p.ks[2], most, d, s, l.block, ahead); break;
-          case 3: score_stream<3, T>(q, l.dp, k, p.ks[2], most, d, s, l.block, ahead); break;
-          default: score_stream<4, T>(q, l.dp, k, p.ks[2], most, d, s, l.block, ahead);
+        for (int r = 0; r < rows; r += 4) {
+          const float *const x = q + (r0 + r) * l.dp;
+          float *const dst = s + r * l.block;
+          const int64_t ld = l.block, ks = p.ks[2];
+          switch (min64(4, rows - r)) {
+            case 1: score_stream<1, T>(x, l.dp, k, ks, most, d, dst, ld, ahead); break;
+            case 2: score_stream<2, T>(x, l.dp, k, ks, most, d, dst, ld, ahead); break;
+            case 3: score_stream<3, T>(x, l.dp, k, ks, most, d, dst, ld, ahead); break;
+            default: score_stream<4, T>(x, l.dp, k, ks, most, d, dst, ld, ahead);
+          }
+          ahead.keys = 0;  // asked for once
         }
       } else {
         pick_score<MR>(rows)(q + r0 * d, kt, d, (most + NR - 1) / NR, s, l.block);
@@ -160,14 +170,15 @@ static void attend_typed(const Problem &p, const Task &t, float *scratch) {
         for (int i = 1; i < n; ++i) common = min64(common, seen[r + i]);
         const float *const weights = s + r * l.block;
         float *const dst = o + (r0 + r) * l.width;
-        value_rows(n, weights, l.block, values, ldv, common, alpha + r, dst, l.width);
+        value_rows(n, weights, l.block, values, ldv, common, alpha + r, dst, l.width, ahead_v);
+        ahead_v = 0;
         // Keys that only some of the rows may see: row by row, so that what a row may not see
         // (it could be NaN) never touches it.
         const float one = 1.0f;
         for (int i = 0; i < n; ++i)
           if (seen[r + i] > common)
             value_rows(1, weights + i * l.block + common, l.block, values + common * ldv, ldv,
-                       seen[r + i] - common, &one, dst + i * l.width, l.width);
+                       seen[r + i] - common, &one, dst + i * l.width, l.width, 0);
       }
     }
   }

@@ -13,14 +13,27 @@ GK_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 GK_INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 constexpr float INF = __builtin_inff();
 
+// The keys of the block after this one, to be prefetched one by one.
+struct Stream {
+  const char *k;
+  int64_t k_stride, k_bytes, keys;
+};
+GK_INLINE void prefetch_key(const Stream &st, int64_t key) {
+  if (key >= st.keys) return;
+  const char *k = st.k + key * st.k_stride;
+  for (int64_t i = 0; i < st.k_bytes; i += 64) prefetch(k + i);
+}
+
 // Keys [count, d] to panels [panel][d][NR], zeros behind the last key.
 template <class T>
-static void pack_keys(const T *k, int64_t stride, int64_t count, int64_t d, float *out) {
+static void pack_keys(const T *k, int64_t stride, int64_t count, int64_t d, float *out,
+                      const Stream &ahead) {
   for (int64_t key = 0; key < count; key += NR, out += d * NR)
     for (int part = 0; part < NV; ++part) {
       const int64_t base = key + part * W;
       const int rows = int(max64(0, min64(W, count - base)));
       float *dst = out + part * W;
+      for (int i = 0; i < rows; ++i) prefetch_key(ahead, base + i);
       for (int64_t c = 0; c < d; c += W) {
         const int width = int(min64(W, d - c));
         vf r[W];
@@ -79,19 +92,7 @@ static void score_tile(const float *q, const float *kt, int64_t d, int64_t panel
 }
 
 // The same for one to four rows without packing: each key is read from memory once and its
-// products are summed across lanes. q is [R][dp] with zeros behind d. `ahead` prefetches the
-// key and the value that many positions further on (0: none).
-struct Stream {
-  const char *k, *v;
-  int64_t k_stride, v_stride, k_bytes, v_bytes, ahead_keys;
-};
-GK_INLINE void prefetch_row(const Stream &st, int64_t key) {
-  if (key >= st.ahead_keys) return;
-  const char *k = st.k + key * st.k_stride, *v = st.v + key * st.v_stride;
-  for (int64_t i = 0; i < st.k_bytes; i += 64) prefetch(k + i);
-  for (int64_t i = 0; i < st.v_bytes; i += 64) prefetch(v + i);
-}
-
+// products are summed across lanes. q is [R][dp] with zeros behind d.
 template <int R, class T>
 static void score_stream(const float *q, int64_t dp, const T *k, int64_t stride, int64_t count,
                          int64_t d, float *s, int64_t lds, const Stream &ahead) {
@@ -110,7 +111,7 @@ static void score_stream(const float *q, int64_t dp, const T *k, int64_t stride,
       if (base < count) {
         const T *rows[4];
         for (int j = 0; j < 4; ++j) rows[j] = k + min64(base + j, count - 1) * stride;
-        for (int j = 0; j < 4; ++j) prefetch_row(ahead, base + j);
+        for (int j = 0; j < 4; ++j) prefetch_key(ahead, base + j);
         for (int64_t i = 0; i < whole; i += W) {
           vf x[R];
 #pragma GCC unroll 4
@@ -167,9 +168,10 @@ GK_INLINE float softmax_row(float *s, int64_t count, float c, float *maximum, fl
 
 // o[r] = o[r]·factor[r] + Σ_j p[r][j] v[j] for R rows and C column vectors. The block has its
 // own accumulators, added at the end, so that rounding errors grow with the root of the block.
+// With `ahead` the values that many floats further on are prefetched.
 template <int R, int C>
 static void value_tile(const float *p, int64_t ldp, const float *v, int64_t ldv, int64_t count,
-                       const float *factor, float *o, int64_t ldo) {
+                       const float *factor, float *o, int64_t ldo, int64_t ahead) {
   vf acc[R][C];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -179,6 +181,10 @@ static void value_tile(const float *p, int64_t ldp, const float *v, int64_t ldv,
     vf b[C];
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) b[c] = load(v + c * W);
+    if (ahead) {
+#pragma GCC unroll 16
+      for (int c = 0; c < C; c += W < 16 ? 16 / W : 1) prefetch(v + ahead + c * W);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vf x = set1(p[r * ldp + j]);
@@ -199,7 +205,7 @@ static void value_tile(const float *p, int64_t ldp, const float *v, int64_t ldv,
 
 using ScoreTile = void (*)(const float *, const float *, int64_t, int64_t, float *, int64_t);
 using ValueTile = void (*)(const float *, int64_t, const float *, int64_t, int64_t, const float *,
-                           float *, int64_t);
+                           float *, int64_t, int64_t);
 
 template <int R>
 GK_INLINE ScoreTile pick_score(int rows) {
@@ -232,11 +238,12 @@ GK_INLINE ValueTile pick_value(int rows, int columns, int *taken) {
 
 // Weighted values of up to PR rows over all columns (`width` a multiple of W).
 static void value_rows(int rows, const float *p, int64_t ldp, const float *v, int64_t ldv,
-                       int64_t count, const float *factor, float *o, int64_t width) {
+                       int64_t count, const float *factor, float *o, int64_t width,
+                       int64_t ahead) {
   int taken = 1;
   for (int64_t c = 0; c < width; c += taken * W) {
     const ValueTile tile = pick_value<PR>(rows, int((width - c) / W), &taken);
-    tile(p, ldp, v + c, ldv, count, factor, o + c, width);
+    tile(p, ldp, v + c, ldv, count, factor, o + c, width, ahead);
   }
 }
 

@@ -1,0 +1,165 @@
+"""Measure the table and write the ledger: ``python kernels/bench/run.py [--quick]``.
+
+Writes ``docs/ledgers/kernels_<device>.json`` and the table beside it. Rows already in a ledger
+of the same machine and versions are kept, so that a run cut short by ``--minutes`` goes on where
+it stopped; ``--fresh`` starts over. A row carries the ceilings of the run that measured it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from gainlens_kernels import backend, sliced_attention
+from rivals import rivals, tensors
+from shapes import Shape, cpu_table, gpu_table
+from summary import markdown, summarise
+from timing import call_cost, matmul_rate, measure, read_bandwidth
+from tqdm import tqdm
+
+FLEX_WIDTHS = ((64, 64), (32, 64), (64, 128))
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    name = platform.processor() or platform.machine()
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return {
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "dtype": "bfloat16" if device == "cuda" else "float32",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "backend": backend(device),
+    }
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the last-level cache."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(p.read_text().strip().rstrip("K")) << 10 for p in sizes), default=32 << 20)
+
+
+def wants_flex(shape: Shape, choice: str) -> bool:
+    """FlexAttention is compiled per shape, half a minute each: by default a few shapes only."""
+    if choice != "some":
+        return choice == "all"
+    few = (shape.heads, shape.kv_heads) == (32, 8) and shape.keys in (1024, 8192)
+    return few and shape.batch == 1 and (shape.d_qk, shape.d_v) in FLEX_WIDTHS
+
+
+def run_row(shape: Shape, device: str, ceilings: dict[str, float], flex: str) -> dict[str, Any]:
+    """Time one shape, ours and every rival, in turns."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    data = tensors(shape, dtype, device)
+    scale = shape.d_v**-0.5
+    q, k, v = data[:3]
+    calls: dict[str, Any] = {"ours": lambda: sliced_attention(q, k, v, scale=scale)}
+    calls.update(rivals(shape, data, scale, wants_flex(shape, flex)))
+    times = measure(calls, device)
+    ours = times.pop("ours")
+    moved, flops = shape.bytes(q.element_size()), shape.flops()
+    return {
+        "name": shape.name,
+        **vars(shape),
+        "bytes": moved,
+        "flops": flops,
+        "ours": ours,
+        "rivals": times,
+        "share_of_bandwidth": moved / (ours["median_us"] * 1e-6) / ceilings["read_bandwidth"],
+        "share_of_matmul": flops / (ours["median_us"] * 1e-6) / ceilings["matmul_rate"],
+        "ceilings": ceilings,
+    }
+
+
+def write(path: Path, text: str) -> None:
+    """Write beside, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="heads 32/8, four pairs of widths")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after about this long")
+    parser.add_argument("--max-gb", type=float, default=5.0, help="skip rows that need more memory")
+    parser.add_argument("--flex", choices=("all", "some", "none"), default="some")
+    parser.add_argument("--fresh", action="store_true", help="forget rows measured before")
+    parser.add_argument("--out", type=Path, default=Path("docs/ledgers"))
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    started = time.monotonic()
+
+    device = options.device
+    path = options.out / f"kernels_{device}.json"
+    here = machine(device)
+    ledger: dict[str, Any] = {"machine": here, "rows": [], "skipped": {}}
+    if path.exists() and not options.fresh:
+        before = json.loads(path.read_text())
+        if before.get("machine") == here:
+            ledger = before
+    done = {row["name"]: row for row in ledger["rows"]}
+
+    table = gpu_table() if device == "cuda" else cpu_table()
+    wanted = [s for s in table if options.only in s.name]
+    if options.quick:
+        widths = ((64, 64), (32, 64), (12, 64), (64, 128))
+        wanted = [s for s in wanted if s.kv_heads == 8 and (s.d_qk, s.d_v) in widths]
+    ceilings = {"read_bandwidth": read_bandwidth(device), "matmul_rate": matmul_rate(device)}
+    if device == "cpu":
+        ledger["call_cost_us"] = call_cost()
+    for shape in tqdm([s for s in wanted if s.name not in done], file=sys.stderr, mininterval=5):
+        if time.monotonic() - started > options.minutes * 60:
+            break
+        wide = 2 * shape.d_v + shape.d_qk + (shape.d_v if shape.d_qk < shape.d_v else 0)
+        need = shape.batch * shape.kv_heads * shape.keys * wide * (2 if device == "cuda" else 4)
+        group = shape.heads // shape.kv_heads
+        need += need * (group - 1) if group > 1 and need * group < options.max_gb * 1e9 else 0
+        if need > options.max_gb * 1e9:
+            ledger["skipped"][shape.name] = f"needs {need / 1e9:.0f} GB with its rivals"
+            continue
+        done[shape.name] = run_row(shape, device, ceilings, options.flex)
+        gc.collect()
+        torch.compiler.reset()
+    order = {s.name: i for i, s in enumerate(table)}
+    ledger["rows"] = sorted(done.values(), key=lambda row: order.get(row["name"], 1 << 30))
+    ledger["date"] = datetime.date.today().isoformat()
+    ledger["cache_bytes"] = cache_bytes(device)
+    ledger["ceilings"] = ceilings
+    ledger["summary"] = summarise(ledger["rows"], ledger["cache_bytes"])
+    if device == "cpu":
+        cost = ledger["call_cost_us"]
+        ledger["summary"]["one query, 16 keys: ours / sdpa"] = cost["ours"] / cost["sdpa"]
+    write(path, json.dumps(ledger, indent=1) + "\n")
+    write(path.with_suffix(".md"), markdown(ledger))
+    print(f"read bandwidth {ceilings['read_bandwidth'] / 1e9:.1f} GB/s, ", end="")
+    print(f"matrix product {ceilings['matmul_rate'] / 1e9:.0f} GFLOP/s")
+    for name, value in ledger["summary"].items():
+        print(f"{name}: {value}")
+    print(f"{path.with_suffix('.md')}: {len(done)} of {len(table)} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
