@@ -162,8 +162,17 @@ class Evaluator:
 
 
 def _has_hooks(model: Any) -> bool:
-    """Whether somebody has hooks on the model, which a twin would not run."""
+    """Whether somebody has hooks on the model, which a twin would not run.
+
+    Hooks that TransformerLens wires itself (OPT's MLP) carry nothing of the user's.
+    """
     points = getattr(model, "hook_dict", {})
+    handles = [
+        handle
+        for point in points.values()
+        for handle in (*getattr(point, "fwd_hooks", ()), *getattr(point, "bwd_hooks", ()))
+    ]
     return any(
-        getattr(p, "fwd_hooks", None) or getattr(p, "bwd_hooks", None) for p in points.values()
+        not str(getattr(handle.user_hook, "__module__", "")).startswith("transformer_lens.")
+        for handle in handles
     )
