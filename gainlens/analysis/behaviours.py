@@ -202,7 +202,7 @@ def random_rows(
 
 def copying_prompts(
     rows: Int[torch.Tensor, "row pos"], distance: int
-) -> tuple[Int[torch.Tensor, "row pos"], Int[torch.Tensor, "row candidate"]]:
+) -> tuple[Int[torch.Tensor, "row prompt_pos"], Int[torch.Tensor, "row candidate"]]:
     """Prompts that end in a key whose pair stands ``distance`` tokens back, and the candidates.
 
     The first candidate is the pair's value, the others are tokens from before the pair.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -18,8 +18,7 @@ from gainlens.errors import FileFormatError, InputError
 from gainlens.files import FORMAT, read_json, write_json
 from gainlens.probes.gains import ModelCard
 
-Method = Literal["t", "bootstrap"]
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS = ("t", "bootstrap")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +63,7 @@ class SurgeryCurve:
         run: Float[np.ndarray, " document"] = difference[np.isfinite(difference)]
         return run
 
-    def interval(
-        self, index: int, level: float = 0.95, method: Method = "t"
-    ) -> tuple[float, float]:
+    def interval(self, index: int, level: float = 0.95, method: str = "t") -> tuple[float, float]:
         """Confidence interval of the mean rise at a point, nats per token.
 
         For a sweep that stopped early it is the rule's own, which holds over all looks together;
@@ -120,7 +117,7 @@ class SurgeryCurve:
         margin: float,
         *,
         level: float = 0.95,
-        method: Method = "t",
+        method: str = "t",
         order: str = "quietest",
         **choice: Any,
     ) -> Verdict:
@@ -157,7 +154,7 @@ class SurgeryCurve:
         return self.verdict_at(found[0], margin, level=level, method=method)
 
     def verdict_at(
-        self, index: int, margin: float, *, level: float = 0.95, method: Method = "t"
+        self, index: int, margin: float, *, level: float = 0.95, method: str = "t"
     ) -> Verdict:
         """As ``verdict``, for the point of an index, controls included."""
         point, delta = self.points[index], self.deltas(index)

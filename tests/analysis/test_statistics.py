@@ -92,27 +92,25 @@ def run(rule, values):
     return "undecided", len(values)
 
 
-@pytest.mark.parametrize("shape", ["normal", "left", "right", "correlated looks"])
+@pytest.mark.parametrize("shape", ["normal", "left", "right"])
 def test_a_null_at_the_margin_is_called_holds_at_most_one_time_in_twenty(shape):
-    """The true damage is the margin itself. 4,000 sweeps: 5% is 200, two standard errors 28."""
+    """The true damage is the margin itself. Of 2,000 sweeps 5% are 100."""
     rule = StoppingRule(0.02, LOOKS)
     rng = np.random.default_rng(4)
     called = {"holds": 0, "fails": 0, "undecided": 0}
-    for _ in range(4000):
+    for _ in range(2000):
         if shape == "normal":
             values = rng.normal(0.02, 0.03, 32)
         elif shape == "left":
             values = 0.04 - skewed(rng, 32, 0.02, 0.01)
-        elif shape == "right":
-            values = skewed(rng, 32, 0.02, 0.01)
         else:
-            values = 0.02 + 0.03 * np.sort(rng.normal(0, 1, 32))[rng.permutation(32)]
+            values = skewed(rng, 32, 0.02, 0.01)
         called[run(rule, values)[0]] += 1
-    assert called["holds"] <= 200
-    if shape in ("normal", "correlated looks"):
-        # By construction 2.5% either way over all looks: not so strict that nothing is called.
-        assert called["holds"] + called["fails"] <= 200 + 28
-        assert called["holds"] + called["fails"] > 40
+    assert called["holds"] <= 100
+    if shape == "normal":
+        # By construction 2.5% either way, so not so strict that nothing is ever called.
+        assert 20 < called["holds"] < 80
+        assert 20 < called["fails"] < 80
 
 
 def test_looking_without_a_plan_would_break_the_promise():
