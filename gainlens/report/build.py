@@ -131,7 +131,7 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
         gains,
         calibration[: plan.evidence_docs],
         validation[: plan.evidence_docs],
-        score=plan.score,
+        score=tuple(dict.fromkeys((plan.score, "std"))),
         fractions=(0.25, 0.5),
         seed=plan.seed,
     )

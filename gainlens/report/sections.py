@@ -240,6 +240,7 @@ def price_section(cmap: CoordinateMap, figure: Path) -> Section:
     rows = [
         [
             row["sharing"],
+            str(row["score"]),
             f"{row['cut']:.0%}",
             f"{row['rise']:+.4f}",
             f"{row['interval'][0]:+.4f} to {row['interval'][1]:+.4f}",
@@ -264,7 +265,7 @@ def price_section(cmap: CoordinateMap, figure: Path) -> Section:
                 "Rise of the loss by design of sharing.",
             )
         ],
-        [PageTable(["one set per", "cut", "rise (nats)", "95% interval"], rows)],
+        [PageTable(["one set per", "ranked by", "cut", "rise (nats)", "95% interval"], rows)],
     )
 
 
