@@ -45,6 +45,7 @@ def start(path):
     )
 
 
+@pytest.mark.one_env
 def test_kill_minus_nine(tmp_path):
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     process = start(whole)
