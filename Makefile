@@ -90,3 +90,16 @@ docs: install
 # A surgery's point and sweep beside plain run_with_hooks, on the real model.
 bench-surgery: install
 	$(PY) benchmarks/surgery_speed.py
+
+# The attention kernels: ledger of speed (docs/ledgers), sanitizers, NEON in an emulator, packages.
+bench-kernels: install
+	$(PY) kernels/bench/run.py $(BENCH)
+
+asan-kernels: install
+	kernels/tools/asan.sh $(PY)
+
+test-neon:
+	kernels/tools/neon.sh
+
+test-wheel: install
+	kernels/tools/wheel.sh $(PY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.util
 import os
 import warnings
 from pathlib import Path
@@ -19,8 +20,15 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get("GAINLENS_KERNELS", "") == "reference":
         return None, "GAINLENS_KERNELS=reference is set"
+    other = os.environ.get("GAINLENS_KERNELS_NATIVE")  # another build: with a sanitizer, say
     try:
-        module = importlib.import_module("gainlens_kernels._native")
+        if not other:
+            return importlib.import_module("gainlens_kernels._native"), ""
+        spec = importlib.util.spec_from_file_location("gainlens_kernels._native", other)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     except ImportError as error:
         return None, str(error)
     return module, ""
