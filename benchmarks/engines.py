@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 4096])
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/engines.json")
     parser.add_argument("--under", default="", help="put before an engine's command (a lock, say)")
+    parser.add_argument(
+        "--reuse", action="store_true", help="take the checkpoints that an earlier run left"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / ".engines/work")
     return parser.parse_args()
 
@@ -118,29 +120,35 @@ def checkpoints(args: argparse.Namespace, thin: Any, whole: Any) -> dict[tuple[s
     folders = {}
     for engine in ENVIRONMENTS:
         for kind, model in (("slim", thin), ("full", whole)):
-            folder = args.work / f"{engine}-{kind}-{os.getpid()}-{int(time.time())}"
+            folder = folders[engine, kind] = args.work / f"{engine}-{kind}"
+            if args.reuse and folder.is_dir():
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
             tokenizer = vocabulary if engine == "llama.cpp" else load_tokenizer(args.model)
-            folders[engine, kind] = export_model(model, folder, engine, tokenizer=tokenizer)
+            export_model(model, folder, engine, tokenizer=tokenizer)
     return folders
 
 
 def transformers_rows(model: Any, prompts: torch.Tensor, new: int) -> list[dict[str, Any]]:
-    """What stock transformers says, greedy tokens one prompt at a time."""
+    """What stock transformers says; prompts are of one length, so none is padded."""
+    settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
+    with torch.inference_mode():
+        whole = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), eos_token_id=None, pad_token_id=0,
+            **settings,
+        )  # fmt: skip
     rows = []
-    for ids in prompts:
+    for out in whole:
         with torch.inference_mode():
-            out = model.generate(
-                ids[None], do_sample=False, max_new_tokens=new, min_new_tokens=new,
-                eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(ids[None]),
-            )[0]  # fmt: skip
             logprobs = model(out[None]).logits[0].double().log_softmax(-1)
         chosen = logprobs[:-1].gather(1, out[1:, None])[:, 0]
-        top = logprobs[len(ids) - 1 : -1].topk(2).values
+        length = len(out) - new
+        top = logprobs[length - 1 : -1].topk(2).values
         rows.append(
             {
-                "prompt_logprobs": chosen[: len(ids) - 1].tolist(),
-                "greedy": out[len(ids) :].tolist(),
-                "greedy_logprobs": chosen[len(ids) - 1 :].tolist(),
+                "prompt_logprobs": chosen[: length - 1].tolist(),
+                "greedy": out[length:].tolist(),
+                "greedy_logprobs": chosen[length - 1 :].tolist(),
                 "margins": (top[:, 0] - top[:, 1]).tolist(),
             }
         )
