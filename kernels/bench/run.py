@@ -2,7 +2,8 @@
 
 Writes ``docs/ledgers/kernels_<device>.json`` and the table beside it. Rows already in a ledger
 of the same machine and versions are kept, so that a run cut short by ``--minutes`` goes on where
-it stopped; ``--fresh`` starts over. A row carries the ceilings of the run that measured it.
+it stopped; ``--fresh`` starts over. On a CPU the ceilings are measured again in
+each row, in turns with it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from gainlens_kernels import backend, sliced_attention
 from rivals import rivals, tensors
 from shapes import Shape, cpu_table, gpu_table
 from summary import markdown, summarise
-from timing import call_cost, matmul_rate, measure, read_bandwidth
+from timing import READ_FLOATS, call_cost, ceiling_calls, matmul_rate, measure, read_bandwidth
 from tqdm import tqdm
 
 FLEX_WIDTHS = ((64, 64), (32, 64), (64, 128))
@@ -72,8 +73,18 @@ def run_row(shape: Shape, device: str, ceilings: dict[str, float], flex: str) ->
     q, k, v = data[:3]
     calls: dict[str, Any] = {"ours": lambda: sliced_attention(q, k, v, scale=scale)}
     calls.update(rivals(shape, data, scale, wants_flex(shape, flex)))
+    if device == "cpu":
+        # In turns with the row: a virtual machine's bandwidth changes within minutes.
+        calls.update(ceiling_calls())
     times = measure(calls, device)
     ours = times.pop("ours")
+    readers = [times.pop(n)["median_us"] for n in list(times) if n.startswith("ceiling: read")]
+    if readers:
+        product = times.pop("ceiling: product")["median_us"]
+        ceilings = {
+            "read_bandwidth": READ_FLOATS * 4 / (min(readers) * 1e-6),
+            "matmul_rate": 2 * 1024**3 / (product * 1e-6),
+        }
     moved, flops = shape.bytes(q.element_size()), shape.flops()
     return {
         "name": shape.name,

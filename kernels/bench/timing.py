@@ -70,7 +70,8 @@ def measure(
             first[name] = sample(call)[0]
         except Exception as error:
             out[name] = {"error": f"{type(error).__name__}: {error}".split("\n")[0][:160]}
-    fast = {n: t for n, t in first.items() if t < 20 * min(first.values())}
+    reference = first.get("ours", min(first.values(), default=0.0))
+    fast = {n: t for n, t in first.items() if t < 20 * reference or "ceiling" in n}
     rounds = max(5, min(60, int(seconds / max(1e-6, sum(fast.values())))))
     taken: dict[str, list[tuple[float, bool]]] = {name: [] for name in first}
     for turn in range(rounds):
@@ -114,6 +115,27 @@ def read_bandwidth(device: str) -> float:
         times = [t for t, disturbed in samples if not disturbed] or [t for t, _ in samples]
         best = max(best, data.numel() * 4 / statistics.median(times))
     return best
+
+
+READ_FLOATS = 64 << 20
+_CEILING: list[torch.Tensor] = []
+
+
+def ceiling_calls() -> dict[str, Callable[[], Any]]:
+    """Readers of 256 MB and a matrix product of 1024, to be timed in turns with a row."""
+    if not _CEILING:
+        _CEILING.extend((torch.ones(READ_FLOATS), torch.randn(1024, 1024)))
+    data, square = _CEILING
+    calls: dict[str, Callable[[], Any]] = {
+        "ceiling: read by sum": data.sum,
+        "ceiling: product": lambda: square @ square,
+    }
+    if cpu.native is not None:
+        native, threads = cpu.native, torch.get_num_threads()
+        calls["ceiling: read"] = lambda: native.read_floats(
+            data.data_ptr(), READ_FLOATS, 0, threads
+        )
+    return calls
 
 
 def matmul_rate(device: str) -> float:
