@@ -77,6 +77,8 @@ def measure(
     for turn in range(rounds):
         for name in first:
             if name in fast or (turn < 2 and first[name] < 1.0) or turn == 0:
+                if first[name] < 2e-3 and device == "cpu":
+                    calls[name]()  # what fits the cache is timed there, whoever came before
                 taken[name].append(sample(calls[name]))
     for name, samples in taken.items():
         clean = [t for t, disturbed in samples if not disturbed]
