@@ -32,15 +32,44 @@ def claims_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def cuts_table(path: Path) -> str:
+    """Rise of the loss by method and share cut, from a recorded run of benchmarks/surgery.py."""
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| cut | how | rise of the loss (nats) | 95% interval |", "| --- | --- | --- | --- |"]
+    for point in facts["points"]:
+        low, high = point["interval"]
+        how = point["label"].rsplit(",", 1)[0]
+        lines.append(
+            f"| {point['fraction']:.0%} | {how} | {point['delta']:+.3f} "
+            f"| {low:+.3f} to {high:+.3f} |"
+        )
+    text = facts["text"]
+    lines += [
+        "",
+        f"{text['score_documents']} calibration speeches ranked the pairs and "
+        f"{text['refit_documents']} served the refit; {text['validation_documents']} other "
+        f"speeches of {text['length']} tokens judged. Intact loss {facts['intact_loss']:.3f} nats.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "claims": (claims_table, "report_smollm2.json"),
+    "cuts": (cuts_table, "surgery_smollm2.json"),
+}
+
+
 def filled(text: str) -> str:
     """``text`` with every marked table made anew."""
-    table = claims_table(ROOT / "docs/results/report_smollm2.json")
-    return re.sub(
-        r"(<!-- claims -->\n).*?(<!-- /claims -->)",
-        lambda m: f"{m[1]}{table}\n{m[2]}",
-        text,
-        flags=re.DOTALL,
-    )
+    for name, (make, file) in TABLES.items():
+        table = make(ROOT / "docs/results" / file)
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+            lambda m, table=table: f"{m[1]}{table}\n{m[2]}",
+            text,
+            flags=re.DOTALL,
+        )
+    return text
 
 
 def main() -> int:

@@ -11,11 +11,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from gainlens.ablation.mask import KeyMask
+import torch
+
+from gainlens.ablation import KeyMask, RefitCut, refit
 from gainlens.analysis import CoordinateMap, SurgeryCurve, coordinate_map, surgery
 from gainlens.analysis.map_evidence import similarity_table, with_evidence
 from gainlens.environment import environment
-from gainlens.errors import InputError
+from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.files import check_writable, read_json, write_json
 from gainlens.model import load_tokens
 from gainlens.probes import KeyGains, probe_gains
@@ -38,6 +40,7 @@ class Plan:
         score: which gain ranks the units.
         seeds: of the random control.
         evidence_docs: documents of each split for sinks, red line and price.
+        refit_rounds: of the least-squares refit of the cut at a half; 0 leaves it out.
         seed: of the permutations.
         device: where the model runs.
     """
@@ -50,6 +53,7 @@ class Plan:
     score: str = "qk"
     seeds: tuple[int, ...] = (0, 1, 2)
     evidence_docs: int = 6
+    refit_rounds: int = 2
     seed: int = 0
     device: str = "cpu"
 
@@ -79,7 +83,7 @@ class Plan:
             f"  probe    {self.n_docs} calibration documents × {self.length} tokens",
             f"  surgery  {points} forward passes over {self.n_docs} validation documents "
             f"({tokens} tokens each)",
-            f"  map      1000 permutations; sinks, red line and price of sharing on "
+            "  map      1000 permutations; sinks, red line and price of sharing on "
             f"{min(self.evidence_docs, self.n_docs)} documents of each split",
         ]
 
@@ -122,8 +126,15 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
         for split in ("calibration", "validation")
     )
     gains = probe_gains(model, calibration)
+    cuts, without = refitted_cuts(model, calibration, plan)
     curve = surgery(
-        model, validation, gains, plan.all_fractions, score=plan.score, seeds=plan.seeds
+        model,
+        validation,
+        gains,
+        plan.all_fractions,
+        score=plan.score,
+        seeds=plan.seeds,
+        cuts=cuts,
     )
     cmap = with_evidence(
         coordinate_map(gains, seed=plan.seed),
@@ -138,12 +149,34 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
     seconds = time.monotonic() - started
     beside = Path(tempfile.mkdtemp(dir=out.resolve().parent, prefix=f".{out.name}."))
     try:
-        facts = _write(beside, plan, gains, curve, cmap, seconds)
+        facts = _write(beside, plan, gains, curve, cmap, without, seconds)
         os.chmod(beside, 0o755)
         _replace(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return facts
+
+
+def refitted_cuts(
+    model: Any, calibration: torch.Tensor, plan: Plan
+) -> tuple[dict[str, KeyMask | RefitCut], str]:
+    """The best cut at a half that needs no training, as refitted and as merely zeroed.
+
+    Pairs are ranked by ``fisher`` within a layer; the kept query and key dimensions are then
+    refitted to the intact attention logits on the same calibration text.
+
+    Returns:
+        The cuts by name, and why there are none where the model's attention can't be refitted.
+    """
+    if plan.refit_rounds < 1:
+        return {}, "It was left out of this run."
+    fisher = probe_gains(model, calibration[:8], scores=("fisher",), tokens_per_batch=512)
+    mask = KeyMask.quietest(fisher, 0.5, "fisher", "layer")
+    try:
+        cut = refit(model, calibration, mask, rounds=plan.refit_rounds)
+    except UnsupportedModelError as reason:
+        return {}, f"It can't be had on this model: {reason}."
+    return {"fisher, layer, refitted": cut, "fisher, layer, zeroed": mask}, ""
 
 
 def _replace(beside: Path, out: Path) -> None:
@@ -163,6 +196,7 @@ def _write(
     gains: KeyGains,
     curve: SurgeryCurve,
     cmap: CoordinateMap,
+    without: str,
     seconds: float,
 ) -> dict[str, Any]:
     gains.save(folder / "gains.safetensors")
@@ -197,7 +231,7 @@ def _write(
         calibration=f"{plan.text}, {gains.n_documents} documents, {gains.n_tokens} tokens",
         validation=f"{plan.text}, {curve.n_documents} documents, {curve.n_tokens} tokens",
         claims=claims,
-        sections=all_sections(curve, cmap, similarity, figures, plan.score),
+        sections=all_sections(curve, cmap, similarity, figures, plan.score, without),
         command=f"gainlens report --model {plan.model} --text {plan.text} "
         f"--n-docs {plan.n_docs} --length {plan.length} --seed {plan.seed}",
         provenance=[

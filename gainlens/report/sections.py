@@ -64,10 +64,11 @@ def all_sections(
     similarity: Sequence[dict[str, Any]],
     figures: dict[str, Path],
     score: str,
+    without: str = "",
 ) -> list[Section]:
     """The page below the claims, in order."""
     sections = [
-        surgery_section(curve, figures["surgery_impact"], score),
+        surgery_section(curve, figures["surgery_impact"], score, without),
         map_section(cmap, similarity, figures),
     ]
     if cmap.sinks is not None:
@@ -94,15 +95,15 @@ def all_sections(
     return sections
 
 
-def surgery_section(curve: SurgeryCurve, figure: Path, score: str) -> Section:
-    """What cutting costs, with controls."""
+def surgery_section(curve: SurgeryCurve, figure: Path, score: str, without: str) -> Section:
+    """What cutting costs, with controls, and the best that needs no training."""
     rows = []
     for row in curve.table():
         low, high = row["interval"]
         seed = "" if row["seed"] is None else f", seed {row['seed']}"
         rows.append(
             [
-                row["order"] + seed,
+                row["label"] or row["order"] + seed,
                 f"{row['fraction']:.0%}",
                 f"{row['loss']:.4f}",
                 f"{row['delta']:+.4f}",
@@ -118,6 +119,10 @@ def surgery_section(curve: SurgeryCurve, figure: Path, score: str) -> Section:
             f"{curve.baseline.mean():.4f} nats per token.",
             f"Flat means less than {FLAT_MARGIN:g} nats, highly functional less than "
             f"{FUNCTIONAL_MARGIN:g} nats (perplexity up by about a tenth).",
+            "A cut that needs no training either: pairs ranked by fisher within a layer, and the "
+            "kept query and key dimensions refitted by least squares to the intact attention "
+            "logits of the calibration text (the maps fold into W_Q and W_K). "
+            + (without or "It is in the table as refitted, beside the same cut merely zeroed."),
         ],
         [
             PageFigure.of(

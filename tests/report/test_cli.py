@@ -98,6 +98,17 @@ def test_single_steps(tmp_path, capsys):
     assert json.loads(cmap.read_text())["verdict"]["status"] in ("holds", "fails", "undecided")
 
 
+def test_bench_says_what_it_measured(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    assert main(["bench", *SMALL, "--repeats", "1", "--out", str(out), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    facts = json.loads(out.read_text())
+    assert facts["ratio_to_bare"]["bare"] == 1
+    assert set(facts["seconds"]) == {"bare", "probed", "ablated"}
+    assert facts["machine"] == printed["machine"]
+    assert main(["bench", *SMALL, "--repeats", "0", "--out", str(out)]) == 2
+
+
 def broken_model(folder):
     """A saved model with a NaN among its key weights."""
     from families import hugging_face

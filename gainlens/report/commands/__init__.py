@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from gainlens.report.commands import bench, probe, report, slim, surgery
 from gainlens.report.commands import map as map_command
-from gainlens.report.commands import probe, report, slim, surgery
 
 COMMANDS: dict[str, ModuleType] = {
     "probe": probe,
@@ -17,4 +17,5 @@ COMMANDS: dict[str, ModuleType] = {
     "map": map_command,
     "slim": slim,
     "report": report,
+    "bench": bench,
 }
