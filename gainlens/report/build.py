@@ -142,7 +142,7 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
         gains,
         calibration[: plan.evidence_docs],
         validation[: plan.evidence_docs],
-        score=tuple(dict.fromkeys((plan.score, "std"))),
+        score=tuple(dict.fromkeys((plan.score, "std", "rms"))),
         fractions=(0.25, 0.5),
         seed=plan.seed,
     )

@@ -141,16 +141,11 @@ def map_section(
 ) -> Section:
     """Is there one coordinate system, and on what evidence."""
     shared = cmap.verdict(claim="shared")
-    universal = cmap.universal_units
-    wave = cmap.units.wavelength
-    names = ", ".join(
-        str(u) if wave[u] is None else f"{u} ({wave[u]:.3g} tokens)" for u in universal
-    )
     kind = cmap.units.kind
     paragraphs = [
         f"Answer: {shared.note}.",
-        f"{len(universal)} of {len(cmap.units)} {kind}s are loud in more layers than chance allows"
-        + (f": {names}." if universal else "."),
+        _named(cmap, cmap.universal_units, f"{kind}s are loud in most layers and heads"),
+        _named(cmap, cmap.universal.beyond_chance, f"{kind}s are loud more widely than by chance"),
         "Non-negative vectors are never far from parallel, so a cosine is read beside its null "
         "and its centred value. Alignment: " + str(cmap.facts["alignment"]) + ".",
     ]
@@ -190,6 +185,15 @@ def map_section(
         ],
         [PageTable([*head, "answer"], rows)],
     )
+
+
+def _named(cmap: CoordinateMap, units: Sequence[int], what: str) -> str:
+    """How many units, and which, with their wavelengths."""
+    wave = cmap.units.wavelength
+    names = ", ".join(
+        str(u) if wave[u] is None else f"{u} ({wave[u]:.3g} tokens)" for u in map(int, units)
+    )
+    return f"{len(units)} of {len(cmap.units)} {what}" + (f": {names}." if names else ".")
 
 
 def sinks_section(cmap: CoordinateMap, figure: Path) -> Section:
