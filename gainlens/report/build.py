@@ -53,7 +53,7 @@ class Plan:
     score: str = "qk"
     seeds: tuple[int, ...] = (0, 1, 2)
     evidence_docs: int = 6
-    refit_rounds: int = 2
+    refit_rounds: int = 0
     seed: int = 0
     device: str = "cpu"
 
@@ -169,7 +169,7 @@ def refitted_cuts(
         The cuts by name, and why there are none where the model's attention can't be refitted.
     """
     if plan.refit_rounds < 1:
-        return {}, "It was left out of this run."
+        return {}, "Left out of this run; --refit-rounds 2 puts it in the table."
     fisher = probe_gains(model, calibration[:8], scores=("fisher",), tokens_per_batch=512)
     mask = KeyMask.quietest(fisher, 0.5, "fisher", "layer")
     try:

@@ -84,6 +84,16 @@ def test_an_earlier_report_is_replaced_and_anything_else_is_not(report, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
+def test_the_refitted_cut_joins_the_table(tmp_path):
+    out = tmp_path / "report"
+    assert main(["report", *SMALL, "--out", str(out), "--seeds", "1", "--refit-rounds", "1"]) == 0
+    rows = json.loads((out / "report.json").read_text())["surgery"]
+    given = {row["label"]: row for row in rows if row["order"] == "given"}
+    assert set(given) == {"fisher, layer, refitted", "fisher, layer, zeroed"}
+    assert all(row["fraction"] == 0.5 for row in given.values())
+    assert "fisher, layer, refitted" in (out / "index.html").read_text()
+
+
 def test_single_steps(tmp_path, capsys):
     gains, sweep, cmap = (tmp_path / n for n in ("g.safetensors", "s.json", "m.json"))
     assert main(["probe", *SMALL, "--out", str(gains), "--json"]) == 0

@@ -18,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fractions", type=fractions, default=(0.25, 0.5, 0.6, 0.8))
     parser.add_argument("--score", default="qk", help="which gain ranks the units")
     parser.add_argument("--seeds", type=int, default=3, help="how many random controls")
+    parser.add_argument(
+        "--refit-rounds",
+        type=int,
+        default=0,
+        help="least-squares refit of the cut at 50%% (0: none)",
+    )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -30,6 +36,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         fractions=options.fractions,
         score=options.score,
         seeds=tuple(range(options.seed, options.seed + options.seeds)),
+        refit_rounds=options.refit_rounds,
         seed=options.seed,
         device=options.device,
     )
