@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 
+from gainlens.ablation.kept import Kept
 from gainlens.errors import InputError
 from gainlens.files import load_tensors, save_tensors
 from gainlens.model.sites import Stage
@@ -19,7 +20,7 @@ SCOPES: tuple[Scope, ...] = ("head", "layer", "model", "universal")
 
 
 @dataclass(frozen=True, eq=False, init=False)
-class KeyMask:
+class KeyMask(Kept):
     """Which key dimensions stay: boolean ``[layer, kv_head, d_head]``, True for what stays.
 
     Attributes:

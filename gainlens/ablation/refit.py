@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
+from gainlens.ablation.kept import Kept
 from gainlens.ablation.least_squares import Problem, Turn, fit_maps, make_turn, misfit
 from gainlens.ablation.mask import KeyMask
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
@@ -34,7 +35,7 @@ PATTERN_TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True, eq=False)
-class RefitCut:
+class RefitCut(Kept):
     """A mask and the linear maps that the kept dimensions carry instead of their own values.
 
     Before the rotation, query head h reads ``query_maps[layer, h] @ q`` and key head g
@@ -54,6 +55,11 @@ class RefitCut:
 
     def __repr__(self) -> str:
         return f"RefitCut({self.mask!r})"
+
+    @property
+    def keep(self) -> Bool[torch.Tensor, "layer kv_head d_head"]:
+        """What stays, as in ``mask``."""
+        return self.mask.keep
 
     def edit(self, sites: KeySites, n_pos: int) -> Edit:
         """The cut for ``gainlens.model.twin``: on rotated queries and keys of ``n_pos``."""

@@ -20,6 +20,7 @@ from gainlens.analysis.evaluate import Evaluator
 from gainlens.analysis.points import Point, check_fractions
 from gainlens.errors import InputError
 from gainlens.files import FORMAT
+from gainlens.frames import data_frame
 from gainlens.model.batches import Tokens, as_documents
 from gainlens.probes.gains import KeyGains
 
@@ -78,11 +79,41 @@ class Behaviours:
         """Plain values."""
         return {"format": FORMAT, "kind": "behaviours", "facts": self.facts, "rows": self.table()}
 
-    def plot(self) -> Any:
-        """One panel per behaviour, chance drawn in; returns matplotlib axes."""
+    def to_dataframe(self) -> Any:
+        """The rows of ``table``; see ``BehaviourRow`` for the units.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        return data_frame(self.table())
+
+    def plot(self, ax: Any = None) -> Any:
+        """One panel per behaviour, chance drawn in; returns the axes, shows nothing.
+
+        Args:
+            ax: as many matplotlib axes as there are panels; new ones by default.
+        """
         from gainlens.report.plots_surgery import plot_behaviours
 
-        return plot_behaviours(self)
+        return plot_behaviours(self, ax)
+
+    def __repr__(self) -> str:
+        kinds = list(dict.fromkeys(row.behaviour for row in self.rows))
+        fractions = sorted({row.fraction for row in self.rows})
+        cuts = ", ".join(f"{f:.0%}" for f in fractions)
+        return f"Behaviours({', '.join(kinds)}; {len(self.rows)} figures at {cuts} cut)"
+
+    def _repr_html_(self) -> str:
+        from gainlens.report.notebook import figure_html
+
+        panels = len({(row.behaviour, row.distance) for row in self.rows})
+        return figure_html(
+            self,
+            "Behaviours of the model against the share of key dimensions cut, each beside what "
+            "chance would give.",
+            size=(3.2 * panels, 3),
+            panels=(1, panels),
+        )
 
 
 def behaviours(

@@ -15,6 +15,7 @@ from gainlens.analysis import map_verdict
 from gainlens.analysis.map_canonical import CanonicalGains
 from gainlens.analysis.map_heads import HeadSimilarity, head_similarity
 from gainlens.analysis.map_nulls import PairTest, measures, pair_test, shuffled_orders
+from gainlens.analysis.map_table import map_rows, measure_rows
 from gainlens.analysis.map_units import Gains, Units, unit_gains
 from gainlens.analysis.map_universal import (
     FDR,
@@ -26,6 +27,7 @@ from gainlens.analysis.map_universal import (
 from gainlens.analysis.similarity import overlap_matrix, variation
 from gainlens.analysis.verdict import Verdict
 from gainlens.errors import InputError
+from gainlens.frames import data_frame
 from gainlens.probes.gains import KeyGains
 
 if TYPE_CHECKING:
@@ -171,38 +173,7 @@ class CoordinateMap:
 
     def table(self) -> list[dict[str, Any]]:
         """One row per measure and null: its mean over pairs, what chance gives, p-values."""
-        rows = []
-        for null, by_measure in self.tests.items():
-            for name, test in by_measure.items():
-                value = self._measure(name)
-                chance = self._chance(name, test)
-                corrected = self._pairs(test.p_corrected)
-                rows.append(
-                    {
-                        "measure": name,
-                        "null": null,
-                        "value": float(self._pairs(value).mean()),
-                        "chance": float(self._pairs(chance).mean()),
-                        "p_mean": test.p_mean,
-                        "pairs_significant": float((corrected < 0.05).mean()),
-                        "smallest_p_corrected": float(corrected.min()),
-                    }
-                )
-        return rows
-
-    def _measure(self, name: str) -> np.ndarray:
-        if name.startswith("top "):
-            return self.overlap[int(name[4:])]
-        return {
-            "cosine": self.cosine,
-            "centred": self.centred_cosine,
-            "spearman": self.spearman,
-        }[name]
-
-    def _chance(self, name: str, test: PairTest) -> np.ndarray:
-        # The null mean of an overlap is that of intersection / k; as Jaccard: x / (2 - x).
-        x = test.null_mean
-        return x / (2 - x) if name.startswith("top ") else x
+        return measure_rows(self)
 
     def verdict(self, threshold: float | None = None, claim: str = "cosine") -> Verdict:
         """What a claim about this map comes to.
@@ -245,11 +216,42 @@ class CoordinateMap:
 
         return load_map(path)
 
-    def plot(self, axes: Any = None) -> Any:
-        """Layer heat maps, unit × layer map and rank plot; returns the four axes drawn on."""
+    def to_dataframe(self, rows: str = "pairs") -> Any:
+        """A table of the map.
+
+        Args:
+            rows: ``pairs`` (one row per pair of layers, every measure beside its null), ``units``
+                (one per unit: wavelength, presence, p-values) or ``measures`` (as ``table``).
+
+        Raises:
+            InputError: other rows, or pandas is not installed.
+        """
+        return data_frame(map_rows(self, rows))
+
+    def plot(self, ax: Any = None) -> Any:
+        """Layer heat maps, unit × layer map and rank plot; shows nothing.
+
+        Args:
+            ax: four matplotlib axes, or one for the unit × layer map alone; new ones by default.
+
+        Returns:
+            The axes drawn on.
+        """
         from gainlens.report.plots_map import plot_map
 
-        return plot_map(self, axes)
+        return plot_map(self, ax)
+
+    def _repr_html_(self) -> str:
+        from gainlens.report.notebook import figure_html
+
+        kind = self.units.kind
+        return figure_html(
+            self,
+            f"Four panels: cosine between layers, what is left above its null, gain of each {kind} "
+            f"by layer, and how present each {kind} is among the loudest. Answer: {self.answer}.",
+            size=(13, 10),
+            panels=(2, 2),
+        )
 
 
 def coordinate_map(

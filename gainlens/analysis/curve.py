@@ -16,6 +16,7 @@ from gainlens.analysis.sequential import StoppingRule
 from gainlens.analysis.verdict import Verdict, non_inferiority
 from gainlens.errors import FileFormatError, InputError
 from gainlens.files import FORMAT, read_json, write_json
+from gainlens.frames import data_frame
 from gainlens.probes.gains import ModelCard
 
 METHODS = ("t", "bootstrap")
@@ -187,11 +188,37 @@ class SurgeryCurve:
             more,
         )
 
-    def plot(self, margin: float | None = None) -> Any:
-        """Rise of the loss over fractions, with intervals and controls; returns matplotlib axes."""
+    def to_dataframe(self) -> Any:
+        """The rows of ``table``; the 95% interval as ``low`` and ``high``, nats per token.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        return data_frame(self.table())
+
+    def plot(self, ax: Any = None, *, margin: float | None = None) -> Any:
+        """Rise of the loss over fractions, with intervals and controls; shows nothing.
+
+        Args:
+            ax: matplotlib axes to draw into; new ones by default.
+            margin: drawn as a dashed line, nats per token.
+
+        Returns:
+            The axes.
+        """
         from gainlens.report.plots_surgery import plot_surgery
 
-        return plot_surgery(self, margin=margin)
+        return plot_surgery(self, ax, margin)
+
+    def _repr_html_(self) -> str:
+        from gainlens.report.notebook import figure_html
+
+        orders = ", ".join(dict.fromkeys(str(p.label or p.order) for p in self.points))
+        return figure_html(
+            self,
+            "Rise of the loss in nats per token against the share of key dimensions cut, with "
+            f"95% intervals, for: {orders}.",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; ``from_json`` reads them back."""

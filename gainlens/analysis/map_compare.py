@@ -88,11 +88,11 @@ class MapComparison:
         )
         return found
 
-    def plot(self, axes: Any = None) -> Any:
+    def plot(self, ax: Any = None) -> Any:
         """Layers against layers, change per layer, presence against presence; returns the axes."""
         from gainlens.report.plots_map import plot_comparison
 
-        return plot_comparison(self, axes)
+        return plot_comparison(self, ax)
 
 
 def compare_maps(

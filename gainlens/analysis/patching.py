@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from gainlens.ablation.cache import KeyCache
 from gainlens.analysis.evaluate import Evaluator
 from gainlens.errors import InputError
+from gainlens.frames import data_frame
 from gainlens.model.batches import TOKENS_PER_BATCH, as_documents
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.rotation import rotate
@@ -98,11 +99,35 @@ class PatchEffects:
             raise InputError("effects do not vary, so they have no correlation")
         return float(np.corrcoef(a, b)[0, 1])
 
-    def plot(self) -> Any:
-        """A heat map, layers and heads down, units across; returns matplotlib axes."""
+    def to_dataframe(self) -> Any:
+        """One row per unit: layer, kv_head, dim (a pair's first), effect in the metric's units.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        return data_frame(
+            {"layer": layer, "kv_head": head, "dim": self.dims[unit], "effect": float(value)}
+            for (layer, head, unit), value in np.ndenumerate(self.effect)
+        )
+
+    def plot(self, ax: Any = None) -> Any:
+        """A heat map, layers and heads down, units across; returns the axes, shows nothing.
+
+        Args:
+            ax: matplotlib axes to draw into; new ones by default.
+        """
         from gainlens.report.plots_surgery import plot_patching
 
-        return plot_patching(self)
+        return plot_patching(self, ax)
+
+    def _repr_html_(self) -> str:
+        from gainlens.report.notebook import figure_html
+
+        return figure_html(
+            self,
+            f"Heat map of the change of the metric when the key {self.unit} of the clean run is "
+            "put into the corrupted run, by layer and key head.",
+        )
 
 
 def unit_dims(sites: KeySites, unit: str) -> list[list[int]]:

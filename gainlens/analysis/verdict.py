@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from gainlens.errors import InputError
+from gainlens.frames import data_frame
 
 Status = Literal["holds", "fails", "undecided"]
 
@@ -41,6 +42,31 @@ class Verdict:
         return (
             f"Verdict({self.status}: {self.claim}; {self.estimate:.4g} [{low:.4g}, {high:.4g}] "
             f"against {self.margin:.4g}, {self.n_documents} documents)"
+        )
+
+    def to_dataframe(self) -> Any:
+        """One row: status, claim, estimate, low, high, margin, n_documents, note, more_documents.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        return data_frame([asdict(self)])
+
+    def plot(self, ax: Any = None) -> Any:
+        """The interval beside the margin; returns the matplotlib axes, shows nothing."""
+        from gainlens.report.plots import plot_verdict
+
+        return plot_verdict(self, ax)
+
+    def _repr_html_(self) -> str:
+        from gainlens.report.notebook import figure_html
+
+        low, high = self.interval
+        return figure_html(
+            self,
+            f"The claim {self.status}: estimate {self.estimate:.4g} with interval {low:.4g} to "
+            f"{high:.4g}, beside the margin {self.margin:.4g}.",
+            size=(7, 1.9),
         )
 
     def to_json(self) -> dict[str, Any]:

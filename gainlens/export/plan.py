@@ -10,7 +10,9 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 
+from gainlens.ablation.kept import Kept
 from gainlens.ablation.mask import KeyMask, Scope
+from gainlens.ablation.refit import RefitCut
 from gainlens.errors import FileFormatError, InputError
 from gainlens.export.layout import HeadLayout, head_layout
 from gainlens.files import FORMAT, read_json, write_json
@@ -23,7 +25,7 @@ KIND = "slice_plan"
 
 
 @dataclass(frozen=True, eq=False)
-class SlicePlan:
+class SlicePlan(Kept):
     """Which key dimensions stay: boolean ``[layer, kv_head, d_head]``, and how wide values become.
 
     A plan may be ragged: a layer's heads are padded to the widest with zero rows, which add
@@ -107,6 +109,12 @@ class SlicePlan:
         """Whether all heads of all layers keep the same dimensions."""
         return bool((self.keep == self.keep[:1, :1]).all())
 
+    def _rows(self) -> list[dict[str, Any]]:
+        """As for a mask, with the width of the layer's value heads."""
+        n_layers, _, d_head = self.shape
+        widths = self.value_widths or (d_head,) * n_layers
+        return [{**row, "value_width": widths[row["layer"]]} for row in super()._rows()]
+
     def layouts(self, rotary_dim: int) -> list[HeadLayout]:
         """Where each kept dimension goes, one layout per layer.
 
@@ -168,7 +176,7 @@ class SlicePlan:
     @classmethod
     def from_mask(
         cls,
-        mask: KeyMask,
+        mask: KeyMask | RefitCut,
         *,
         values: int | float | Sequence[int] | None = None,
         fingerprint: str | None = None,
@@ -176,13 +184,15 @@ class SlicePlan:
         """The plan that keeps what a mask keeps; the mask's facts carry over.
 
         Args:
-            mask: of the model to cut.
+            mask: of the model to cut; of a ``RefitCut`` its mask (the maps go to ``slim``).
             values: as for ``with_values``.
             fingerprint: of the model; taken from the mask's facts where they have one.
 
         Raises:
             InputError: not a mask, or a head that would keep nothing.
         """
+        if isinstance(mask, RefitCut):
+            mask = mask.mask
         if not isinstance(mask, KeyMask):
             raise InputError(f"mask={type(mask).__name__}: expected a KeyMask")
         return cls(

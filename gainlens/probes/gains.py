@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 
 from gainlens.errors import InputError
+from gainlens.frames import data_frame
 from gainlens.model.families import Pairing
 from gainlens.model.sites import STAGES, KeySites, Stage, pair_partners
-from gainlens.probes.scores import get_score
+from gainlens.probes.scores import SCORES, get_score
 
 Unit = str
 UNITS = ("dim", "pair")
@@ -171,6 +173,69 @@ class KeyGains:
             n_tokens=self.n_tokens + other.n_tokens,
             n_documents=self.n_documents + other.n_documents,
             texts=self.texts + other.texts,
+        )
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The scores that the gathered statistics allow, after the rotation."""
+        held = []
+        for name in SCORES:
+            try:
+                self.score(name)
+            except InputError:
+                continue
+            held.append(name)
+        return tuple(held)
+
+    def to_dataframe(self) -> Any:
+        """One row per key dimension: layer, kv_head, dim, the one it rotates with, each score.
+
+        Scores are those of ``scores``, after the rotation, in their own units.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        values = {name: self.score(name).flatten().tolist() for name in self.scores}
+        layers, heads, dims = (int(n) for n in self.shape)
+        partner = self.model.partner.tolist()
+        places = [(a, b, c) for a in range(layers) for b in range(heads) for c in range(dims)]
+        return data_frame(
+            {
+                "layer": layer,
+                "kv_head": head,
+                "dim": dim,
+                "partner": partner[dim],
+                **{name: column[row] for name, column in values.items()},
+            }
+            for row, (layer, head, dim) in enumerate(places)
+        )
+
+    def plot(self, ax: Any = None, *, score: str | None = None) -> Any:
+        """Heat map of gains, layers × dimensions; returns the matplotlib axes, shows nothing.
+
+        Args:
+            ax: axes to draw into; new ones by default.
+            score: which gain; by default ``qk`` where it was gathered.
+
+        Raises:
+            InputError: an unknown score, or statistics that were not gathered.
+        """
+        from gainlens.report.plots import plot_gains
+
+        return plot_gains(self, ax, score or self._shown_score)
+
+    @property
+    def _shown_score(self) -> str:
+        held = self.scores
+        return "qk" if "qk" in held or not held else held[0]
+
+    def _repr_html_(self) -> str:
+        from gainlens.report.notebook import figure_html
+
+        return figure_html(
+            self,
+            f"Heat map of the gain ({self._shown_score}) of each key dimension by layer, relative "
+            "to the mean of its head, on a logarithmic scale.",
         )
 
     def save(self, path: str | Path) -> None:

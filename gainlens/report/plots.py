@@ -1,87 +1,102 @@
-"""Figures of the report. Each function draws on the axes it is given and returns them."""
+"""Figures of gains, of what is kept, and of a verdict. Each returns the axes it drew on."""
 
 from __future__ import annotations
 
+import math
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Bool
 
-from gainlens.analysis.curve import SurgeryCurve
-from gainlens.analysis.intervals import t_interval
-from gainlens.probes.gains import KeyGains
+from gainlens.report.plots_common import (
+    DIVERGING,
+    SEQUENTIAL,
+    STATUS_COLOURS,
+    colour_bar,
+    new_axes,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from gainlens.analysis.verdict import Verdict
+    from gainlens.probes.gains import KeyGains
 
-# Okabe and Ito's palette: distinct also without red-green vision.
-COLOURS = {"quietest": "#0072B2", "random": "#E69F00", "loudest": "#D55E00"}
-MARKERS = {"quietest": "o", "random": "s", "loudest": "^"}
-LABELS = {
-    "quietest": "quietest first",
-    "random": "random (control)",
-    "loudest": "loudest first (control)",
-}
+RANGE = 2.0
+"""Gains further than a factor of 100 from their head's mean share the last colour."""
 
 
-def plot_gains(gains: KeyGains, score: str = "qk", ax: Axes | None = None) -> Axes:
-    """Heat map of gains, layers downwards, dimensions across; each head scaled to mean 1."""
-    ax = ax or _axes(9, 4.2)
+def plot_gains(gains: KeyGains, ax: Any | None = None, score: str = "qk") -> Any:
+    """Heat map of gains, layers downwards, dimensions across; each head scaled to mean 1.
+
+    Args:
+        gains: the gains.
+        ax: matplotlib axes to draw into; new ones by default.
+        score: which gain.
+    """
+    ax = new_axes(ax, (9, 4.2))
     values = gains.score(score).numpy().astype(np.float64)
     scaled = values / np.maximum(values.mean(-1, keepdims=True), 1e-30)
+    shown = np.log10(np.maximum(scaled.mean(1), 10**-RANGE))
+    width = min(RANGE, max(0.1, float(np.abs(shown).max())))
     image = ax.imshow(
-        np.log10(np.maximum(scaled.mean(1), 1e-3)),
-        aspect="auto",
-        cmap="viridis",
-        interpolation="nearest",
+        shown, aspect="auto", cmap=DIVERGING, vmin=-width, vmax=width, interpolation="nearest"
     )
     ax.set_xlabel("key dimension (index in the head)")
     ax.set_ylabel("layer")
-    ax.set_title(f"Gain of each key dimension ({score}, mean over key heads)")
-    _colour_bar(ax, image, "log10 of gain over the head's mean")
-    return ax
+    ax.set_title(f"gain of each key dimension ({score}, mean over key heads)", fontsize=10)
+    colour_bar(ax, image, "log10 of gain over the head's mean")
+    return whole_numbers(ax, "x", "y")
 
 
-def plot_surgery(
-    curve: SurgeryCurve, margin: float | None = None, ax: Axes | None = None, **choice: Any
-) -> Axes:
-    """Rise of the loss against the share of dimensions cut, with controls and 95% intervals."""
-    ax = ax or _axes(8, 4.6)
-    for order, colour in COLOURS.items():
-        found = curve.find(order=order, **(choice if order == "quietest" else {}))
-        fractions = sorted({curve.points[i].fraction for i in found})
-        if not fractions:
-            continue
-        rows = [
-            np.mean([curve.deltas(i) for i in found if curve.points[i].fraction == f], axis=0)
-            for f in fractions
-        ]
-        means = np.array([row.mean() for row in rows])
-        bounds = np.array([t_interval(row) for row in rows])
-        x = 100 * np.array(fractions)
-        ax.plot(x, means, color=colour, marker=MARKERS[order], label=LABELS[order])
-        if np.isfinite(bounds).all():
-            ax.fill_between(x, bounds[:, 0], bounds[:, 1], color=colour, alpha=0.2, linewidth=0)
-    ax.axhline(0, color="0.4", linewidth=0.8)
-    if margin is not None:
-        ax.axhline(
-            margin, color="0.2", linestyle="--", linewidth=1, label=f"margin {margin:g} nats"
-        )
-    ax.set_yscale("symlog", linthresh=0.1)
-    ax.set_xlabel("share of key dimensions cut (%)")
-    ax.set_ylabel("rise of the loss (nats per token)")
-    ax.set_title(
-        f"What cutting key dimensions costs ({curve.n_documents} documents, bands: 95% intervals)"
+def plot_kept(keep: Bool[np.ndarray, "layer kv_head d_head"], ax: Any | None = None) -> Any:
+    """Heat map of what stays: the share of a layer's key heads that keep each dimension.
+
+    Args:
+        keep: True for what stays.
+        ax: matplotlib axes to draw into; new ones by default.
+    """
+    ax = new_axes(ax, (8, 4))
+    image = ax.imshow(
+        keep.mean(1), aspect="auto", cmap=SEQUENTIAL, vmin=0, vmax=1, interpolation="nearest"
     )
-    ax.legend()
+    ax.set_xlabel("key dimension (index in the head)")
+    ax.set_ylabel("layer")
+    ax.set_title(f"{keep.mean():.1%} of key dimensions stay", fontsize=10)
+    colour_bar(ax, image, "share of the layer's key heads that keep it")
+    return whole_numbers(ax, "x", "y")
+
+
+def plot_verdict(verdict: Verdict, ax: Any | None = None) -> Any:
+    """The estimate with its interval, the margin that was set beforehand, and the outcome.
+
+    Args:
+        verdict: the verdict.
+        ax: matplotlib axes to draw into; new ones by default.
+    """
+    ax = new_axes(ax, (7, 1.9))
+    low, high = verdict.interval
+    if math.isfinite(verdict.estimate):
+        bars = [[max(0.0, verdict.estimate - low)], [max(0.0, high - verdict.estimate)]]
+        ax.errorbar(
+            [verdict.estimate],
+            [0],
+            xerr=bars if np.isfinite(bars).all() else None,
+            marker="o",
+            capsize=5,
+            color=STATUS_COLOURS[verdict.status],
+            label=f"{verdict.status}: estimate and interval",
+        )
+    else:
+        ax.plot([], [], color=STATUS_COLOURS[verdict.status], label=f"{verdict.status}: no number")
+    if math.isfinite(verdict.margin):
+        ax.axvline(
+            verdict.margin, color="0.2", linestyle="--", label=f"margin {verdict.margin:.4g}"
+        )
+    ax.set_yticks([])
+    ax.set_ylim(-1, 1)
+    ax.margins(x=0.15)
+    ax.set_xlabel(f"value in the claim's units ({verdict.n_documents} documents)")
+    ax.set_title(textwrap.fill(verdict.claim, 80), fontsize=9)
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
-
-
-def _axes(width: float, height: float) -> Axes:
-    from matplotlib.figure import Figure
-
-    axes: Axes = Figure(figsize=(width, height), layout="constrained").subplots()
-    return axes
-
-
-def _colour_bar(ax: Axes, image: Any, label: str) -> None:
-    ax.figure.colorbar(image, ax=ax, label=label)

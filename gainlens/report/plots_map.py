@@ -6,6 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gainlens.report.plots_common import (
+    BLUE,
+    DIVERGING,
+    GREEN,
+    ORANGE,
+    SEQUENTIAL,
+    SKY,
+    VERMILION,
+    colour_bar,
+    new_axes,
+    new_panels,
+    reach,
+    some,
+    whole_numbers,
+)
+
 if TYPE_CHECKING:
     from gainlens.analysis.coordinates import CoordinateMap
     from gainlens.analysis.map_compare import MapComparison
@@ -16,9 +32,21 @@ def plot_map(cmap: CoordinateMap, axes: Any = None) -> Any:
 
     Args:
         cmap: the map.
-        axes: four axes; by default a new figure with them.
+        axes: four axes, by default a new figure with them; or one, for the unit × layer map.
+
+    Returns:
+        The axes drawn on: an array of four, or the one that was given.
+
+    Raises:
+        InputError: another number of axes.
     """
-    axes = _axes(axes, 2, 2, (13, 10))
+    axes = new_panels(axes, 2, 2, (13, 10))
+    if len(axes) == 1:
+        return plot_units(cmap, axes[0])
+    if len(axes) != 4:
+        from gainlens.errors import InputError
+
+        raise InputError(f"ax holds {len(axes)} axes: expected four, or one")
     plot_cosine(cmap, axes[0])
     plot_above_null(cmap, axes[1])
     plot_units(cmap, axes[2])
@@ -28,10 +56,10 @@ def plot_map(cmap: CoordinateMap, axes: Any = None) -> Any:
 
 def plot_cosine(cmap: CoordinateMap, axis: Any = None) -> Any:
     """Heat map of the cosine between layers, with its CV and null in the title."""
-    axis = _axes(axis, 1, 1, (6, 5))[0]
+    axis = new_axes(axis, (6, 5))
     s = cmap.summary()
-    image = axis.imshow(cmap.cosine, vmin=0, vmax=1, cmap="viridis")
-    axis.figure.colorbar(image, ax=axis, label="cosine")
+    image = axis.imshow(cmap.cosine, vmin=0, vmax=1, cmap=SEQUENTIAL)
+    colour_bar(axis, image, "cosine")
     axis.set_title(
         f"cosine of gains {s['cosine']:.3f} (null {s['null_cosine']:.3f}, CV {s['cv']:.2f})",
         fontsize=10,
@@ -41,13 +69,13 @@ def plot_cosine(cmap: CoordinateMap, axis: Any = None) -> Any:
 
 def plot_above_null(cmap: CoordinateMap, axis: Any = None, null: str = "plain") -> Any:
     """Heat map of the cosine less its null mean; dots where the pair is significant at 5%."""
-    axis = _axes(axis, 1, 1, (6, 5))[0]
+    axis = new_axes(axis, (6, 5))
     test = cmap.tests[null]["cosine"]
     above = cmap.cosine - test.null_mean
     np.fill_diagonal(above, np.nan)
-    width = max(0.05, float(np.nanmax(np.abs(above))))
-    image = axis.imshow(above, vmin=-width, vmax=width, cmap="RdBu_r")
-    axis.figure.colorbar(image, ax=axis, label="cosine less its null")
+    width = max(0.05, reach(above))
+    image = axis.imshow(above, vmin=-width, vmax=width, cmap=DIVERGING)
+    colour_bar(axis, image, "cosine less its null")
     rows, columns = np.nonzero((test.p_corrected < 0.05) & ~np.eye(len(above), dtype=bool))
     axis.scatter(columns, rows, s=2, c="black", linewidths=0)
     share = cmap.summary()["pairs_above_null" if null == "plain" else "pairs_above_band_null"]
@@ -58,15 +86,15 @@ def plot_above_null(cmap: CoordinateMap, axis: Any = None, null: str = "plain") 
 
 def plot_units(cmap: CoordinateMap, axis: Any = None) -> Any:
     """Units × layers, gain relative to the layer's mean, wavelengths along the axis."""
-    axis = _axes(axis, 1, 1, (8, 5))[0]
+    axis = new_axes(axis, (8, 5))
     mean = cmap.profiles.mean(1, keepdims=True)
     relative = np.divide(cmap.profiles, mean, out=np.zeros_like(cmap.profiles), where=mean > 0)
     image = axis.imshow(
-        np.log2(np.clip(relative, 2**-3, 2**3)), aspect="auto", cmap="PuOr_r", vmin=-3, vmax=3
+        np.log2(np.clip(relative, 2**-3, 2**3)), aspect="auto", cmap=DIVERGING, vmin=-3, vmax=3
     )
-    axis.figure.colorbar(image, ax=axis, label="log2 of gain over the layer's mean")
-    shown = np.unique(np.linspace(0, len(cmap.units) - 1, 9).astype(int))
-    axis.set_xticks(shown, [_wave(cmap, int(u)) for u in shown], fontsize=7)
+    colour_bar(axis, image, "log2 of gain over the layer's mean")
+    shown = some(len(cmap.units), 9)
+    axis.set_xticks(shown, [_wave(cmap, u) for u in shown], fontsize=7)
     axis.set_ylabel("layer")
     rotates = bool((cmap.units.frequency > 0).any())
     axis.set_xlabel(f"{cmap.units.kind}" + (", with its wavelength in tokens" if rotates else ""))
@@ -76,33 +104,36 @@ def plot_units(cmap: CoordinateMap, axis: Any = None) -> Any:
             annotation_clip=False,
         )  # fmt: skip
     axis.set_title("gain of every unit in every layer (▼ universal)", fontsize=10, pad=12)
-    return axis
+    return whole_numbers(axis, "y")
 
 
 def plot_ranks(cmap: CoordinateMap, axis: Any = None) -> Any:
     """Chance-corrected presence of units, most present first; chance and bound drawn in."""
-    axis = _axes(axis, 1, 1, (8, 5))[0]
+    axis = new_axes(axis, (8, 5))
     table = cmap.universal.table()
     universal = set(cmap.universal_units)
-    some = set(cmap.universal.beyond_chance)
-    colours = [
-        "tab:red" if row["unit"] in universal else "tab:orange" if row["unit"] in some else "0.7"
-        for row in table
-    ]
-    axis.bar(range(len(table)), [row["presence"] for row in table], color=colours)
+    some_places = set(cmap.universal.beyond_chance)
+    groups = {
+        "universal: beyond chance and in most places": (VERMILION, universal),
+        "beyond chance": (ORANGE, some_places - universal),
+        "no more than chance": ("0.7", {row["unit"] for row in table} - some_places - universal),
+    }
+    for label, (colour, members) in groups.items():
+        at = [i for i, row in enumerate(table) if row["unit"] in members]
+        heights = [table[i]["presence"] for i in at]
+        axis.bar(at, heights, color=colour, label=f"{label} ({len(at)})")
     axis.axhline(0, color="black", lw=0.8)
-    axis.axhline(cmap.universal.min_presence, color="tab:red", ls="--", lw=1)
+    axis.axhline(
+        cmap.universal.min_presence, color="black", ls="--", lw=1, label="bound for universal"
+    )
     step = max(1, len(table) // 32)
     axis.set_xticks(
         range(0, len(table), step), [row["unit"] for row in table[::step]], fontsize=7, rotation=90
     )
     axis.set_xlabel(f"{cmap.units.kind}, by presence")
     axis.set_ylabel("presence among the loudest (0 chance, 1 everywhere)")
-    axis.set_title(
-        f"{cmap.answer}: {len(universal)} universal {cmap.units.kind}s (red; dashed: the bound), "
-        f"{len(some)} beyond chance (orange)",
-        fontsize=10,
-    )
+    axis.set_title(f"{cmap.answer}: how present each {cmap.units.kind} is", fontsize=10)
+    axis.legend(fontsize=7)
     return axis
 
 
@@ -113,12 +144,12 @@ def plot_sinks(cmap: CoordinateMap, axis: Any = None) -> Any:
         InputError: the map has no sinks.
     """
     sinks = _part(cmap, "sinks")
-    axis = _axes(axis, 1, 1, (8, 5))[0]
+    axis = new_axes(axis, (8, 5))
     shown = np.where(sinks.is_sink, sinks.advantage, 0).max(1)
     image = axis.imshow(np.ma.masked_less_equal(shown, 0), aspect="auto", cmap="magma_r", vmin=0)
-    axis.figure.colorbar(image, ax=axis, label="nats added to the first position's logit")
-    ticks = np.unique(np.linspace(0, len(cmap.units) - 1, 9).astype(int))
-    axis.set_xticks(ticks, [_wave(cmap, int(u)) for u in ticks], fontsize=7)
+    colour_bar(axis, image, "nats added to the first position's logit")
+    ticks = some(len(cmap.units), 9)
+    axis.set_xticks(ticks, [_wave(cmap, u) for u in ticks], fontsize=7)
     axis.set_xlabel(f"{cmap.units.kind}, with its wavelength in tokens")
     axis.set_ylabel("layer")
     axis.set_title(
@@ -126,7 +157,7 @@ def plot_sinks(cmap: CoordinateMap, axis: Any = None) -> Any:
         f"{sinks.persistence():.0%}",
         fontsize=10,
     )
-    return axis
+    return whole_numbers(axis, "y")
 
 
 def plot_red_line(cmap: CoordinateMap, axis: Any = None) -> Any:
@@ -136,27 +167,29 @@ def plot_red_line(cmap: CoordinateMap, axis: Any = None) -> Any:
         InputError: the map has no red line.
     """
     line = _part(cmap, "red_line")
-    axis = _axes(axis, 1, 1, (9, 5))[0]
+    axis = new_axes(axis, (9, 5))
     n_layers = len(cmap.cv)
     used = np.zeros((n_layers, len(line.details)))
     for column, row in enumerate(line.details):
         for layer, _ in row["used_by_heads"]:
             used[layer, column] += 1
-    image = axis.imshow(used, aspect="auto", cmap="Reds")
-    axis.figure.colorbar(image, ax=axis, label="heads with the unit in their loudest quarter")
+    image = axis.imshow(used, aspect="auto", cmap=SEQUENTIAL)
+    colour_bar(axis, image, "heads with the unit in their loudest quarter")
     axis.set_xticks(
         range(len(line.details)),
         [_red_label(cmap, row) for row in line.details],
         fontsize=6,
         rotation=90,
     )
+    costs = ", rise in nats when patched alone" if "patched_rise" in line.details[0] else ""
+    axis.set_xlabel(f"{cmap.units.kind} (λ: wavelength in tokens{costs})")
     axis.set_ylabel("layer")
     axis.set_title(
         f"red line at {line.margin:g} nats: {len(line.shared)} of {line.n_units} shared, "
         f"{len(line.per_layer[0])} with a set per layer",
         fontsize=10,
     )
-    return axis
+    return whole_numbers(axis, "y")
 
 
 def plot_price(cmap: CoordinateMap, axis: Any = None) -> Any:
@@ -166,10 +199,12 @@ def plot_price(cmap: CoordinateMap, axis: Any = None) -> Any:
         InputError: the map has no price.
     """
     price = _part(cmap, "price")
-    axis = _axes(axis, 1, 1, (7, 4))[0]
+    axis = new_axes(axis, (7, 4))
     names = ("head", "layer", "model", "random model")
     labels = ("a set per head", "a set per layer", "one shared set", "random shared set")
     width = 0.8 / len(names)
+    colours = (BLUE, GREEN, SKY, ORANGE)
+    hatches = ("", "", "", "//")
     for i, (name, label) in enumerate(zip(names, labels, strict=True)):
         rows = [r for f in price.fractions for r in price.rows
                 if r["sharing"] == name and r["cut"] == f][: len(price.fractions)]  # fmt: skip
@@ -177,9 +212,12 @@ def plot_price(cmap: CoordinateMap, axis: Any = None) -> Any:
         rise = np.array([r["rise"] for r in rows])
         ends = np.array([r["interval"] for r in rows])
         bars = np.abs(ends - rise[:, None]).T if np.isfinite(ends).all() else None
-        axis.bar(at, rise, width, yerr=bars, label=label, capsize=2)
+        axis.bar(
+            at, rise, width, yerr=bars, label=label, capsize=2, color=colours[i], hatch=hatches[i]
+        )
     axis.set_xticks(range(len(price.fractions)), [f"{f:.0%} cut" for f in price.fractions])
-    axis.set_ylabel("rise of the loss, nats per token")
+    axis.set_xlabel("share of key dimensions cut (error bars: 95% intervals)")
+    axis.set_ylabel("rise of the loss (nats per token)")
     axis.legend(fontsize=8)
     axis.set_title("the price of one index set", fontsize=10)
     return axis
@@ -187,10 +225,10 @@ def plot_price(cmap: CoordinateMap, axis: Any = None) -> Any:
 
 def plot_comparison(comparison: MapComparison, axes: Any = None) -> Any:
     """Layers of one map against layers of the other, agreement by depth, presence by unit."""
-    axes = _axes(axes, 1, 3, (16, 4.5))
+    axes = new_panels(axes, 1, 3, (16, 4.5))
     c = comparison
-    image = axes[0].imshow(c.centred, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
-    axes[0].figure.colorbar(image, ax=axes[0], label="centred cosine")
+    image = axes[0].imshow(c.centred, vmin=-1, vmax=1, cmap=DIVERGING, aspect="auto")
+    colour_bar(axes[0], image, "centred cosine")
     axes[0].set(xlabel="layer of b", ylabel="layer of a")
     axes[0].set_title(f"{c.a.answer} → {c.b.answer}", fontsize=10)
     axes[1].plot(c.same_depth, marker="o", ms=3)
@@ -219,18 +257,9 @@ def _part(cmap: CoordinateMap, name: str) -> Any:
     return part
 
 
-def _axes(axes: Any, rows: int, columns: int, size: tuple[float, float]) -> Any:
-    """The caller's axes as a flat array, or those of a new figure."""
-    import matplotlib.pyplot as plt
-
-    if axes is None:
-        _, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
-    return np.atleast_1d(np.asarray(axes, dtype=object)).ravel()
-
-
 def _layers(axis: Any) -> Any:
     axis.set(xlabel="layer", ylabel="layer")
-    return axis
+    return whole_numbers(axis, "x", "y")
 
 
 def _wave(cmap: CoordinateMap, unit: int) -> str:

@@ -7,10 +7,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from gainlens.analysis.intervals import t_interval
+from gainlens.report.plots_common import (
+    CYCLE,
+    DIVERGING,
+    MARKERS,
+    ORANGE,
+    VERMILION,
+    colour_bar,
+    new_axes,
+    new_panels,
+    reach,
+    readable_on,
+    whole_numbers,
+)
+
 if TYPE_CHECKING:
     from gainlens.analysis.behaviours import Behaviours
     from gainlens.analysis.curve import SurgeryCurve
     from gainlens.analysis.patching import PatchEffects
+
+CONTROLS = {"random": (ORANGE, "s"), "loudest": (VERMILION, "^")}
+"""Controls look the same in every figure."""
 
 
 def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | None = None) -> Any:
@@ -24,35 +42,59 @@ def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | Non
     Returns:
         The axes.
     """
-    ax = _axes(ax)
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in curve.table():
+    ax = new_axes(ax, (8, 4.6))
+    groups: dict[str, list[int]] = {}
+    for i, p in enumerate(curve.points):
         # All seeds of a random control are one line, their mean.
-        name = row["label"] if row["order"] == "given" else row["order"]
-        groups.setdefault((str(name), row["score"], row["scope"]), []).append(row)
-    for (name, score, scope), rows in groups.items():
-        fractions = sorted({r["fraction"] for r in rows})
-        at = [[r for r in rows if r["fraction"] == f] for f in fractions]
-        mean = np.array([np.mean([r["delta"] for r in part]) for part in at])
-        low = np.array([np.min([r["interval"][0] for r in part]) for part in at])
-        high = np.array([np.max([r["interval"][1] for r in part]) for part in at])
-        label = name if rows[0]["order"] in ("random", "given") else f"{name}, {score}, {scope}"
+        if p.order == "random":
+            name = "random (control)"
+        elif p.order == "given":
+            name = str(p.label)
+        else:
+            control = " (control)" if p.order in CONTROLS else ""
+            name = f"{p.order}{control}, {p.score}, {p.scope}"
+        groups.setdefault(name, []).append(i)
+    styles = iter(zip(CYCLE * len(groups), MARKERS * len(groups), strict=True))
+    for name, points in groups.items():
+        fractions = sorted({curve.points[i].fraction for i in points})
+        at = [[i for i in points if curve.points[i].fraction == f] for f in fractions]
+        values = np.array([_mean_and_interval(curve, part) for part in at])
+        bars = np.abs(values[:, 1:] - values[:, :1]).T
+        colour, marker = CONTROLS.get(curve.points[points[0]].order) or next(styles)
         ax.errorbar(
-            fractions,
-            mean,
-            yerr=np.abs(np.stack([mean - low, high - mean])),
-            marker="o",
+            [100 * f for f in fractions],
+            values[:, 0],
+            yerr=np.where(np.isfinite(bars), bars, 0),
+            marker=marker,
+            color=colour,
             capsize=3,
-            label=label,
+            label=name,
         )
     ax.axhline(0, color="black", linewidth=0.8)
     if margin is not None:
         ax.axhline(margin, color="black", linestyle="--", linewidth=0.8, label=f"margin {margin:g}")
-    ax.set_xlabel("share of key dimensions cut")
+    ax.set_xlabel("share of key dimensions cut (%)")
     ax.set_ylabel("rise of the loss (nats per token)")
-    ax.set_yscale("symlog", linthresh=0.05)
-    ax.legend()
+    ax.set_yscale("symlog", linthresh=0.1)
+    ax.set_title(
+        f"what cutting key dimensions costs ({curve.n_documents} documents, bars: 95% intervals)",
+        fontsize=10,
+    )
+    ax.legend(fontsize=8)
     return ax
+
+
+def _mean_and_interval(curve: SurgeryCurve, points: list[int]) -> tuple[float, float, float]:
+    """Over the seeds of a point; these share the documents, so a document's seeds are averaged."""
+    if len(points) == 1:
+        return (float(curve.deltas(points[0]).mean()), *curve.interval(points[0]))
+    if curve.stopping is not None:
+        # Seeds may have stopped at different documents: the widest of their intervals.
+        ends = np.array([curve.interval(i) for i in points])
+        mean = float(np.mean([curve.deltas(i).mean() for i in points]))
+        return mean, float(ends[:, 0].min()), float(ends[:, 1].max())
+    delta = np.mean([curve.deltas(i) for i in points], axis=0)
+    return (float(delta.mean()), *t_interval(delta))
 
 
 def plot_damage(
@@ -68,14 +110,34 @@ def plot_damage(
     Returns:
         The axes.
     """
-    ax = _axes(ax)
-    reach = max(float(np.nanmax(np.abs(damage))), 1e-12)
-    image = ax.imshow(damage, aspect="auto", cmap="RdBu_r", vmin=-reach, vmax=reach)
-    ax.figure.colorbar(image, ax=ax, label="rise of the loss (nats per token)")
+    ax = new_axes(ax)
+    end = reach(damage)
+    image = ax.imshow(damage, aspect="auto", cmap=DIVERGING, vmin=-end, vmax=end)
+    colour_bar(ax, image, "rise of the loss (nats per token)")
     ax.set_xlabel("key head")
     ax.set_ylabel("layer")
-    ax.set_title(label)
-    return ax
+    ax.set_title(label, fontsize=10)
+    return whole_numbers(ax, "x", "y")
+
+
+def plot_damage_by_layer(
+    damage: Float[np.ndarray, "layer part"], ax: Any | None = None, label: str = ""
+) -> Any:
+    """Bars of the rise of the loss when one layer alone is cut.
+
+    Args:
+        damage: nats per token; ``damage_by_head(…, by="layer")``.
+        ax: axes to draw into.
+        label: title.
+    """
+    ax = new_axes(ax)
+    ax.bar(range(len(damage)), damage[:, 0], color=CYCLE[0], label="all key heads of the layer")
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_xlabel("layer")
+    ax.set_ylabel("rise of the loss (nats per token)")
+    ax.set_title(label, fontsize=10)
+    ax.legend(fontsize=8)
+    return whole_numbers(ax, "x")
 
 
 def plot_scores(curve: SurgeryCurve, ax: Any | None = None, order: str = "quietest") -> Any:
@@ -89,7 +151,7 @@ def plot_scores(curve: SurgeryCurve, ax: Any | None = None, order: str = "quiete
     Returns:
         The axes.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     rows = [r for r in curve.table() if r["order"] == order]
     names = list(dict.fromkeys((r["score"], r["scope"]) for r in rows))
     fractions = sorted({r["fraction"] for r in rows})
@@ -98,14 +160,17 @@ def plot_scores(curve: SurgeryCurve, ax: Any | None = None, order: str = "quiete
         place = names.index((row["score"], row["scope"])), fractions.index(row["fraction"])
         cells[place] = row["delta"]
     shown = np.log10(np.maximum(np.nan_to_num(cells, nan=1e-3), 1e-3))
-    ax.imshow(shown, aspect="auto", cmap="viridis_r")
+    image = ax.imshow(shown, aspect="auto", cmap="viridis_r")
+    colour_bar(ax, image, "log10 of the rise (nats per token)")
     for (y, x), value in np.ndenumerate(cells):
         if np.isfinite(value):
-            ax.text(x, y, f"{value:.3f}", ha="center", va="center", color="white")
+            colour = readable_on(image, shown[y, x])
+            ax.text(x, y, f"{value:.3f}", ha="center", va="center", color=colour)
     ax.set_xticks(range(len(fractions)), [f"{f:.0%}" for f in fractions])
     ax.set_yticks(range(len(names)), [f"{score}, {scope}" for score, scope in names])
     ax.set_xlabel("share of key dimensions cut")
-    ax.set_title("rise of the loss (nats per token)")
+    ax.set_ylabel("gain that ranks, scope")
+    ax.set_title("rise of the loss (nats per token)", fontsize=10)
     return ax
 
 
@@ -115,18 +180,18 @@ def plot_patching(effects: PatchEffects, ax: Any | None = None) -> Any:
     Returns:
         The axes.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     layers, heads, units = effects.effect.shape
     table = effects.effect.reshape(layers * heads, units)
-    reach = max(float(np.nanmax(np.abs(table))), 1e-12)
-    image = ax.imshow(table, aspect="auto", cmap="RdBu_r", vmin=-reach, vmax=reach)
-    ax.figure.colorbar(image, ax=ax, label="change of the metric")
+    end = reach(table)
+    image = ax.imshow(table, aspect="auto", cmap=DIVERGING, vmin=-end, vmax=end)
+    colour_bar(ax, image, "change of the metric (its own units)")
     step = max(1, layers // 10)
     ax.set_yticks([layer * heads for layer in range(0, layers, step)], range(0, layers, step))
     ax.set_ylabel(f"layer ({heads} key heads each)")
-    ax.set_xlabel(f"{effects.unit} (by its first dimension)")
-    ax.set_title(f"{effects.method}: clean keys in the corrupted run")
-    return ax
+    ax.set_xlabel(f"{effects.unit} (index in the head)")
+    ax.set_title(f"{effects.method}: clean keys in the corrupted run", fontsize=10)
+    return whole_numbers(ax, "x")
 
 
 def plot_behaviours(result: Behaviours, axes: Any | None = None) -> Any:
@@ -135,36 +200,30 @@ def plot_behaviours(result: Behaviours, axes: Any | None = None) -> Any:
     Returns:
         An array of axes.
     """
-    import matplotlib.pyplot as plt
-
     kinds = list(dict.fromkeys((r.behaviour, r.distance) for r in result.rows))
-    if axes is None:
-        _, axes = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 3), layout="constrained")
-    axes = np.atleast_1d(axes)
+    axes = new_panels(axes, 1, len(kinds), (3.2 * len(kinds), 3))
     for ax, (behaviour, distance) in zip(axes, kinds, strict=True):
         rows = result.find(behaviour=behaviour, distance=distance)
         intact = [r for r in rows if r.order == "intact"]
+        styles = iter(zip(CYCLE * len(rows), MARKERS * len(rows), strict=True))
         for name in dict.fromkeys(r.label or r.order for r in rows if r.order != "intact"):
             line = sorted(
                 intact + [r for r in rows if (r.label or r.order) == name],
                 key=lambda r: r.fraction,
             )
+            colour, marker = CONTROLS.get(name) or next(styles)
             ax.errorbar(
-                [r.fraction for r in line],
+                [100 * r.fraction for r in line],
                 [r.value for r in line],
                 yerr=[2 * r.standard_error for r in line],
-                marker="o",
+                marker=marker,
+                color=colour,
                 capsize=3,
-                label=name,
+                label=f"{name} (control)" if name in CONTROLS else name,
             )
         ax.axhline(rows[0].chance, color="black", linestyle="--", linewidth=0.8, label="chance")
-        ax.set_title(behaviour + (f", {distance} back" if distance else ""))
-        ax.set_xlabel("share cut")
-    axes[0].legend()
+        ax.set_title(behaviour + (f", {distance} back" if distance else ""), fontsize=10)
+        ax.set_xlabel("share cut (%)")
+        ax.set_ylabel("nats per token" if behaviour == "kl" else "share right")
+    axes[0].legend(fontsize=8)
     return axes
-
-
-def _axes(ax: Any | None) -> Any:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(layout="constrained")[1] if ax is None else ax

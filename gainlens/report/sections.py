@@ -12,7 +12,8 @@ from gainlens.probes.gains import KeyGains
 from gainlens.report import plots_map
 from gainlens.report.claims import FLAT_MARGIN, FUNCTIONAL_MARGIN
 from gainlens.report.page import PageFigure, PageTable, Section
-from gainlens.report.plots import plot_gains, plot_surgery
+from gainlens.report.plots import plot_gains
+from gainlens.report.plots_surgery import plot_surgery
 
 
 def draw_figures(
@@ -30,8 +31,8 @@ def draw_figures(
         return made
 
     made = {
-        "key_gains": figure(9, 4.2, lambda ax: plot_gains(gains, score, ax)),
-        "surgery_impact": figure(8, 4.6, lambda ax: plot_surgery(curve, FLAT_MARGIN, ax)),
+        "key_gains": figure(9, 4.2, lambda ax: plot_gains(gains, ax, score)),
+        "surgery_impact": figure(8, 4.6, lambda ax: plot_surgery(curve, ax, FLAT_MARGIN)),
         "layer_correlation": figure(
             11,
             4.8,

@@ -38,10 +38,15 @@ def _closed():
 def test_curve(curve):
     ax = curve.plot(margin=0.02)
     labels = ax.get_legend_handles_labels()[1]
-    assert labels == ["margin 0.02", "quietest, qk, head", "quietest, rms, head", "random"]
+    assert labels == [
+        "margin 0.02",
+        "quietest, qk, head",
+        "quietest, rms, head",
+        "random (control)",
+    ]
     drawn = {c.get_label(): c.lines[0].get_ydata() for c in ax.containers}
     assert drawn["quietest, qk, head"] == pytest.approx([0.15, 0.4])
-    assert drawn["random"] == pytest.approx([2.65])
+    assert drawn["random (control)"] == pytest.approx([2.65])
 
 
 def test_table_of_scores(curve):

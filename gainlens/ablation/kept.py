@@ -1,0 +1,60 @@
+"""How a choice of key dimensions is shown, whoever holds it: a mask, a plan, a refitted cut."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gainlens.frames import data_frame
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Kept:
+    """Table and figure of anything with ``keep``, boolean ``[layer, kv_head, d_head]``."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def keep(self) -> torch.Tensor:
+            """True for what stays."""
+
+    def to_dataframe(self) -> Any:
+        """One row per key head: layer, kv_head, kept (how many), share (0 to 1), dims (a list).
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        return data_frame(self._rows())
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "layer": layer,
+                "kv_head": head,
+                "kept": int(row.sum()),
+                "share": float(row.float().mean()),
+                "dims": row.nonzero().flatten().tolist(),
+            }
+            for layer, heads in enumerate(self.keep)
+            for head, row in enumerate(heads)
+        ]
+
+    def plot(self, ax: Any = None) -> Any:
+        """Heat map of what stays, layers × dimensions; returns the matplotlib axes, shows nothing.
+
+        Args:
+            ax: axes to draw into; new ones by default.
+        """
+        from gainlens.report.plots import plot_kept
+
+        return plot_kept(self.keep.numpy(), ax)
+
+    def _repr_html_(self) -> str:
+        from gainlens.report.notebook import figure_html
+
+        return figure_html(
+            self,
+            "Heat map of the share of key heads that keep each key dimension, by layer: "
+            f"{float(self.keep.float().mean()):.1%} of all stay.",
+        )

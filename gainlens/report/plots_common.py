@@ -1,0 +1,75 @@
+"""What all figures share: axes, colours that don't need red-green vision, whole-number ticks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# Okabe and Ito's palette.
+BLUE, ORANGE, VERMILION, GREEN, PURPLE, SKY = (
+    "#0072B2",
+    "#E69F00",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+)
+CYCLE = (BLUE, GREEN, PURPLE, SKY, VERMILION, ORANGE)
+MARKERS = ("o", "D", "v", "P", "X", "s")
+STATUS_COLOURS = {"holds": GREEN, "fails": VERMILION, "undecided": PURPLE}
+
+SEQUENTIAL = "viridis"
+DIVERGING = "RdBu_r"
+
+
+def new_axes(ax: Any | None, size: tuple[float, float] = (7, 4)) -> Any:
+    """The caller's axes, or those of a new pyplot figure, which a notebook then shows by itself."""
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=size, layout="constrained")[1]
+
+
+def new_panels(axes: Any | None, rows: int, columns: int, size: tuple[float, float]) -> Any:
+    """The caller's axes as a flat array, or those of a new figure."""
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        _, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
+    return np.atleast_1d(np.asarray(axes, dtype=object)).ravel()
+
+
+def whole_numbers(ax: Any, *which: str) -> Any:
+    """Ticks at whole numbers only, on the axes named ``x`` and ``y``: there is no layer 1.5."""
+    from matplotlib.ticker import MaxNLocator
+
+    for name in which:
+        getattr(ax, f"{name}axis").set_major_locator(MaxNLocator(integer=True))
+    return ax
+
+
+def reach(values: Any) -> float:
+    """Where a diverging colour map centred on zero ends."""
+    finite = np.abs(np.asarray(values, dtype=np.float64))
+    finite = finite[np.isfinite(finite)]
+    return max(float(finite.max()) if finite.size else 0.0, 1e-12)
+
+
+def colour_bar(ax: Any, image: Any, label: str) -> Any:
+    """A colour bar with its label."""
+    return ax.figure.colorbar(image, ax=ax, label=label)
+
+
+def readable_on(image: Any, value: float) -> str:
+    """Black or white, whichever reads on the colour that an image gives a value."""
+    red, green, blue, _ = image.cmap(image.norm(value))
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+
+
+def some(n: int, most: int) -> Sequence[int]:
+    """At most ``most`` of the indices below ``n``, evenly spaced, both ends among them."""
+    picked: list[int] = np.unique(np.linspace(0, n - 1, most).astype(int)).tolist()
+    return picked
