@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
+from gainlens.ablation.refit import RefitCut
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
 from gainlens.export.canonical import canonical_maps, check_no_rotation, to_canonical
 from gainlens.export.modeling import (
@@ -23,7 +24,7 @@ from gainlens.export.modeling import (
 )
 from gainlens.export.plan import SlicePlan
 from gainlens.export.sources import Source, open_source
-from gainlens.export.sources.base import KeyMap
+from gainlens.export.sources.base import Cut
 from gainlens.export.values import ValuePath, value_paths
 from gainlens.model.batches import Tokens, batches
 from gainlens.model.wrapping import first_line
@@ -39,7 +40,7 @@ class Parity:
 
     Attributes:
         tokens: ``[2, pos]`` arbitrary token ids.
-        logits: of the original with the same units ablated and values projected, float32.
+        logits: of the original after the same cut, float32 (float64 of a float64 model).
         difference: the slim model's largest difference from them.
     """
 
@@ -48,7 +49,9 @@ class Parity:
     difference: float
 
 
-def slim(model: Any, plan: Any, tokens: Tokens | None = None) -> Any:
+def slim(
+    model: Any, plan: Any, tokens: Tokens | None = None, *, refit: RefitCut | None = None
+) -> Any:
     """A transformers model with thin keys that computes what the masked original computes.
 
     Rows of the query and key projections that the plan cuts are gone, and with them their share
@@ -59,9 +62,12 @@ def slim(model: Any, plan: Any, tokens: Tokens | None = None) -> Any:
 
     Args:
         model: a TransformerBridge, a HookedTransformer or a transformers model; left as it was.
-        plan: a ``SlicePlan`` for this model: which units stay.
+        plan: a ``SlicePlan`` for this model: which units stay; or a ``RefitCut`` (from
+            ``gainlens.refit``) in the place of both a plan of its mask and ``refit``.
         tokens: calibration text, needed for value widths alone; ``[document, position]`` or
             documents.
+        refit: linear maps of the kept query and key dimensions, folded into their projections;
+            its mask must be the plan's.
 
     Returns:
         A ``PreTrainedModel`` in eval mode on the model's device and in its dtype, of a
@@ -70,23 +76,29 @@ def slim(model: Any, plan: Any, tokens: Tokens | None = None) -> Any:
 
     Raises:
         InputError: a plan of another model or that splits a rotary pair; value widths without
-            tokens.
+            tokens; a refit of another mask or model.
         UnsupportedModelError: a family or option that can't be made slim, with the reason; or
             logits that differ from the masked original's.
     """
+    if isinstance(plan, RefitCut) and refit is None:
+        plan, refit = SlicePlan.from_mask(plan.mask), plan
     if not isinstance(plan, SlicePlan):
         raise InputError(
-            f"plan={type(plan).__name__}: expected a SlicePlan (SlicePlan.from_mask makes one)"
+            f"plan={type(plan).__name__}: expected a SlicePlan (SlicePlan.from_mask makes one) "
+            "or a RefitCut"
         )
     source = open_source(model)
+    if refit is not None:
+        check_refit(refit, plan, source)
+        plan = replace(plan, facts={**plan.facts, "refit": refit.facts})
     plan.check_model(source.shape, source.fingerprint, source.architecture)
     if plan.basis == "canonical":
         check_no_rotation(source)
     plan = replace(plan, fingerprint=source.fingerprint)
     rotary_dim = plan_rotary_dim(source.family, source.config, plan)
     layouts = plan.layouts(rotary_dim)
-    keys = _key_maps(source, plan)
-    paths = _paths(source, plan, keys, tokens)
+    cut = _cut(source, plan, refit)
+    paths = _paths(source, plan, cut, tokens)
 
     biases = _biases(source, plan)
     config = slim_config(source.config, source.family, plan, biases)
@@ -98,6 +110,8 @@ def slim(model: Any, plan: Any, tokens: Tokens | None = None) -> Any:
         weights = source.attention(layer)
         if plan.basis == "canonical":
             weights, _ = to_canonical(weights)
+        if refit is not None:
+            weights = weights.mapped(refit.query_maps[layer], refit.key_maps[layer])
         path = paths[layer]
         if path is not None:
             device = weights.v.device
@@ -120,7 +134,7 @@ def slim(model: Any, plan: Any, tokens: Tokens | None = None) -> Any:
     generation = getattr(getattr(model, "original_model", model), "generation_config", None)
     if generation is not None:
         thin.generation_config = type(generation).from_dict(generation.to_dict())
-    thin.gainlens_parity = _check(source, thin, keys, paths)
+    thin.gainlens_parity = _check(source, thin, cut, paths)
     return thin
 
 
@@ -160,14 +174,42 @@ def check_tolerance(
     return difference, TOLERANCE.get(dtype, 1e-1) * max(1.0, float(wanted.abs().max()))
 
 
-def _key_maps(source: Source, plan: SlicePlan) -> KeyMap:
+def check_refit(refit: RefitCut, plan: SlicePlan, source: Source) -> None:
+    """Raise ``InputError`` unless the maps belong to this plan and this model."""
+    n_heads = int(source.config.num_attention_heads)
+    expected = (source.n_layers, n_heads, source.shape[2], source.shape[2])
+    if tuple(refit.query_maps.shape) != expected:
+        raise InputError(
+            f"refit has query maps {tuple(refit.query_maps.shape)}: {source.architecture} takes "
+            f"{expected}"
+        )
+    if plan.basis != "own" or not torch.equal(refit.mask.keep, plan.keep):
+        raise InputError(
+            "refit keeps other dimensions than plan: expected SlicePlan.from_mask(refit.mask)"
+        )
+    fitted = refit.facts.get("fingerprint")
+    if fitted is not None and fitted != source.fingerprint:
+        raise InputError(
+            f"refit was fitted to another model (weights {fitted[:12]}): this "
+            f"{source.architecture} has weights {source.fingerprint[:12]}"
+        )
+    if source.family.norm:
+        raise UnsupportedModelError(
+            f"{source.architecture} has a norm between its projections and the rotation, and a "
+            "refit's maps come after it, so they fold into no weight: pass the plan alone"
+        )
+
+
+def _cut(source: Source, plan: SlicePlan, refit: RefitCut | None) -> Cut:
     if plan.basis == "canonical":
-        return canonical_maps(source, plan)
-    return torch.diag_embed(plan.keep.double())
+        return Cut(canonical_maps(source, plan))
+    if refit is None:
+        return Cut(torch.diag_embed(plan.keep.double()))
+    return Cut(refit.key_maps.double().transpose(2, 3), refit.query_maps.double().transpose(2, 3))
 
 
 def _paths(
-    source: Source, plan: SlicePlan, keys: KeyMap, tokens: Tokens | None
+    source: Source, plan: SlicePlan, cut: Cut, tokens: Tokens | None
 ) -> list[ValuePath | None]:
     full = (source.shape[2],) * source.n_layers
     if plan.value_widths is None or plan.value_widths == full:
@@ -178,7 +220,7 @@ def _paths(
             "best cut depends on what flows through (a cut by weights alone ruins a model)"
         )
     vocabulary = int(source.config.vocab_size)
-    flows = source.flows(list(batches(tokens, vocabulary)), keys)
+    flows = source.flows(list(batches(tokens, vocabulary)), cut)
     if not bool(torch.isfinite(flows).all()):
         raise InputError("model: its attention outputs are not finite on these tokens")
     return value_paths(source, plan.value_widths, flows)
@@ -192,7 +234,7 @@ def _biases(source: Source, plan: SlicePlan) -> str:
     return found
 
 
-def _check(source: Source, thin: Any, keys: KeyMap, paths: list[ValuePath | None]) -> Parity:
+def _check(source: Source, thin: Any, cut: Cut, paths: list[ValuePath | None]) -> Parity:
     """Run a few tokens through both.
 
     Raises:
@@ -206,9 +248,9 @@ def _check(source: Source, thin: Any, keys: KeyMap, paths: list[ValuePath | None
     if any(path is not None for path in paths):
         eye = torch.eye(source.shape[2], dtype=torch.float64).expand(source.shape[1], -1, -1)
         values = torch.stack([eye if path is None else path.projection for path in paths])
-    wanted = source.logits(tokens, keys, values)
+    wanted = source.logits(tokens, cut, values)
     with torch.no_grad():
-        got = thin(tokens.to(source.device), use_cache=False).logits.float().cpu()
+        got = thin(tokens.to(source.device), use_cache=False).logits.cpu().to(wanted.dtype)
     difference, allowed = check_tolerance(got, wanted, source.dtype)
     if not difference <= allowed:
         raise UnsupportedModelError(

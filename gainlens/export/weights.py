@@ -66,6 +66,27 @@ class AttentionWeights:
             k_bias=_take(self.k_bias, order),
         )
 
+    def mapped(
+        self,
+        queries: Float[torch.Tensor, "head d_head d_head"],
+        keys: Float[torch.Tensor, "kv_head d_head d_head"],
+    ) -> AttentionWeights:
+        """Projections followed by one linear map per head, computed in float64."""
+
+        def after(maps: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor | None:
+            if w is None:
+                return None
+            return torch.einsum("hrd,hd...->hr...", maps.to(w.device).double(), w.double()).to(
+                w.dtype
+            )
+
+        q, k = after(queries, self.q), after(keys, self.k)
+        assert q is not None
+        assert k is not None
+        return replace(
+            self, q=q, k=k, q_bias=after(queries, self.q_bias), k_bias=after(keys, self.k_bias)
+        )
+
     def thin_values(
         self,
         down: Float[torch.Tensor, "kv_head width d_value"],

@@ -75,6 +75,71 @@ def test_identity_changes_nothing(originals, name):
     )
 
 
+def random_refit(hf, rotary_dim):
+    """Maps with rows for the kept dimensions alone, near plain selection."""
+    keep = random_keep(shape_of(hf), rotary_dim)
+    group = hf.config.num_attention_heads // keep.shape[1]
+    generator = torch.Generator().manual_seed(7)
+    d = keep.shape[2]
+
+    def maps(kept):
+        noise = 0.2 * torch.randn(*kept.shape, d, generator=generator)
+        return (torch.eye(d) + noise) * kept[..., None]
+
+    return gl.RefitCut(gl.KeyMask(keep), maps(keep.repeat_interleave(group, 1)), maps(keep))
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-biased", "llama-yarn", "mistral", "qwen2", "neox", "gpt2"]
+)
+def test_a_refit_folds_into_the_projections(originals, name):
+    hf = copy.deepcopy(originals[name])
+    cut = random_refit(hf, CONFIGS[name][1])
+    from_hf = slim(hf, cut)
+    bridge = to_bridge(hf, name, None)
+    with torch.no_grad():
+        wanted = bridge.run_with_hooks(TOKENS, fwd_hooks=cut.hooks(bridge))
+    plan = SlicePlan.from_mask(cut, values=shape_of(hf)[2])
+    for model in (from_hf, slim(bridge, plan, TOKENS, refit=cut)):
+        torch.testing.assert_close(logits(model), wanted, atol=1e-4, rtol=0)
+    assert (wanted - logits(slim(bridge, SlicePlan(plan.keep)))).abs().max() > 0.05
+
+
+def test_refits_that_do_not_belong(originals):
+    hf = originals["llama"]
+    cut = random_refit(hf, 16)
+    with pytest.raises(InputError, match="keeps other dimensions than plan"):
+        slim(hf, SlicePlan.identity(hf), refit=cut)
+    stranger = gl.RefitCut(cut.mask, cut.query_maps, cut.key_maps, {"fingerprint": "ab" * 32})
+    with pytest.raises(InputError, match=r"another model \(weights abababababab\)"):
+        slim(hf, stranger)
+    with pytest.raises(InputError, match=r"query maps \(3, 4, 16, 16\): .* takes \(3, 4, 8, 8\)"):
+        slim(originals["qwen2"], SlicePlan.identity(originals["qwen2"]), refit=cut)
+    normed = originals["qwen3"]
+    with pytest.raises(UnsupportedModelError, match="norm between its projections"):
+        slim(normed, random_refit(normed, 16))
+
+
+def test_a_fitted_cut_of_a_real_model(tiny, tiny_gains, tiny_calibration, tiny_validation):
+    mask = gl.KeyMask.quietest(tiny_gains, 0.5)
+    cut = gl.refit(tiny, tiny_calibration, mask, rounds=1, progress=False)
+    thin = slim(tiny, cut)
+    with torch.no_grad():
+        wanted = tiny.run_with_hooks(tiny_validation, fwd_hooks=cut.hooks(tiny))
+    torch.testing.assert_close(logits(thin, tiny_validation), wanted, atol=1e-4, rtol=0)
+    assert plan_of(thin.config).facts["refit"] == cut.facts
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-yarn", "mistral", "qwen2", "neox", "gpt2"])
+def test_what_is_left_in_float64_is_rounding(originals, name):
+    """With keys and values cut; the norms of the Llama family round to float32 in any type."""
+    hf = copy.deepcopy(originals[name]).double()
+    keep = random_keep(shape_of(hf), CONFIGS[name][1])
+    thin = slim(hf, SlicePlan(keep).with_values(0.5), TOKENS)
+    assert thin.gainlens_parity.logits.dtype == torch.float64
+    assert thin.gainlens_parity.difference <= (1e-12 if name in ("neox", "gpt2") else 2e-6)
+
+
 @pytest.mark.skipif(not HAS_HOOKED, reason="needs transformer-lens 3.9")
 @pytest.mark.parametrize("name", ["llama", "llama-3-rope", "qwen2", "qwen3"])
 def test_slim_of_a_hooked_transformer(originals, name):

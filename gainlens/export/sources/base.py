@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +18,25 @@ from gainlens.model.fingerprint import model_fingerprint
 
 KeyMap = Float[torch.Tensor, "layer kv_head d_head d_head"]
 """What a key is multiplied by from the right, per head: a diagonal of 0 and 1, or a projection."""
+QueryMap = Float[torch.Tensor, "layer head d_head d_head"]
+"""The same for queries."""
 ValueMap = Float[torch.Tensor, "layer kv_head d_value d_value"]
 """The same for attention outputs before the output projection."""
 Flows = Float[torch.Tensor, "layer kv_head d_value d_value"]
 """Second moment of what flows out of the attention, mean over tokens and query heads."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What a plan does to the original, as maps of projected queries and keys; float64, CPU.
+
+    Attributes:
+        keys: per key head.
+        queries: per query head, or None where queries stay as they are.
+    """
+
+    keys: KeyMap
+    queries: QueryMap | None = None
 
 
 class Source(ABC):
@@ -85,11 +101,11 @@ class Source(ABC):
     def logits(
         self,
         tokens: Int[torch.Tensor, "document pos"],
-        keys: KeyMap | None = None,
+        cut: Cut | None = None,
         values: ValueMap | None = None,
     ) -> Float[torch.Tensor, "document pos vocab"]:
-        """The original's logits, float32, with its keys and attention outputs multiplied."""
+        """The original's logits, float32 or wider, after the cut, attention outputs multiplied."""
 
     @abstractmethod
-    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], keys: KeyMap | None) -> Flows:
+    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], cut: Cut | None) -> Flows:
         """Second moments at the output projection's input over the text, float64 on the CPU."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.export.families import SlimFamily
-from gainlens.export.sources.base import Flows, KeyMap, Source, ValueMap
+from gainlens.export.families import KeySite
+from gainlens.export.sources.base import Cut, Flows, Source, ValueMap
 from gainlens.export.weights import AttentionWeights
 from gainlens.model.wrapping import architecture_of
 
@@ -37,17 +37,16 @@ class HuggingFaceSource(Source):
     def logits(
         self,
         tokens: Int[torch.Tensor, "document pos"],
-        keys: KeyMap | None = None,
+        cut: Cut | None = None,
         values: ValueMap | None = None,
     ) -> Float[torch.Tensor, "document pos vocab"]:
         """See ``Source``."""
         with ExitStack() as stack, torch.no_grad():
-            self._masked(stack, keys, values)
+            self._masked(stack, cut, values)
             out = self.model(tokens.to(self.device), use_cache=False).logits
-        found: torch.Tensor = out.float().cpu()
-        return found
+        return at_least_float(out)
 
-    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], keys: KeyMap | None) -> Flows:
+    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], cut: Cut | None) -> Flows:
         """See ``Source``."""
         n_layers, n_kv, _ = self.shape
         sums: list[Any] = [0] * n_layers
@@ -57,7 +56,7 @@ class HuggingFaceSource(Source):
             sums[layer] = sums[layer] + second_moment(args[0], n_kv, self._n_heads)
 
         with ExitStack() as stack, torch.no_grad():
-            self._masked(stack, keys, None)
+            self._masked(stack, cut, None)
             for layer in range(n_layers):
                 out = self._attention_module(layer).get_submodule(self.family.output)
                 handle = out.register_forward_pre_hook(partial(record, layer=layer))
@@ -74,16 +73,18 @@ class HuggingFaceSource(Source):
     def _attention_module(self, layer: int) -> Any:
         return self.model.get_submodule(self.family.attention.format(layer))
 
-    def _masked(self, stack: ExitStack, keys: KeyMap | None, values: ValueMap | None) -> None:
+    def _masked(self, stack: ExitStack, cut: Cut | None, values: ValueMap | None) -> None:
         was_training = self.model.training
         self.model.eval()
         stack.callback(self.model.train, was_training)
         for layer in range(self.n_layers):
             module = self._attention_module(layer)
-            if keys is not None:
-                site = self.family.key_site
-                name = "k_norm" if site.startswith("k_norm") else site
-                hook = _key_hook(self.family, keys[layer].to(self.device, self.dtype))
+            for kind, maps in () if cut is None else (("k", cut.keys), ("q", cut.queries)):
+                if maps is None:
+                    continue
+                name, hook = _map_hook(
+                    self.family.key_site, kind, maps[layer].to(self.device, self.dtype)
+                )
                 handle = module.get_submodule(name).register_forward_hook(hook)
                 stack.callback(handle.remove)
             if values is not None:
@@ -105,30 +106,43 @@ def second_moment(
     return moment / (n_heads // n_kv_heads)
 
 
-def _key_hook(
-    family: SlimFamily, maps: Float[torch.Tensor, "kv_head d_head d_head"]
-) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
-    """A forward hook that multiplies the keys in a module's output."""
-    n_kv, d_head, _ = maps.shape
-    spec = "...kd,kde->...ke"
+def at_least_float(logits: torch.Tensor) -> torch.Tensor:
+    """On the CPU, half precision widened to float32."""
+    return logits.cpu().to(torch.promote_types(logits.dtype, torch.float32))
 
-    def hook(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
-        site = family.key_site
-        if site == "k_norm_by_head":
-            return torch.einsum("bkpd,kde->bkpe", out, maps)
-        if site == "k_norm_by_pos":
-            return torch.einsum(spec, out, maps)
-        if site == "k_proj":
-            heads = out.reshape(*out.shape[:-1], n_kv, d_head)
-            return torch.einsum(spec, heads, maps).flatten(-2)
-        by = (n_kv, 3, d_head) if site == "query_key_value" else (3, n_kv, d_head)
-        parts = list(
-            out.reshape(*out.shape[:-1], *by).unbind(-2 if site == "query_key_value" else -3)
-        )
-        parts[1] = torch.einsum(spec, parts[1], maps)
-        return torch.stack(parts, -2 if site == "query_key_value" else -3).flatten(-3)
 
-    return hook
+def _map_hook(
+    site: KeySite, kind: str, maps: Float[torch.Tensor, "head d_head d_head"]
+) -> tuple[str, Callable[[Any, Any, torch.Tensor], torch.Tensor]]:
+    """Name of a module, and a forward hook that multiplies the keys (or queries) in its output."""
+    n_heads, d_head, _ = maps.shape
+    spec = "...hd,hde->...he"
+
+    def by_head(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bhpd,hde->bhpe", out, maps)
+
+    def by_pos(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        return torch.einsum(spec, out, maps)
+
+    def flat(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        heads = out.reshape(*out.shape[:-1], n_heads, d_head)
+        return torch.einsum(spec, heads, maps).flatten(-2)
+
+    def joint(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        heads_first = site == "query_key_value"
+        shape, axis = ((n_heads, 3, d_head), -2) if heads_first else ((3, n_heads, d_head), -3)
+        parts = list(out.reshape(*out.shape[:-1], *shape).unbind(axis))
+        which = "qkv".index(kind)
+        parts[which] = torch.einsum(spec, parts[which], maps)
+        return torch.stack(parts, axis).flatten(-3)
+
+    if site == "k_norm_by_head":
+        return f"{kind}_norm", by_head
+    if site == "k_norm_by_pos":
+        return f"{kind}_norm", by_pos
+    if site == "k_proj":
+        return f"{kind}_proj", flat
+    return site, joint
 
 
 def _project_values(

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.ablation import KeyMask, ablation_hooks
-from gainlens.export.sources.base import Flows, KeyMap, Source, ValueMap
-from gainlens.export.sources.huggingface import second_moment
+from gainlens.export.sources.base import Cut, Flows, Source, ValueMap
+from gainlens.export.sources.huggingface import at_least_float, second_moment
 from gainlens.model.hooks import Hook, attached
 
 
@@ -20,20 +20,20 @@ class LensSource(Source):
     def logits(
         self,
         tokens: Int[torch.Tensor, "document pos"],
-        keys: KeyMap | None = None,
+        cut: Cut | None = None,
         values: ValueMap | None = None,
     ) -> Float[torch.Tensor, "document pos vocab"]:
         """See ``Source``."""
-        hooks = self._key_hooks(keys)
+        hooks = self._cut_hooks(cut)
         for layer in range(self.n_layers if values is not None else 0):
             assert values is not None
             fn = partial(_project, maps=values[layer].to(self.device))
             hooks.append((f"blocks.{layer}.attn.hook_z", fn))
         with torch.no_grad(), attached(self.model, hooks):
             out: torch.Tensor = self.model(tokens.to(self.device), return_type="logits")
-        return out.float().cpu()
+        return at_least_float(out)
 
-    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], keys: KeyMap | None) -> Flows:
+    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], cut: Cut | None) -> Flows:
         """See ``Source``."""
         n_layers, n_kv, d_head = self.shape
         sums = torch.zeros(n_layers, n_kv, d_head, d_head, dtype=torch.float64)
@@ -42,7 +42,7 @@ class LensSource(Source):
         def record(z: torch.Tensor, hook: Any, *, layer: int) -> None:
             sums[layer] += second_moment(z.flatten(2), n_kv, z.shape[2])
 
-        hooks = self._key_hooks(keys)
+        hooks = self._cut_hooks(cut)
         for layer in range(n_layers):
             hooks.append((f"blocks.{layer}.attn.hook_z", partial(record, layer=layer)))
         with torch.no_grad(), attached(self.model, hooks):
@@ -51,14 +51,20 @@ class LensSource(Source):
                 count += batch.numel()
         return sums / count
 
-    def _key_hooks(self, keys: KeyMap | None) -> list[Hook]:
-        if keys is None:
+    def _cut_hooks(self, cut: Cut | None) -> list[Hook]:
+        if cut is None:
             return []
-        diagonal = torch.diagonal(keys, dim1=-2, dim2=-1)
-        if torch.equal(torch.diag_embed(diagonal), keys):
-            return list(ablation_hooks(self.model, KeyMask(diagonal > 0.5), "zero"))
+        if cut.queries is None:
+            diagonal = torch.diagonal(cut.keys, dim1=-2, dim2=-1)
+            if torch.equal(torch.diag_embed(diagonal), cut.keys):
+                return list(ablation_hooks(self.model, KeyMask(diagonal > 0.5), "zero"))
         return [
-            (f"blocks.{layer}.attn.hook_k", partial(_project, maps=keys[layer].to(self.device)))
+            (
+                f"blocks.{layer}.attn.hook_{kind}",
+                partial(_project, maps=maps[layer].to(self.device)),
+            )
+            for kind, maps in (("k", cut.keys), ("q", cut.queries))
+            if maps is not None
             for layer in range(self.n_layers)
         ]
 
