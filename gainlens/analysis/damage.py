@@ -1,4 +1,4 @@
-"""Where it hurts: the rise of the loss when one layer's key head alone is cut."""
+"""Where it hurts: the rise of the loss when one layer, or one of its key heads, alone is cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from tqdm.auto import tqdm
 
 from gainlens.ablation.mask import KeyMask
 from gainlens.analysis.evaluate import Evaluator
+from gainlens.errors import InputError
 from gainlens.model.batches import TOKENS_PER_BATCH, Tokens, batches
+
+PLACES = ("head", "layer")
 
 
 def damage_by_head(
@@ -25,6 +28,8 @@ def damage_by_head(
 ) -> Float[np.ndarray, "layer part"]:
     """Mean rise of the loss in nats per token when ``mask`` is applied in one place at a time.
 
+    The layers before the one that is cut are run once, not again for every place.
+
     Args:
         model: a TransformerBridge or HookedTransformer.
         tokens: validation text.
@@ -32,18 +37,35 @@ def damage_by_head(
         by: ``head`` gives ``[layer, kv_head]``, ``layer`` gives ``[layer, 1]``.
         tokens_per_batch: upper bound on tokens per forward pass.
         progress: show a progress bar.
+
+    Raises:
+        InputError: another ``by``, or a mask of another model's shape.
     """
+    if by not in PLACES:
+        raise InputError(f"by={by!r} is not one of {', '.join(PLACES)}")
     evaluator = Evaluator(model)
+    if mask.shape != evaluator.sites.shape:
+        raise InputError(
+            f"mask has shape {mask.shape}: this model ({evaluator.sites.architecture}) has "
+            f"{evaluator.sites.shape}"
+        )
     documents = list(batches(tokens, int(model.cfg.d_vocab), tokens_per_batch))
-    baseline = np.concatenate([evaluator.documents(b) for b in documents])
     layers, heads, _ = mask.shape
     parts = heads if by == "head" else 1
-    damage = np.zeros((layers, parts))
-    places = [(layer, part) for layer in range(layers) for part in range(parts)]
-    for layer, part in tqdm(places, desc="damage", unit="place", disable=not progress):
-        keep = torch.ones(mask.shape, dtype=torch.bool)
-        chosen = slice(part, part + 1) if by == "head" else slice(None)
-        keep[layer, chosen] = mask.keep[layer, chosen]
-        cut = np.concatenate([evaluator.documents(b, KeyMask(keep)) for b in documents])
-        damage[layer, part] = float((cut - baseline).mean())
-    return damage
+    total = np.zeros((layers, parts))
+    n_documents = 0
+    with tqdm(
+        total=layers * parts * len(documents), desc="damage", unit="run", disable=not progress
+    ) as bar:
+        for batch in documents:
+            baseline = evaluator.tokens(batch).double().mean(1)
+            residuals = evaluator.residuals(batch)
+            n_documents += len(baseline)
+            for layer, part in np.ndindex(layers, parts):
+                keep = torch.ones(mask.shape, dtype=torch.bool)
+                chosen = slice(part, part + 1) if by == "head" else slice(None)
+                keep[layer, chosen] = mask.keep[layer, chosen]
+                cut = evaluator.tokens_from(layer, batch, KeyMask(keep), residuals)
+                total[layer, part] += float((cut.double().mean(1) - baseline).sum())
+                bar.update()
+    return total / n_documents

@@ -14,8 +14,8 @@ from gainlens.ablation.ablate import ablate, plan_cut
 from gainlens.ablation.cache import KeyCache
 from gainlens.ablation.mask import KeyMask
 from gainlens.ablation.refit import RefitCut
-from gainlens.errors import InputError
-from gainlens.model.forward import token_losses, twin_losses
+from gainlens.errors import InputError, SilentSiteError
+from gainlens.model.forward import cross_entropy, token_losses, twin_losses
 from gainlens.model.hooks import attached
 from gainlens.model.sites import key_sites
 from gainlens.model.twin import Edit, Twin, build_twin
@@ -80,6 +80,43 @@ class Evaluator:
             return twin_losses(self.twin, batch, self._edit(batch, cut, mode, gains, seed))
         with self._hooked(batch, cut, mode, gains, seed):
             return token_losses(self.model, batch)
+
+    def residuals(
+        self, batch: Int[torch.Tensor, "document pos"]
+    ) -> list[Float[torch.Tensor, "document pos d_model"]] | None:
+        """What each layer of the intact model reads, for ``tokens_from``; None without a twin."""
+        if self.twin is None:
+            return None
+        with torch.inference_mode():
+            return self.twin.residuals(batch.to(self.twin.device))
+
+    def tokens_from(
+        self,
+        layer: int,
+        batch: Int[torch.Tensor, "document pos"],
+        cut: KeyMask,
+        residuals: list[torch.Tensor] | None,
+    ) -> Float[torch.Tensor, "document next_pos"]:
+        """As ``tokens``, for a cut that leaves the layers before ``layer`` alone.
+
+        Args:
+            layer: the first that is cut.
+            batch: the text.
+            cut: what stays.
+            residuals: of ``residuals(batch)``; the layers before ``layer`` are then not run again.
+
+        Raises:
+            SilentSiteError: a layer from ``layer`` on ran without its cut.
+        """
+        if self.twin is None or residuals is None:
+            return self.tokens(batch, cut)
+        batch = batch.to(self.twin.device)
+        edit = self._edit(batch, cut, "zero", None, 0)
+        with torch.inference_mode(), self.twin.edited(edit):
+            hidden = self.twin.hidden_from(layer, residuals[layer], batch)
+            if not self.twin.complete_from(layer):
+                raise SilentSiteError("a layer ran without calling its attention function")
+            return cross_entropy(self.twin.logits, hidden, batch)
 
     def logits(
         self,

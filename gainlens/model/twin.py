@@ -135,7 +135,11 @@ class Twin:
     @property
     def complete(self) -> bool:
         """Whether the edit was called once in every layer of the last pass."""
-        return all(n == 1 for n in self._fires)
+        return self.complete_from(0)
+
+    def complete_from(self, layer: int) -> bool:
+        """The same of the layers from ``layer`` on."""
+        return all(n == 1 for n in self._fires[layer:])
 
     def attention(self, module: Any, query: torch.Tensor, key: torch.Tensor) -> Any:
         """Called from the attention function: ``[batch, head, pos, d_head]`` in and out."""
