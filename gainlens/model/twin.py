@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
+from gainlens.model.linear import use_fast_linear
+
 NAME = "gainlens_twin"
 ATTRIBUTE = "_gainlens_twin"
 
@@ -168,6 +170,7 @@ def build_twin(bridge: Any) -> Twin | None:
             model = type(original)(config)
         if not _share(model, original):
             return None
+        use_fast_linear(model)
         return Twin(model.eval(), int(bridge.cfg.n_layers))
     except Exception:  # any family may refuse; the hooks then do the work
         return None
