@@ -33,7 +33,7 @@ def with_evidence(
     score: str | Sequence[str] = "qk",
     margin: float = 0.05,
     fractions: Sequence[float] = (0.25, 0.5),
-    patch: bool = False,
+    patch: Tokens | bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> CoordinateMap:
@@ -54,7 +54,8 @@ def with_evidence(
             picks.
         margin: of the red line, nats per token.
         fractions: cuts of the price.
-        patch: patch each unit of the red line alone as well.
+        patch: patch each unit of the red line alone as well: on these documents, or with True on
+            ``validation``.
         seed: of random controls and permutations.
         progress: show progress bars.
 
@@ -92,7 +93,7 @@ def with_evidence(
             margin=margin,
             score=score,
             observation=observation,
-            patch=validation if patch else None,
+            patch=validation if patch is True else None if patch is False else patch,
             progress=progress,
         )
     if "stability" in parts:

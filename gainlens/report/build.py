@@ -15,6 +15,7 @@ import torch
 
 from gainlens.ablation import KeyMask, RefitCut, refit
 from gainlens.analysis import CoordinateMap, SurgeryCurve, coordinate_map, surgery
+from gainlens.analysis.damage import damage_by_head
 from gainlens.analysis.map_evidence import similarity_table, with_evidence
 from gainlens.environment import environment
 from gainlens.errors import InputError, UnsupportedModelError
@@ -22,8 +23,9 @@ from gainlens.files import check_writable, read_json, write_json
 from gainlens.model import load_tokens
 from gainlens.probes import KeyGains, probe_gains
 from gainlens.report.claims import all_claims
+from gainlens.report.figures import DAMAGE_FRACTION, Damage, draw_figures
 from gainlens.report.page import render_page
-from gainlens.report.sections import all_sections, draw_figures
+from gainlens.report.sections import all_sections
 
 KIND = "gainlens-report"
 
@@ -40,6 +42,8 @@ class Plan:
         score: which gain ranks the units.
         seeds: of the random control.
         evidence_docs: documents of each split for sinks, red line and price.
+        damage_docs, damage_length: validation documents, and tokens of each, on which one layer,
+            key head or unit of the red line at a time is cut; 0 documents leave that out.
         refit_rounds: of the least-squares refit of the cut at a half; 0 leaves it out.
         seed: of the permutations.
         device: where the model runs.
@@ -53,6 +57,8 @@ class Plan:
     score: str = "qk"
     seeds: tuple[int, ...] = (0, 1, 2)
     evidence_docs: int = 6
+    damage_docs: int = 4
+    damage_length: int = 128
     refit_rounds: int = 0
     seed: int = 0
     device: str = "cpu"
@@ -83,6 +89,9 @@ class Plan:
             f"  probe    {self.n_docs} calibration documents × {self.length} tokens",
             f"  surgery  {points} forward passes over {self.n_docs} validation documents "
             f"({tokens} tokens each)",
+            "  damage   one layer, key head or unit of the red line at a time, "
+            f"{min(self.damage_docs, self.n_docs)} validation documents × "
+            f"{min(self.damage_length, self.length)} tokens",
             "  map      1000 permutations; sinks, red line and price of sharing on "
             f"{min(self.evidence_docs, self.n_docs)} documents of each split",
         ]
@@ -136,6 +145,7 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
         seeds=plan.seeds,
         cuts=cuts,
     )
+    damage = damage_by_place(model, validation, gains, plan)
     cmap = with_evidence(
         coordinate_map(gains, seed=plan.seed),
         model,
@@ -144,12 +154,13 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
         validation[: plan.evidence_docs],
         score=tuple(dict.fromkeys((plan.score, "std", "rms"))),
         fractions=(0.25, 0.5),
+        patch=validation[: plan.damage_docs, : plan.damage_length] if plan.damage_docs else False,
         seed=plan.seed,
     )
     seconds = time.monotonic() - started
     beside = Path(tempfile.mkdtemp(dir=out.resolve().parent, prefix=f".{out.name}."))
     try:
-        facts = _write(beside, plan, gains, curve, cmap, without, seconds)
+        facts = _write(beside, plan, gains, curve, cmap, damage, without, seconds)
         os.chmod(beside, 0o755)
         _replace(beside, out)
     finally:
@@ -179,6 +190,18 @@ def refitted_cuts(
     return {"fisher, layer, refitted": cut, "fisher, layer, zeroed": mask}, ""
 
 
+def damage_by_place(
+    model: Any, validation: torch.Tensor, gains: KeyGains, plan: Plan
+) -> Damage | None:
+    """What the cut at a half costs in each layer and each key head alone."""
+    if plan.damage_docs < 1:
+        return None
+    text = validation[: plan.damage_docs, : plan.damage_length]
+    mask = KeyMask.quietest(gains, DAMAGE_FRACTION, plan.score)
+    by_layer, by_head = (damage_by_head(model, text, mask, by=by) for by in ("layer", "head"))
+    return Damage(by_layer, by_head, len(text), int(text.shape[1]))
+
+
 def _replace(beside: Path, out: Path) -> None:
     """Put the new folder in the place of the old one."""
     if out.exists():
@@ -196,6 +219,7 @@ def _write(
     gains: KeyGains,
     curve: SurgeryCurve,
     cmap: CoordinateMap,
+    damage: Damage | None,
     without: str,
     seconds: float,
 ) -> dict[str, Any]:
@@ -204,7 +228,7 @@ def _write(
     cmap.save(folder / "map.safetensors")
     claims = all_claims(curve, cmap)
     similarity = similarity_table(gains, seed=plan.seed)
-    figures = draw_figures(folder, gains, curve, cmap, plan.score)
+    figures = draw_figures(folder, gains, curve, cmap, plan.score, damage)
     facts: dict[str, Any] = {
         "kind": KIND,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -216,6 +240,7 @@ def _write(
         "claims": [claim.to_json() for claim in claims],
         "intact_loss": float(curve.baseline.mean()),
         "surgery": curve.table(),
+        "damage": None if damage is None else damage.to_json(),
         "map": cmap.to_json(),
         "similarity": similarity,
         "cut": _cut_facts(plan, gains),
@@ -231,7 +256,7 @@ def _write(
         calibration=f"{plan.text}, {gains.n_documents} documents, {gains.n_tokens} tokens",
         validation=f"{plan.text}, {curve.n_documents} documents, {curve.n_tokens} tokens",
         claims=claims,
-        sections=all_sections(curve, cmap, similarity, figures, plan.score, without),
+        sections=all_sections(curve, cmap, similarity, figures, plan.score, without, damage),
         command=f"gainlens report --model {plan.model} --text {plan.text} "
         f"--n-docs {plan.n_docs} --length {plan.length} --seed {plan.seed}",
         provenance=[

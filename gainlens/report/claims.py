@@ -51,9 +51,11 @@ def surgery_claim(
     """A claim that cutting ``fraction`` costs less than ``margin`` nats."""
     verdict = curve.verdict(fraction, margin, **choice)
     low, high = verdict.interval
+    moves = "rises" if verdict.estimate >= 0 else "changes"
     number = (
-        f"loss rises by {verdict.estimate:.3f} nats [{low:.3f}, {high:.3f}] at {fraction:.0%} cut "
-        f"(bound set beforehand: {margin:g}); perplexity × {np.exp(verdict.estimate):.2f}"
+        f"loss {moves} by {verdict.estimate:.3f} nats [{low:.3f}, {high:.3f}] at "
+        f"{fraction:.0%} cut (bound set beforehand: {margin:g}); "
+        f"perplexity × {np.exp(verdict.estimate):.2f}"
     )
     controls = []
     random = curve.find(order="random", fraction=fraction)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import struct
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -11,24 +12,45 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PageFigure:
-    """A figure with the words that replace it for who can't see it."""
+    """A figure with the words that replace it for who can't see it.
+
+    Attributes:
+        data: PNG in base64.
+        alt: what it shows, in words.
+        caption: the line below it.
+        width, height: in pixels, so that the page keeps its place while it loads.
+    """
 
     data: str
     alt: str
     caption: str
+    width: int
+    height: int
 
     @classmethod
     def of(cls, path: Path, alt: str, caption: str) -> PageFigure:
         """Embed a PNG file."""
-        return cls(base64.b64encode(path.read_bytes()).decode("ascii"), alt, caption)
+        content = path.read_bytes()
+        # A PNG starts with 8 bytes of signature and the header chunk: width and height at 16.
+        width, height = struct.unpack(">II", content[16:24])
+        return cls(base64.b64encode(content).decode("ascii"), alt, caption, width, height)
 
 
 @dataclass(frozen=True)
 class PageTable:
-    """A table of strings."""
+    """A table of strings.
 
+    Attributes:
+        caption: what it holds, shown above it.
+        head: names of the columns.
+        rows: one string per column.
+        words: which columns hold words; the first always does, the others are numbers.
+    """
+
+    caption: str
     head: list[str]
     rows: list[list[str]]
+    words: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

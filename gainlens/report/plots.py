@@ -15,6 +15,7 @@ from gainlens.report.plots_common import (
     STATUS_COLOURS,
     colour_bar,
     new_axes,
+    title,
     whole_numbers,
 )
 
@@ -44,7 +45,7 @@ def plot_gains(gains: KeyGains, ax: Any | None = None, score: str = "qk") -> Any
     )
     ax.set_xlabel("key dimension (index in the head)")
     ax.set_ylabel("layer")
-    ax.set_title(f"gain of each key dimension ({score}, mean over key heads)", fontsize=10)
+    title(ax, f"gain of each key dimension ({score}, mean over key heads)")
     colour_bar(ax, image, "log10 of gain over the head's mean")
     return whole_numbers(ax, "x", "y")
 
@@ -62,7 +63,7 @@ def plot_kept(keep: Bool[np.ndarray, "layer kv_head d_head"], ax: Any | None = N
     )
     ax.set_xlabel("key dimension (index in the head)")
     ax.set_ylabel("layer")
-    ax.set_title(f"{keep.mean():.1%} of key dimensions stay", fontsize=10)
+    title(ax, f"{keep.mean():.1%} of key dimensions stay")
     colour_bar(ax, image, "share of the layer's key heads that keep it")
     return whole_numbers(ax, "x", "y")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,11 @@ def new_panels(axes: Any | None, rows: int, columns: int, size: tuple[float, flo
 
         _, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
     return np.atleast_1d(np.asarray(axes, dtype=object)).ravel()
+
+
+def title(ax: Any, text: str, pad: float | None = None) -> None:
+    """A title that breaks into lines rather than run out of a small figure."""
+    ax.set_title(textwrap.fill(text, 64), fontsize=10, pad=pad)
 
 
 def whole_numbers(ax: Any, *which: str) -> Any:

@@ -19,6 +19,7 @@ from gainlens.report.plots_common import (
     new_panels,
     reach,
     some,
+    title,
     whole_numbers,
 )
 
@@ -60,9 +61,8 @@ def plot_cosine(cmap: CoordinateMap, axis: Any = None) -> Any:
     s = cmap.summary()
     image = axis.imshow(cmap.cosine, vmin=0, vmax=1, cmap=SEQUENTIAL)
     colour_bar(axis, image, "cosine")
-    axis.set_title(
-        f"cosine of gains {s['cosine']:.3f} (null {s['null_cosine']:.3f}, CV {s['cv']:.2f})",
-        fontsize=10,
+    title(
+        axis, f"cosine of gains {s['cosine']:.3f} (null {s['null_cosine']:.3f}, CV {s['cv']:.2f})"
     )
     return _layers(axis)
 
@@ -80,7 +80,7 @@ def plot_above_null(cmap: CoordinateMap, axis: Any = None, null: str = "plain") 
     axis.scatter(columns, rows, s=2, c="black", linewidths=0)
     share = cmap.summary()["pairs_above_null" if null == "plain" else "pairs_above_band_null"]
     name = "shuffles of units" if null == "plain" else "shuffles within frequency bands"
-    axis.set_title(f"above {name}: {share:.0%} of pairs significant (dots)", fontsize=10)
+    title(axis, f"above {name}: {share:.0%} of pairs significant (dots)")
     return _layers(axis)
 
 
@@ -103,7 +103,7 @@ def plot_units(cmap: CoordinateMap, axis: Any = None) -> Any:
             "▼", (u, -0.5), color="black", ha="center", va="bottom", fontsize=6,
             annotation_clip=False,
         )  # fmt: skip
-    axis.set_title("gain of every unit in every layer (▼ universal)", fontsize=10, pad=12)
+    title(axis, "gain of every unit in every layer (▼ universal)", pad=12)
     return whole_numbers(axis, "y")
 
 
@@ -120,6 +120,8 @@ def plot_ranks(cmap: CoordinateMap, axis: Any = None) -> Any:
     }
     for label, (colour, members) in groups.items():
         at = [i for i, row in enumerate(table) if row["unit"] in members]
+        if not at:
+            continue
         heights = [table[i]["presence"] for i in at]
         axis.bar(at, heights, color=colour, label=f"{label} ({len(at)})")
     axis.axhline(0, color="black", lw=0.8)
@@ -132,7 +134,7 @@ def plot_ranks(cmap: CoordinateMap, axis: Any = None) -> Any:
     )
     axis.set_xlabel(f"{cmap.units.kind}, by presence")
     axis.set_ylabel("presence among the loudest (0 chance, 1 everywhere)")
-    axis.set_title(f"{cmap.answer}: how present each {cmap.units.kind} is", fontsize=10)
+    title(axis, f"{cmap.answer}: how present each {cmap.units.kind} is")
     axis.legend(fontsize=7)
     return axis
 
@@ -152,10 +154,11 @@ def plot_sinks(cmap: CoordinateMap, axis: Any = None) -> Any:
     axis.set_xticks(ticks, [_wave(cmap, u) for u in ticks], fontsize=7)
     axis.set_xlabel(f"{cmap.units.kind}, with its wavelength in tokens")
     axis.set_ylabel("layer")
-    axis.set_title(
-        f"units that carry the attention sink; the same in another layer: "
-        f"{sinks.persistence():.0%}",
-        fontsize=10,
+    same = sinks.persistence()
+    title(
+        axis,
+        "units that carry the attention sink"
+        + (f"; the same in another layer: {same:.0%}" if np.isfinite(same) else ""),
     )
     return whole_numbers(axis, "y")
 
@@ -184,10 +187,10 @@ def plot_red_line(cmap: CoordinateMap, axis: Any = None) -> Any:
     costs = ", rise in nats when patched alone" if "patched_rise" in line.details[0] else ""
     axis.set_xlabel(f"{cmap.units.kind} (λ: wavelength in tokens{costs})")
     axis.set_ylabel("layer")
-    axis.set_title(
+    title(
+        axis,
         f"red line at {line.margin:g} nats: {len(line.shared)} of {line.n_units} shared, "
         f"{len(line.per_layer[0])} with a set per layer",
-        fontsize=10,
     )
     return whole_numbers(axis, "y")
 
@@ -219,7 +222,7 @@ def plot_price(cmap: CoordinateMap, axis: Any = None) -> Any:
     axis.set_xlabel("share of key dimensions cut (error bars: 95% intervals)")
     axis.set_ylabel("rise of the loss (nats per token)")
     axis.legend(fontsize=8)
-    axis.set_title("the price of one index set", fontsize=10)
+    title(axis, "the price of one index set")
     return axis
 
 
@@ -230,7 +233,7 @@ def plot_comparison(comparison: MapComparison, axes: Any = None) -> Any:
     image = axes[0].imshow(c.centred, vmin=-1, vmax=1, cmap=DIVERGING, aspect="auto")
     colour_bar(axes[0], image, "centred cosine")
     axes[0].set(xlabel="layer of b", ylabel="layer of a")
-    axes[0].set_title(f"{c.a.answer} → {c.b.answer}", fontsize=10)
+    title(axes[0], f"{c.a.answer} → {c.b.answer}")
     axes[1].plot(c.same_depth, marker="o", ms=3)
     axes[1].axhline(c.null_high, color="0.5", ls="--", lw=1, label="95% of shuffles (mean)")
     axes[1].set(xlabel="layer of a", ylabel="centred cosine with b at equal depth")
@@ -241,9 +244,8 @@ def plot_comparison(comparison: MapComparison, axes: Any = None) -> Any:
         axes[2].annotate(str(u), (first[u], second[u]), fontsize=7)
     axes[2].axline((0, 0), slope=1, color="0.7", lw=0.8)
     axes[2].set(xlabel="presence in a", ylabel="presence in b")
-    axes[2].set_title(
-        f"universal: {len(c.common)} in both, {len(c.gained)} gained, {len(c.lost)} lost",
-        fontsize=10,
+    title(
+        axes[2], f"universal: {len(c.common)} in both, {len(c.gained)} gained, {len(c.lost)} lost"
     )
     return axes
 
@@ -264,10 +266,14 @@ def _layers(axis: Any) -> Any:
 
 def _wave(cmap: CoordinateMap, unit: int) -> str:
     wave = cmap.units.wavelength[unit]
-    return str(unit) if wave is None else f"{unit}\n{wave:.3g}"
+    return str(unit) if wave is None else f"{unit}\n{_short(wave)}"
+
+
+def _short(wavelength: float) -> str:
+    return f"{wavelength:.3g}" if wavelength < 1000 else f"{wavelength / 1000:.3g}k"
 
 
 def _red_label(cmap: CoordinateMap, row: dict[str, Any]) -> str:
-    wave = "" if row["wavelength"] is None else f" λ={row['wavelength']:.3g}"
+    wave = "" if row["wavelength"] is None else f" λ={_short(row['wavelength'])}"
     cost = f" {row['patched_rise']:+.3f}" if "patched_rise" in row else ""
     return f"{row['unit']}{wave}{cost}"

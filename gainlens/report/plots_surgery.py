@@ -19,6 +19,7 @@ from gainlens.report.plots_common import (
     new_panels,
     reach,
     readable_on,
+    title,
     whole_numbers,
 )
 
@@ -76,9 +77,9 @@ def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | Non
     ax.set_xlabel("share of key dimensions cut (%)")
     ax.set_ylabel("rise of the loss (nats per token)")
     ax.set_yscale("symlog", linthresh=0.1)
-    ax.set_title(
+    title(
+        ax,
         f"what cutting key dimensions costs ({curve.n_documents} documents, bars: 95% intervals)",
-        fontsize=10,
     )
     ax.legend(fontsize=8)
     return ax
@@ -116,7 +117,7 @@ def plot_damage(
     colour_bar(ax, image, "rise of the loss (nats per token)")
     ax.set_xlabel("key head")
     ax.set_ylabel("layer")
-    ax.set_title(label, fontsize=10)
+    title(ax, label)
     return whole_numbers(ax, "x", "y")
 
 
@@ -135,7 +136,7 @@ def plot_damage_by_layer(
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set_xlabel("layer")
     ax.set_ylabel("rise of the loss (nats per token)")
-    ax.set_title(label, fontsize=10)
+    title(ax, label)
     ax.legend(fontsize=8)
     return whole_numbers(ax, "x")
 
@@ -170,7 +171,7 @@ def plot_scores(curve: SurgeryCurve, ax: Any | None = None, order: str = "quiete
     ax.set_yticks(range(len(names)), [f"{score}, {scope}" for score, scope in names])
     ax.set_xlabel("share of key dimensions cut")
     ax.set_ylabel("gain that ranks, scope")
-    ax.set_title("rise of the loss (nats per token)", fontsize=10)
+    title(ax, "rise of the loss (nats per token)")
     return ax
 
 
@@ -190,7 +191,7 @@ def plot_patching(effects: PatchEffects, ax: Any | None = None) -> Any:
     ax.set_yticks([layer * heads for layer in range(0, layers, step)], range(0, layers, step))
     ax.set_ylabel(f"layer ({heads} key heads each)")
     ax.set_xlabel(f"{effects.unit} (index in the head)")
-    ax.set_title(f"{effects.method}: clean keys in the corrupted run", fontsize=10)
+    title(ax, f"{effects.method}: clean keys in the corrupted run")
     return whole_numbers(ax, "x")
 
 
@@ -222,7 +223,7 @@ def plot_behaviours(result: Behaviours, axes: Any | None = None) -> Any:
                 label=f"{name} (control)" if name in CONTROLS else name,
             )
         ax.axhline(rows[0].chance, color="black", linestyle="--", linewidth=0.8, label="chance")
-        ax.set_title(behaviour + (f", {distance} back" if distance else ""), fontsize=10)
+        title(ax, behaviour + (f", {distance} back" if distance else ""))
         ax.set_xlabel("share cut (%)")
         ax.set_ylabel("nats per token" if behaviour == "kl" else "share right")
     axes[0].legend(fontsize=8)

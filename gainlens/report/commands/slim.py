@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from gainlens.ablation import RefitCut
 from gainlens.errors import InputError
 from gainlens.export import ENGINES, SlicePlan, export_model, slim
 from gainlens.export.ledger import CONTEXTS, ledger, sizes
+from gainlens.export.recipe import mean_loss, refit_of, training_free_cut
 from gainlens.files import check_writable, write_json
+from gainlens.model import load_tokens
 from gainlens.model.loading import load_hf
 from gainlens.model.zoo import smollm2
-from gainlens.report.commands.common import add_text_arguments, gains_of, open_model, text
+from gainlens.probes import KeyGains
+from gainlens.report.commands.common import add_text_arguments, open_model, text
 
 HELP = "write a physically smaller model, and what it saves"
 OUT = "slim"
@@ -20,15 +27,24 @@ OUT = "slim"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments besides the common ones."""
-    add_text_arguments(parser, n_docs=16)
+    add_text_arguments(parser, n_docs=24)
     parser.add_argument("--keep", type=float, default=0.5, help="share of key dimensions that stay")
     parser.add_argument(
         "--values", type=float, help="share of value dimensions that stay (stock engines: as keys)"
     )
     parser.add_argument("--plan", help="a plan file, in the place of --keep, --values and --scope")
     parser.add_argument("--gains", help="a gains file; without it the calibration text is probed")
-    parser.add_argument("--score", default="qk", help="which gain ranks the units")
+    parser.add_argument("--score", default="fisher", help="which gain ranks the units")
     parser.add_argument("--scope", help="head, layer, model, universal (stock engines need that)")
+    parser.add_argument(
+        "--refit-rounds",
+        type=int,
+        help="least-squares refit of what stays; 0: none (2, with --plan 0)",
+    )
+    parser.add_argument("--refit", help="a refit file, in the place of --plan")
+    parser.add_argument(
+        "--judge", type=int, default=8, help="validation documents whose loss is given (0: none)"
+    )
     parser.add_argument("--engine", default="gainlens", help=", ".join(ENGINES))
     parser.add_argument("--precision", help="f32, f16, bf16; for llama.cpp f32, f16, q8_0")
     parser.add_argument("--ledger", action="store_true", help="time it before and after as well")
@@ -41,19 +57,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--engine {options.engine!r} is not one of {', '.join(ENGINES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {str(out)!r} already holds something: expected a new folder")
+    if options.plan and options.refit:
+        raise InputError("--plan and --refit both say what stays: expected one of them")
     check_writable(out.absolute().parent)
-    own = options.engine == "gainlens"
     model = open_model(options)
-    if options.plan:
-        plan = SlicePlan.load(options.plan)
-    else:
-        values = options.values if options.values is not None or own else options.keep
-        scope: Any = options.scope or ("head" if own else "universal")
-        plan = SlicePlan.from_gains(
-            gains_of(options, model), options.keep, options.score, scope, values=values
+    judge = None
+    if options.judge:
+        judge = load_tokens(
+            options.text, model, n_docs=options.judge, length=options.length, split="validation"
         )
-    tokens = text(options, model, "calibration") if plan.value_widths else None
-    thin = slim(model, plan, tokens)
+    plan, refit, tokens = _cut(options, model)
+    thin = slim(model, plan, tokens, refit=refit)
     export_model(
         thin,
         out,
@@ -69,17 +83,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "out": str(out),
         "engine": options.engine,
         "parity": thin.gainlens_parity.difference,
+        "refit": None if refit is None else refit.facts,
         "full": vars(before),
         "slim": vars(after),
     }
     keys, values_before = before.key_bytes, before.value_bytes
     lines = [
-        f"{out}: {plan!r} for {options.engine}, logits within "
+        f"{out}: {plan!r}{', refitted,' if refit else ''} for {options.engine}, logits within "
         f"{thin.gainlens_parity.difference:.1e} of the masked original's",
         f"parameters {before.parameters:,} -> {after.parameters:,}; cache per token "
         f"{keys + values_before:,} -> {after.key_bytes + after.value_bytes:,} bytes "
         f"(keys {keys:,} -> {after.key_bytes:,})",
     ]
+    if judge is not None:
+        losses = {"documents": len(judge), "full": mean_loss(full, judge)}
+        losses["slim"] = mean_loss(thin, judge)
+        result["validation_loss"] = losses
+        lines.append(
+            f"loss {losses['full']:.3f} -> {losses['slim']:.3f} nats per token "
+            f"({losses['slim'] - losses['full']:+.3f}) on {len(judge)} validation documents"
+        )
     if options.ledger:
         found = ledger(full, thin, baseline=load_hf(options.model), contexts=CONTEXTS)
         where = out.parent / f"{out.name}.ledger.json"
@@ -94,6 +117,49 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             )
         lines += [found["twice_as_fast"]["verdict"], f"{where}: the ledger"]
     return {**result, "lines": lines}
+
+
+def _cut(
+    options: argparse.Namespace, model: Any
+) -> tuple[SlicePlan, RefitCut | None, torch.Tensor | None]:
+    """The plan, its refit and the calibration text, as the options say."""
+    rounds = options.refit_rounds
+    if options.refit:
+        cut = RefitCut.load(options.refit)
+        plan = SlicePlan.from_mask(cut, values=options.values)
+        tokens = text(options, model, "calibration") if plan.value_widths else None
+        return plan, cut, tokens
+    if options.plan:
+        plan = _own_plan(options.plan, options.model)
+        needed = plan.value_widths or rounds
+        tokens = text(options, model, "calibration") if needed else None
+        return plan, refit_of(model, tokens, plan, rounds=rounds) if rounds else None, tokens
+    own = options.engine == "gainlens"
+    values = options.values if options.values is not None or own else options.keep
+    scope: Any = options.scope or ("head" if own else "universal")
+    tokens = text(options, model, "calibration")
+    plan, refit = training_free_cut(
+        model,
+        tokens,
+        options.keep,
+        gains=KeyGains.load(options.gains) if options.gains else None,
+        score=options.score,
+        scope=scope,
+        values=values,
+        rounds=2 if rounds is None else rounds,
+    )
+    return plan, refit, tokens
+
+
+def _own_plan(file: str, model: str) -> SlicePlan:
+    """A plan file. One that lies in the checkpoint's own folder was made for what it became.
+
+    Healing changes the weights that the plan's fingerprint is of.
+    """
+    plan = SlicePlan.load(file)
+    if Path(model).is_dir() and Path(file).absolute().parent == Path(model).absolute():
+        plan = replace(plan, fingerprint=None)
+    return plan
 
 
 def _tokenizer(options: argparse.Namespace, model: Any) -> Any | None:

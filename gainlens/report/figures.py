@@ -1,0 +1,91 @@
+"""The figures of the report folder, one PNG file each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from gainlens.analysis.coordinates import CoordinateMap
+from gainlens.analysis.curve import SurgeryCurve
+from gainlens.probes.gains import KeyGains
+from gainlens.report import plots_map
+from gainlens.report.claims import FLAT_MARGIN
+from gainlens.report.plots import plot_gains
+from gainlens.report.plots_surgery import plot_damage, plot_damage_by_layer, plot_surgery
+
+SIZE = (5.8, 4.1)
+"""Inches: small enough that its words can be read on a phone."""
+DPI = 160
+DAMAGE_FRACTION = 0.5
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What one layer, or one key head, costs when it alone is cut.
+
+    Attributes:
+        by_layer, by_head: rise of the loss, nats per token.
+        n_documents, length: the validation text that it was measured on.
+    """
+
+    by_layer: Float[np.ndarray, "layer one"]
+    by_head: Float[np.ndarray, "layer kv_head"]
+    n_documents: int
+    length: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "fraction": DAMAGE_FRACTION,
+            "by_layer": self.by_layer[:, 0].tolist(),
+            "by_head": self.by_head.tolist(),
+            "n_documents": self.n_documents,
+            "length": self.length,
+        }
+
+
+def draw_figures(
+    folder: Path,
+    gains: KeyGains,
+    curve: SurgeryCurve,
+    cmap: CoordinateMap,
+    score: str,
+    damage: Damage | None = None,
+) -> dict[str, Path]:
+    """Write every figure as a PNG file; returns their paths by name."""
+    from matplotlib.figure import Figure
+
+    drawings: dict[str, Callable[[Any], Any]] = {
+        "key_gains": lambda ax: plot_gains(gains, ax, score),
+        "surgery_impact": lambda ax: plot_surgery(curve, ax, FLAT_MARGIN),
+        "layer_correlation": lambda ax: plots_map.plot_cosine(cmap, ax),
+        "layer_correlation_above_null": lambda ax: plots_map.plot_above_null(cmap, ax),
+        "universal_units": lambda ax: plots_map.plot_units(cmap, ax),
+        "unit_presence": lambda ax: plots_map.plot_ranks(cmap, ax),
+    }
+    if damage is not None:
+        title = f"{DAMAGE_FRACTION:.0%} cut in one {{}} alone"
+        drawings["damage_by_layer"] = lambda ax: plot_damage_by_layer(
+            damage.by_layer, ax, title.format("layer")
+        )
+        drawings["damage_by_head"] = lambda ax: plot_damage(
+            damage.by_head, ax, title.format("key head")
+        )
+    if cmap.sinks is not None and len(cmap.sinks.layers):
+        drawings["sinks"] = lambda ax: plots_map.plot_sinks(cmap, ax)
+    if cmap.price is not None:
+        drawings["price"] = lambda ax: plots_map.plot_price(cmap, ax)
+    if cmap.red_line is not None:
+        drawings["red_line"] = lambda ax: plots_map.plot_red_line(cmap, ax)
+    paths = {}
+    for name, draw in drawings.items():
+        figure = Figure(figsize=SIZE, layout="constrained")
+        draw(figure.subplots())
+        paths[name] = folder / f"{name}.png"
+        figure.savefig(paths[name], dpi=DPI)
+    return paths

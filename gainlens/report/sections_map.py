@@ -1,0 +1,281 @@
+"""The sections of the page that a coordinate map fills: likeness, sinks, price, red line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gainlens.analysis.coordinates import CoordinateMap
+from gainlens.analysis.verdict import Verdict
+from gainlens.report.page import PageFigure, PageTable, Section
+
+
+def map_section(
+    cmap: CoordinateMap, similarity: Sequence[dict[str, Any]], figures: dict[str, Path]
+) -> Section:
+    """Is there one coordinate system, and on what evidence."""
+    shared = cmap.verdict(claim="shared")
+    kind = cmap.units.kind
+    paragraphs = [
+        f"Answer: {shared.note}.",
+        _named(cmap, cmap.universal_units, f"{kind}s are loud in most layers and heads"),
+        _named(cmap, cmap.universal.beyond_chance, f"{kind}s are loud more widely than by chance"),
+        "Non-negative vectors are never far from parallel, so a cosine is read beside its null "
+        "and its centred value. Alignment: " + str(cmap.facts["alignment"]) + ".",
+    ]
+    rows = [
+        [
+            row["score"],
+            row["stage"],
+            row["unit"],
+            f"{row['cosine']:.3f}",
+            f"{row['null_cosine']:.3f}",
+            f"{row['null_cosine_band']:.3f}" if "null_cosine_band" in row else "–",
+            f"{row['cv']:.2f}",
+            f"{row['centred_cosine']:.3f}",
+            f"{row['spearman']:.3f}",
+            row["answer"],
+        ]
+        for row in similarity
+    ]
+    head = ["gain", "stage", "unit", "cosine", "null", "band null", "CV", "centred", "Spearman"]
+    return Section(
+        "map",
+        "Map: do layers use the same dimensions?",
+        paragraphs,
+        [
+            PageFigure.of(
+                figures["layer_correlation"],
+                "Heat map, layer by layer: the cosine of gains; its mean is in the table below.",
+                "Cosine of gains between layers.",
+            ),
+            PageFigure.of(
+                figures["layer_correlation_above_null"],
+                "Heat map, layer by layer: what is left of the cosine above the mean of its "
+                "permutation null, with dots where a pair of layers is significant.",
+                "What is left of the cosine above its null.",
+            ),
+            PageFigure.of(
+                figures["universal_units"],
+                f"Heat map of the gain of each {kind} by layer, relative to the layer's mean.",
+                f"Gain of every {kind} in every layer.",
+            ),
+            PageFigure.of(
+                figures["unit_presence"],
+                f"Bars: each {kind} by how much more often than chance it is among the loudest; "
+                f"{len(cmap.universal_units)} are universal.",
+                f"How present each {kind} is among the loudest.",
+            ),
+        ],
+        [PageTable("Likeness of layers by gain", [*head, "answer"], rows, words=(1, 2, 9))],
+    )
+
+
+def _named(cmap: CoordinateMap, units: Sequence[int], what: str) -> str:
+    """How many units, and which, with their wavelengths."""
+    wave = cmap.units.wavelength
+    names = ", ".join(
+        str(u) if wave[u] is None else f"{u} ({tokens_per_turn(wave[u])} tokens)"
+        for u in map(int, units)
+    )
+    return f"{len(units)} of {len(cmap.units)} {what}" + (f": {names}." if names else ".")
+
+
+def sinks_section(cmap: CoordinateMap, figure: Path | None) -> Section:
+    """Which units carry the attention sink, layer by layer."""
+    sinks = cmap.sinks
+    assert sinks is not None
+    if figure is None:
+        return Section(
+            "sinks",
+            "Sinks: which units draw attention to the first position",
+            [
+                f"None of the {len(sinks.mass)} layers has a key head whose queries give the first "
+                f"position at least {sinks.min_mass:.0%} of their attention (an even spread gives "
+                f"{sinks.uniform:.1%})."
+            ],
+        )
+    rows = [
+        [
+            str(row["unit"]),
+            tokens_per_turn(row["wavelength"]),
+            f"{row['share_of_sink_layers']:.0%}",
+            spans(row["layers"]),
+            f"{row['largest_advantage_nats']:.2f}",
+        ]
+        for row in sinks.through_depth()[:16]
+    ]
+    return Section(
+        "sinks",
+        "Sinks: which units draw attention to the first position",
+        [
+            f"{len(sinks.layers)} of {len(sinks.mass)} layers have a key head whose queries give "
+            f"the first position at least {sinks.min_mass:.0%} of their attention (an even spread "
+            f"gives {sinks.uniform:.1%}). Below, the units that carry most of it, the most "
+            "lasting first.",
+        ],
+        [
+            PageFigure.of(
+                figure,
+                "Heat map of the units that carry the sink in each layer, by the nats that they "
+                "add to the first position's logit.",
+                "Units that carry the attention sink, by layer.",
+            )
+        ],
+        [
+            PageTable(
+                "Units that carry the sink, the most lasting first",
+                [
+                    cmap.units.kind,
+                    "wavelength (tokens)",
+                    "of sink layers",
+                    "layers",
+                    "largest (nats)",
+                ],
+                rows,
+                words=(3,),
+            )
+        ],
+    )
+
+
+def price_section(cmap: CoordinateMap, figure: Path) -> Section:
+    """What sharing one index set costs."""
+    price = cmap.price
+    assert price is not None
+    rows = [
+        [
+            row["sharing"],
+            str(row["score"]),
+            f"{row['cut']:.0%}",
+            f"{row['rise']:+.4f}",
+            f"{row['interval'][0]:+.4f} to {row['interval'][1]:+.4f}",
+        ]
+        for row in price.rows
+    ]
+    verdict = price.verdict()
+    return Section(
+        "price",
+        "The price of universality",
+        [
+            "At equal cuts: one index set for the whole model, one per layer, one per head. "
+            f"{verdict.status.capitalize()}: {verdict.claim} "
+            f"({verdict.estimate:+.3f} [{verdict.interval[0]:+.3f}, {verdict.interval[1]:+.3f}] "
+            "nats)."
+        ],
+        [
+            PageFigure.of(
+                figure,
+                "Bars: rise of the loss for a set per head, per layer, one shared set and a random "
+                "shared set, at each cut.",
+                "Rise of the loss by design of sharing.",
+            )
+        ],
+        [
+            PageTable(
+                "Designs of sharing",
+                ["one set per", "ranked by", "cut", "rise (nats)", "95% interval"],
+                rows,
+                words=(1,),
+            )
+        ],
+    )
+
+
+def red_line_section(cmap: CoordinateMap, figure: Path) -> Section:
+    """The smallest set that keeps the loss within a margin."""
+    line = cmap.red_line
+    assert line is not None
+    n_heads = int(cmap.facts.get("n_heads", 0)) * len(cmap.cv)
+    head, rows = red_line_table(line.details, n_heads, cmap.units.kind)
+    judged = "; ".join(_judged(name, line.verdict(name)) for name in line.judged)
+    return Section(
+        "red-line",
+        "The red line: what has to stay",
+        [
+            f"To keep the loss within {line.margin:g} nats, {len(line.shared)} of {line.n_units} "
+            f"{cmap.units.kind}s must stay if all layers share one set, {len(line.per_layer[0])} "
+            f"if each layer has its own. The size was chosen on calibration text and "
+            f"judged on validation text: {judged}.",
+            "A head uses a unit when it is in its loudest quarter. Patched alone means that the "
+            "unit carries its calibration mean in every layer and head while all else stays. The "
+            "gain at a position is relative to the unit's own mean over positions.",
+        ],
+        [
+            PageFigure.of(
+                figure,
+                "Heat map of how many key heads of each layer use each unit of the shared set; the "
+                "table below names the layers.",
+                "The shared set, loudest first, and the layers that use each unit.",
+            )
+        ],
+        [PageTable("Units of the shared set, loudest first", head, rows, words=(2, 6))],
+    )
+
+
+def red_line_table(
+    details: Sequence[dict[str, Any]], n_heads: int, kind: str
+) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the shared set, with all that was measured of each unit."""
+    head = [
+        f"{kind} (dims)",
+        "wavelength (tokens)",
+        "layers that use it",
+        f"heads (of {n_heads})",
+        "patched alone: rise (nats)",
+        "gain at the first → last positions",
+        "loudest tokens",
+    ]
+    rows = []
+    for row in details:
+        wave, rise, position = row["wavelength"], row.get("patched_rise"), "–"
+        patched = "–"
+        if rise is not None:
+            low, high = row["patched_interval"]
+            patched = f"{rise:+.4f} [{low:+.4f}, {high:+.4f}]"
+        if "gain_by_position" in row:
+            by = row["gain_by_position"]
+            position = (
+                f"{by['relative_rms'][0]:.2f} → {by['relative_rms'][-1]:.2f} "
+                f"(from {by['from_position'][-1]})"
+            )
+        tokens = dict.fromkeys(t["text"].strip() or repr(t["text"]) for t in row.get("tokens", ()))
+        rows.append(
+            [
+                f"{row['unit']} ({', '.join(map(str, row['dims']))})",
+                tokens_per_turn(wave),
+                spans(row["used_by_layers"]) or "none",
+                str(len(row["used_by_heads"])),
+                patched,
+                position,
+                ", ".join(f"“{text}”" for text in list(tokens)[:4]) or "–",
+            ]
+        )
+    return head, rows
+
+
+def _judged(design: str, verdict: Verdict) -> str:
+    low, high = verdict.interval
+    return (
+        f"{design}, {verdict.status} ({verdict.estimate:+.3f} [{low:+.3f}, {high:+.3f}] nats, "
+        f"{verdict.n_documents} documents)"
+    )
+
+
+def tokens_per_turn(wavelength: float | None) -> str:
+    """Three digits, no exponent; a dash where the unit does not rotate."""
+    if wavelength is None:
+        return "–"
+    return f"{wavelength:.3g}" if wavelength < 1000 else f"{float(f'{wavelength:.3g}'):,.0f}"
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Whole numbers with runs shortened: 0–2, 5."""
+    runs: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)

@@ -1,0 +1,149 @@
+"""The page in any browser: words for every figure, no request, phone, dark scheme, print."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+import gainlens as gl
+from gainlens.report.build import Plan, build_report
+from gainlens.report.sections_map import red_line_table, spans
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Every element with its attributes, and whether all are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.text = [], [], ""
+        self.feed(text)
+        assert self.open == [], "elements left open"
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page") / "report"
+    plan = Plan("tiny", "sotu", n_docs=3, length=48, seeds=(0,), damage_docs=2, damage_length=32)
+    facts = build_report(gl.load_model("tiny"), plan, folder)
+    return (folder / "index.html").read_text(encoding="utf-8"), facts
+
+
+@pytest.fixture(scope="module")
+def page(made):
+    return Page(made[0])
+
+
+def test_every_figure_has_words_and_a_size(page):
+    images = page.all("img")
+    assert len(images) >= 10
+    for image in images:
+        assert len(image["alt"].split()) >= 6
+        assert int(image["width"]) > 400
+        assert int(image["height"]) > 200
+    assert len({image["alt"] for image in images}) == len(images)
+    assert all(svg.get("role") == "img" and svg.get("aria-label") for svg in page.all("svg"))
+    assert page.text.count("Rise of the loss when one layer alone is cut.") == 1
+
+
+def test_nothing_is_fetched_and_nothing_runs(made, page):
+    text, _ = made
+    for tag, attrs in page.elements:
+        assert tag not in ("script", "iframe", "object", "embed", "form")
+        for name, value in attrs.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "srcset", "poster", "action"):
+                assert value.startswith(("data:", "#")), (tag, name, value[:40])
+    style = re.search("<style>(.*?)</style>", text, re.DOTALL)[1]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_phone_dark_and_print(made, page):
+    text, _ = made
+    metas = {m.get("name"): m.get("content") for m in page.all("meta")}
+    assert metas["viewport"] == "width=device-width, initial-scale=1"
+    assert "dark" in metas["color-scheme"]
+    assert "@media (prefers-color-scheme: dark)" in text
+    assert "@media print" in text
+    assert page.all("html")[0]["lang"] == "en"
+    # A wide table scrolls in a box of its own that the keyboard reaches, not the page.
+    boxes = [d for d in page.all("div") if d.get("class") == "scroll"]
+    assert len(boxes) == len(page.all("table"))
+    assert all(d["tabindex"] == "0" and d["aria-label"] for d in boxes)
+
+
+def contrast(a, b):
+    """WCAG's contrast ratio of two colours."""
+
+    def light(colour):
+        full = colour if len(colour) == 6 else "".join(2 * c for c in colour)
+        parts = [int(full[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((light(a), light(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_words_can_be_read_on_their_ground(made, scheme):
+    rules = re.findall(r":root \{(.*?)\}", made[0], re.DOTALL)
+    colours = dict(re.findall(r"--(\w+): #(\w+)", rules[scheme]))
+    for name in ("ink", "quiet", "link", "holds", "fails", "undecided"):
+        for ground in ("paper", "card"):
+            assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
+
+
+def test_links_within_the_page_lead_somewhere(page):
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for link in page.all("a"):
+        assert link["href"].removeprefix("#") in ids
+
+
+def test_damage_is_on_the_page_and_in_the_facts(made, page):
+    facts = json.loads(json.dumps(made[1]))["damage"]
+    assert (len(facts["by_layer"]), len(facts["by_head"]), len(facts["by_head"][0])) == (4, 4, 2)
+    assert (facts["n_documents"], facts["length"], facts["fraction"]) == (2, 32, 0.5)
+    worst = max(value for row in facts["by_head"] for value in row)
+    assert f"{worst:+.4f}" in page.text
+    assert f"{max(facts['by_layer']):+.4f}" in made[0]
+
+
+def test_red_line_table_is_what_the_facts_have(made, page):
+    units = made[1]["map"]["red_line"]["units"]
+    head, rows = red_line_table(units, 8, "pair")
+    assert len(head) == 7
+    assert len(rows) == len(units)
+    for unit, row in zip(units, rows, strict=True):
+        assert len(row) == len(head)
+        assert row[0] == f"{unit['unit']} ({unit['dims'][0]}, {unit['dims'][1]})"
+        assert row[3] == str(len(unit["used_by_heads"]))
+        assert f"{unit['patched_rise']:+.4f}" in row[4]
+        assert unit["tokens"][0]["text"].strip() in row[6]
+        assert all(cell in page.text for cell in row)
+
+
+@pytest.mark.one_env
+def test_spans():
+    assert spans([3, 0, 1, 2, 7, 9, 10]) == "0–3, 7, 9–10"
+    assert spans([]) == ""
