@@ -67,5 +67,5 @@ def greedy_mask(
     return KeyMask(
         mask.keep,
         {"order": "greedy", "score": score, "scope": scope, "unit": unit, "fraction": fraction,
-         "rounds": rounds, "texts": sorted(texts)},
+         "rounds": rounds, "texts": sorted(texts), "fingerprint": gains.model.fingerprint},
     )  # fmt: skip

@@ -53,7 +53,7 @@ class KeyMask(Kept):
         object.__setattr__(self, "facts", dict(facts or {}))
 
     def __repr__(self) -> str:
-        made = ", ".join(f"{k}={v}" for k, v in self.facts.items())
+        made = ", ".join(f"{k}={v}" for k, v in self.facts.items() if k != "fingerprint")
         return (
             f"KeyMask({tuple(self.keep.shape)}, keeps {self.fraction_kept:.1%}"
             f"{', ' + made if made else ''})"
@@ -106,12 +106,7 @@ class KeyMask(Kept):
         Raises:
             InputError: a fraction outside 0..1, an unknown score, scope, unit or stage.
         """
-        values = gains.score(score, stage=stage, unit=unit)
-        keep = keep_by_order(values, fraction, scope, unit, gains.model.partner)
-        return cls(
-            keep, {"order": "quietest", "score": score, "scope": scope, "unit": unit,
-                   "stage": stage, "fraction": fraction},
-        )  # fmt: skip
+        return cls._ranked("quietest", gains, fraction, score, scope, unit, stage)
 
     @classmethod
     def loudest(
@@ -124,13 +119,25 @@ class KeyMask(Kept):
         stage: Stage = "rotated",
     ) -> KeyMask:
         """Cut the loudest ``fraction``: a control; arguments as for ``quietest``."""
-        values = -gains.score(score, stage=stage, unit=unit)
-        if scope == "universal":
-            values = -_share(-values)
-        keep = keep_by_order(values, fraction, scope, unit, gains.model.partner, shared=True)
+        return cls._ranked("loudest", gains, fraction, score, scope, unit, stage)
+
+    @classmethod
+    def _ranked(
+        cls,
+        order: str,
+        gains: KeyGains,
+        fraction: float,
+        score: str,
+        scope: Scope,
+        unit: str,
+        stage: Stage,
+    ) -> KeyMask:
+        values = gains.score(score, stage=stage, unit=unit)
+        partner = gains.model.partner
+        keep = keep_by_order(values, fraction, scope, unit, partner, loudest=order == "loudest")
         return cls(
-            keep, {"order": "loudest", "score": score, "scope": scope, "unit": unit,
-                   "stage": stage, "fraction": fraction},
+            keep, {"order": order, "score": score, "scope": scope, "unit": unit,
+                   "stage": stage, "fraction": fraction, **_origin(gains)},
         )  # fmt: skip
 
     @classmethod
@@ -157,8 +164,9 @@ class KeyMask(Kept):
         keep = keep_by_order(noise, fraction, scope, unit, like.model.partner, shared=True)
         return cls(
             keep,
-            {"order": "random", "scope": scope, "unit": unit, "fraction": fraction, "seed": seed},
-        )
+            {"order": "random", "scope": scope, "unit": unit, "fraction": fraction, "seed": seed,
+             **_origin(like)},
+        )  # fmt: skip
 
     @classmethod
     def matched(
@@ -191,7 +199,7 @@ class KeyMask(Kept):
         return cls(
             moved.reshape(keep.shape),
             {"order": "matched", "score": score, "scope": scope, "unit": unit,
-             "fraction": fraction, "seed": seed},
+             "fraction": fraction, "seed": seed, **_origin(gains)},
         )  # fmt: skip
 
     @classmethod
@@ -213,8 +221,9 @@ class KeyMask(Kept):
         keep = keep_by_order(values, fraction, scope, "dim", gains.model.partner, shared=shared)
         return cls(
             keep,
-            {"order": "split", "score": score, "scope": scope, "unit": "dim", "fraction": fraction},
-        )
+            {"order": "split", "score": score, "scope": scope, "unit": "dim",
+             "fraction": fraction, **_origin(gains)},
+        )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
@@ -231,6 +240,11 @@ class KeyMask(Kept):
         return cls(tensors["keep"], facts)
 
 
+def _origin(gains: KeyGains) -> dict[str, str]:
+    """Whose gains these were, so that a plan made of the mask fits that model alone."""
+    return {"fingerprint": gains.model.fingerprint}
+
+
 def _share(values: torch.Tensor) -> torch.Tensor:
     return values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
 
@@ -243,6 +257,7 @@ def keep_by_order(
     partner: Int[torch.Tensor, " d_head"],
     *,
     shared: bool = False,
+    loudest: bool = False,
 ) -> Bool[torch.Tensor, "layer kv_head d_head"]:
     """Cut the units with the smallest values; ties go by index.
 
@@ -251,6 +266,7 @@ def keep_by_order(
         fraction, scope, unit: as for ``KeyMask.quietest``.
         partner: which dimension each rotates with.
         shared: ``values`` are comparable between heads already (universal scope).
+        loudest: cut those with the largest values instead.
 
     Raises:
         InputError: a fraction outside 0..1, NaN in the values, an unknown scope or unit.
@@ -279,7 +295,7 @@ def keep_by_order(
     else:
         flat = units.reshape(1, -1)
     sizes = size.repeat(flat.shape[1] // len(size))
-    cut = _smallest(flat, sizes, fraction)
+    cut = _smallest(-flat if loudest else flat, sizes, fraction)
     if scope == "universal":
         chosen = cut.expand(layers * heads, -1).reshape(layers, heads, -1)
     else:
