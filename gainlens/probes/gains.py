@@ -133,6 +133,12 @@ class KeyGains:
                 moments = {k: 0.5 * (v + v[..., partner]) for k, v in moments.items()}
             return score.compute(moments).float()
         except KeyError as missing:
+            elsewhere = [s for s in STAGES if s != at and f"{missing.args[0]}.{s}" in self.sums]
+            if elsewhere:
+                raise InputError(
+                    f"score={name!r} has no stage={stage!r}: expected stage={elsewhere[0]!r}, "
+                    "where the logits are made"
+                ) from None
             raise InputError(
                 f"score={name!r} needs statistics that these gains do not hold ({missing.args[0]}):"
                 f" ask for it with probe_gains(..., scores=({name!r},))"

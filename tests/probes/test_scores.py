@@ -145,6 +145,12 @@ def test_silent_models_get_the_same_spread_from_a_computed_rotation():
     assert gains.score("logit_std", unit="pair").min() > 0
 
 
+def test_a_stage_that_a_score_does_not_have_is_named(tiny, tiny_calibration):
+    gains = gl.probe_gains(tiny, tiny_calibration[:1], ("logit_std",), progress=False)
+    with pytest.raises(gl.InputError, match="no stage='projected': expected stage='rotated'"):
+        gains.score("logit_std", stage="projected")
+
+
 @pytest.mark.parametrize("score", ["qk", "logit_std", "fisher"])
 def test_gauge(score):
     """Key pair times 50, query pair times 1/50: the model is the same, so is the score."""

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refit-rounds",
         type=int,
-        default=0,
-        help="least-squares refit of the cut at 50%% (0: none)",
+        default=2,
+        help="rounds of the least-squares refit of the cut at 50%% (0: none)",
     )
 
 
