@@ -1,0 +1,92 @@
+"""The best cut known without training: which units to keep, and the refit of those that stay."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+
+from gainlens.ablation.mask import Scope
+from gainlens.ablation.refit import RefitCut, refit
+from gainlens.errors import UnsupportedModelError
+from gainlens.export.families import FAMILIES
+from gainlens.export.plan import SlicePlan
+from gainlens.model.batches import TOKENS_PER_BATCH
+from gainlens.model.sites import key_sites
+from gainlens.probes import KeyGains, probe_gains
+
+FISHER_DOCUMENTS = 8
+"""Documents that rank the units by ``fisher``, which takes a backward pass; all are refitted."""
+
+
+def training_free_cut(
+    model: Any,
+    tokens: Int[torch.Tensor, "document pos"],
+    keep: float = 0.5,
+    *,
+    gains: KeyGains | None = None,
+    score: str = "fisher",
+    scope: Scope = "head",
+    values: int | float | Sequence[int] | None = None,
+    rounds: int = 2,
+    progress: bool = True,
+) -> tuple[SlicePlan, RefitCut | None]:
+    """Rank by ``score``, keep the best, and refit what stays by least squares.
+
+    Scope ``head`` is the widest that really saves what it says: heads of unequal size are padded
+    to the widest of their layer.
+
+    Args:
+        model: a TransformerBridge or HookedTransformer.
+        tokens: calibration text, documents of one length; some 6,000 tokens refit well.
+        keep: share of key dimensions that stay.
+        gains: if gathered already, with ``score`` among them.
+        score, scope, values: as for ``SlicePlan.from_gains``.
+        rounds: of ``gainlens.refit``; 0 for the plain cut.
+        progress: show progress bars.
+
+    Returns:
+        The plan, and the refit of its mask, both for ``slim``; None where there is none: with
+        ``rounds=0``, or on a model whose attention the refit does not describe (then with a
+        warning that says why).
+    """
+    if gains is None:
+        some = tokens[:FISHER_DOCUMENTS] if score == "fisher" else tokens
+        gains = probe_gains(model, some, scores=(score,), progress=progress)
+    plan = SlicePlan.from_gains(gains, keep, score, scope, values=values)
+    if rounds < 1:
+        return plan, None
+    return plan, refit_of(model, tokens, plan, rounds=rounds, progress=progress)
+
+
+def refit_of(
+    model: Any, tokens: Any, plan: SlicePlan, *, rounds: int = 2, progress: bool = True
+) -> RefitCut | None:
+    """``gainlens.refit`` of a plan's mask, or None with a warning where it can't be had."""
+    family = FAMILIES.get(key_sites(model).architecture)
+    try:
+        if family is not None and family.norm:
+            raise UnsupportedModelError("a norm sits between its projections and the rotation")
+        return refit(model, tokens, plan.mask, rounds=rounds, progress=progress)
+    except UnsupportedModelError as error:
+        warnings.warn(f"cut without a refit: {error}", stacklevel=2)
+        return None
+
+
+@torch.inference_mode()
+def mean_loss(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> float:
+    """Mean loss per token in nats of a transformers model on documents of one length."""
+    device = next(model.parameters()).device
+    rows = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+    total = 0.0
+    for start in range(0, len(tokens), rows):
+        batch = tokens[start : start + rows]
+        logits = model(batch.to(device), use_cache=False).logits[:, :-1].float()
+        wanted = batch[:, 1:].flatten().to(device)
+        total += float(
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum")
+        )
+    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
