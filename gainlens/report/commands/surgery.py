@@ -36,9 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Sweep and write one JSON file."""
+    """Sweep and write one JSON file; what was done before a kill is beside it, and is not redone."""
     out = Path(options.out)
     check_writable(out.parent)
+    part = out.with_name(f"{out.name}.part")
     model = open_model(options)
     gains = gains_of(options, model)
     curve = surgery(
@@ -52,8 +53,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         mode=options.mode,
         orders=tuple(options.orders.split(",")),
         seeds=tuple(range(options.seed, options.seed + options.seeds)),
+        out=part,
     )
     curve.save(out)
+    part.unlink()
     verdicts = [
         curve.verdict(fraction, options.margin)
         for fraction in sorted({p.fraction for p in curve.points if p.order == "quietest"})
