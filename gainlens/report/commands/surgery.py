@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Sweep and write one JSON file; what was done before a kill is beside it, and is not redone."""
+    """Sweep and write one JSON file; after a kill, go on with what was done (``.part``)."""
     out = Path(options.out)
     check_writable(out.parent)
     part = out.with_name(f"{out.name}.part")
