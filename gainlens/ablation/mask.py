@@ -77,7 +77,7 @@ class KeyMask(Kept):
         return float(self.keep.float().mean())
 
     def whole_pairs(self, partner: Int[torch.Tensor, " d_head"]) -> bool:
-        """Whether no rotary pair is split."""
+        """Whether no pair of a dimension and its ``partner`` (``KeySites.partner``) is split."""
         return bool((self.keep == self.keep[..., partner]).all())
 
     @classmethod

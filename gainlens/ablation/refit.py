@@ -62,7 +62,10 @@ class RefitCut(Kept):
         return self.mask.keep
 
     def edit(self, sites: KeySites, n_pos: int) -> Edit:
-        """The cut for ``gainlens.model.twin``: on rotated queries and keys of ``n_pos``."""
+        """The cut for ``gainlens.model.twin``: on rotated queries and keys of ``n_pos``.
+
+        ``sites`` are those of the model to be cut; errors as for ``check``.
+        """
         self.check(sites)
         turns = layer_turns(sites, n_pos)
 
@@ -101,7 +104,7 @@ class RefitCut(Kept):
         return found
 
     def check(self, sites: KeySites) -> None:
-        """Raise ``InputError`` unless the maps have this model's shape."""
+        """Raise ``InputError`` unless the maps have the shape of the model with these ``sites``."""
         expected = (sites.n_layers, sites.n_heads, sites.d_head, sites.d_head)
         if self.mask.shape != sites.shape or tuple(self.query_maps.shape) != expected:
             raise InputError(

@@ -59,7 +59,7 @@ class SurgeryCurve:
         return len(self.baseline)
 
     def deltas(self, index: int) -> Float[np.ndarray, " document"]:
-        """Rise of the loss of each document that a point was run on, nats per token."""
+        """Rise of the loss of each document that point ``index`` was run on, nats per token."""
         difference: Float[np.ndarray, " document"] = self.losses[index] - self.baseline
         run: Float[np.ndarray, " document"] = difference[np.isfinite(difference)]
         return run
@@ -88,7 +88,8 @@ class SurgeryCurve:
     def table(self, level: float = 0.95) -> list[dict[str, Any]]:
         """One row per point: what was cut, mean loss, rise over the intact model, its interval.
 
-        Losses and rises are in nats per token; the interval is Student's, over documents.
+        Losses and rises are in nats per token; the interval is Student's at ``level``, over
+        documents.
         """
         rows = []
         for index, point in enumerate(self.points):
@@ -157,7 +158,10 @@ class SurgeryCurve:
     def verdict_at(
         self, index: int, margin: float, *, level: float = 0.95, method: str = "t"
     ) -> Verdict:
-        """As ``verdict``, for the point of an index, controls included."""
+        """As ``verdict``, for the point ``index``, controls included.
+
+        ``margin`` (nats per token), ``level``, ``method`` and errors as for ``verdict``.
+        """
         point, delta = self.points[index], self.deltas(index)
         if not margin > 0:
             raise InputError(

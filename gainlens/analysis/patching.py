@@ -74,7 +74,7 @@ class PatchEffects:
         return share
 
     def largest(self, n: int = 10) -> list[tuple[int, int, int, float]]:
-        """The units with the largest absolute effect: (layer, kv_head, dim, effect)."""
+        """The ``n`` units with the largest absolute effect: (layer, kv_head, dim, effect)."""
         flat = np.abs(np.nan_to_num(self.effect)).ravel()
         rows = []
         for index in np.argsort(-flat, kind="stable")[:n]:

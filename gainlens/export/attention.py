@@ -44,6 +44,9 @@ def sliced_attention(
         lengths: one past the last valid key of each row, for caches padded on the right; the last
             query is aligned with the last valid key.
         starts: the first valid key of each row, for texts padded on the left.
+
+    Raises:
+        ValueError: tensors that don't belong together (the kernels' ``SlicedAttentionError``).
     """
     if _compiled is not None and max(q.shape[3], v.shape[3]) <= KERNEL_WIDTH:
         out: torch.Tensor = _compiled(

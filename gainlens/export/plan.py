@@ -129,18 +129,29 @@ class SlicePlan(Kept):
         return [head_layout(layer.numpy(), rotary_dim) for layer in self.keep]
 
     def key_widths(self, rotary_dim: int) -> tuple[int, ...]:
-        """Physical width of a key head, per layer: the widest head's, even where keys rotate."""
+        """Physical width of a key head, per layer: the widest head's, even where keys rotate.
+
+        ``rotary_dim`` and errors as for ``layouts``.
+        """
         return tuple(layout.width for layout in self.layouts(rotary_dim))
 
     def cache_bytes_per_token(self, rotary_dim: int, bytes_per_number: int = 4) -> tuple[int, int]:
-        """Bytes that one token takes in the key cache and in the value cache, all layers."""
+        """Bytes that one token takes in the key cache and in the value cache, all layers.
+
+        Args:
+            rotary_dim: as for ``layouts``.
+            bytes_per_number: 4 for float32, 2 for half precision.
+        """
         n_layers, n_kv_heads, d_head = self.shape
         values = self.value_widths or (d_head,) * n_layers
         per = n_kv_heads * bytes_per_number
         return sum(self.key_widths(rotary_dim)) * per, sum(values) * per
 
     def check_pairs(self, rotary_dim: int) -> None:
-        """Raise ``InputError`` where one dimension of a rotary pair stays without the other."""
+        """Raise ``InputError`` where one dimension of a rotary pair stays without the other.
+
+        ``rotary_dim`` is as for ``layouts``.
+        """
         partner = pair_partners(self.shape[2], rotary_dim, "half" if rotary_dim else "none")
         split = (self.keep & ~self.keep[..., partner]).nonzero()
         if len(split):
@@ -153,7 +164,13 @@ class SlicePlan(Kept):
             )
 
     def check_model(self, shape: tuple[int, int, int], fingerprint: str, name: str) -> None:
-        """Raise ``InputError`` unless the plan was made for this model."""
+        """Raise ``InputError`` unless the plan was made for this model.
+
+        Args:
+            shape: ``(n_layers, n_kv_heads, d_head)`` of the model.
+            fingerprint: hash of its weights.
+            name: what the message calls it.
+        """
         if self.shape != shape:
             raise InputError(
                 f"plan has shape {self.shape}: {name} has [layer, kv_head, d_head] = {shape}"
@@ -285,7 +302,7 @@ class SlicePlan(Kept):
 
     @classmethod
     def from_json(cls, value: Any, where: str = "plan") -> SlicePlan:
-        """Read what ``to_json`` made.
+        """Read ``value``, which ``to_json`` made; errors name it ``where``.
 
         Raises:
             FileFormatError: not a plan, of another version, or with indices out of range.

@@ -96,7 +96,7 @@ class KeyGains:
         return self.model.shape
 
     def mean(self, stage: Stage = "rotated") -> Float[torch.Tensor, "layer kv_head d_head"]:
-        """Mean key over tokens, float32, in the units of the activation."""
+        """Mean key over tokens at ``stage``, float32, in the units of the activation."""
         return self._moment("k_sum", self._stage(stage)).float()
 
     def score(
