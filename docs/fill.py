@@ -1,84 +1,86 @@
-"""Fill the README's tables from recorded results, so that no number is typed by hand.
+"""Fill README.md and the pages of docs from recorded results and the code's own tables.
 
-python docs/fill.py            # rewrite
-python docs/fill.py --check    # exit 1 if a table is stale
+python docs/fill.py            # rewrite pages and pictures
+python docs/fill.py --check    # exit 1, saying what, if one is stale or a public name undocumented
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from making import api, claims, ledgers, pictures, public, support
+from making.markdown import ROOT
 
-def claims_table(path: Path) -> str:
-    """The claims of a recorded report as Markdown."""
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["| claim | says SmolLM2-135M | number | control |", "| --- | --- | --- | --- |"]
-    for claim in facts["claims"]:
-        cells = (claim["quote"], f"**{claim['status']}**", claim["number"], claim["control"])
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    tokens, plan = facts["tokens"], facts["plan"]
-    lines.append("")
-    lines.append(
-        f"{plan['n_docs']} speeches of {plan['length']} tokens chose the cut "
-        f"({tokens['calibration']} tokens), {plan['n_docs']} others judged it; "
-        f"{facts['machine']['processor']}, {facts['machine']['cores']} cores, "
-        f"{facts['seconds']:.0f} s, torch {facts['versions']['torch']}."
-    )
-    return "\n".join(lines)
-
-
-def cuts_table(path: Path) -> str:
-    """Rise of the loss by method and share cut, from a recorded run of benchmarks/surgery.py."""
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["| cut | how | rise of the loss (nats) | 95% interval |", "| --- | --- | --- | --- |"]
-    for point in facts["points"]:
-        low, high = point["interval"]
-        how = point["label"].rsplit(",", 1)[0]
-        lines.append(
-            f"| {point['fraction']:.0%} | {how} | {point['delta']:+.3f} "
-            f"| {low:+.3f} to {high:+.3f} |"
-        )
-    text = facts["text"]
-    lines += [
-        "",
-        f"{text['score_documents']} calibration speeches ranked the pairs and "
-        f"{text['refit_documents']} served the refit; {text['validation_documents']} other "
-        f"speeches of {text['length']} tokens judged. Intact loss {facts['intact_loss']:.3f} nats.",
-    ]
-    return "\n".join(lines)
-
-
-TABLES = {
-    "claims": (claims_table, "report_smollm2.json"),
-    "cuts": (cuts_table, "surgery_smollm2.json"),
+PARTS: dict[str, Callable[[], str]] = {
+    "claims": claims.claims,
+    "cuts": claims.cuts,
+    "surgery": claims.surgery,
+    "similarity": claims.similarity,
+    "price": claims.price,
+    "planted": claims.planted,
+    "support": support.support,
+    "scores": support.scores,
+    "modes": support.modes,
+    "engines": support.engines,
+    "kernel ledger": ledgers.kernels,
+    "engine ledger": ledgers.engines,
+    "slim ledger": ledgers.slim,
+    "healing ledger": ledgers.healing,
+    "scratch ledger": ledgers.scratch,
+    "cost ledger": ledgers.cost,
+    "api": api.api,
 }
+"""A page says ``<!-- NAME -->`` … ``<!-- /NAME -->``; what is between them is made here."""
+
+
+def pages() -> list[Path]:
+    """The pages that are filled."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def filled(text: str) -> str:
-    """``text`` with every marked table made anew."""
-    for name, (make, file) in TABLES.items():
-        table = make(ROOT / "docs/results" / file)
+    """``text`` with every marked part made anew."""
+    for name, make in PARTS.items():
+        if f"<!-- {name} -->" not in text:
+            continue
+        made = make()
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
-            lambda m, table=table: f"{m[1]}{table}\n{m[2]}",
+            lambda m, made=made: f"{m[1]}{made}\n{m[2]}",
             text,
             flags=re.DOTALL,
         )
     return text
 
 
+def stale() -> list[str]:
+    """What ``python docs/fill.py`` would change."""
+    found = []
+    for path in pages():
+        text = path.read_text(encoding="utf-8")
+        if filled(text) != text:
+            found.append(f"{path.relative_to(ROOT)} is stale: run python docs/fill.py")
+    return found + pictures.stale()
+
+
 def main() -> int:
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before)
+    """Fill, or check."""
     if "--check" in sys.argv:
-        return int(before != after)
-    readme.write_text(after, encoding="utf-8")
+        faults = stale() + public.faults()
+        for fault in faults:
+            sys.stderr.write(fault + "\n")
+        return int(bool(faults))
+    for path in pages():
+        text = path.read_text(encoding="utf-8")
+        new = filled(text)
+        if new != text:
+            path.write_text(new, encoding="utf-8")
+    pictures.draw()
     return 0
 
 

@@ -1,0 +1,218 @@
+"""The ledger pages: kernels, engines, the slim model, healing, from scratch, cost of measuring."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from making.markdown import (
+    LEDGERS,
+    RESULTS,
+    ROOT,
+    details,
+    not_yet,
+    number,
+    provenance,
+    recorded,
+    table,
+)
+
+MANY = 16
+"""A list of more rows than this opens on a click."""
+
+
+def kernels() -> str:
+    """Every recorded machine: its summary, then all rows."""
+    files = sorted(LEDGERS.glob("kernels_*.json"))
+    if not files:
+        return not_yet("the ledger of the kernels", "make bench-kernels")
+    return "\n\n".join(_kernels(path) for path in files)
+
+
+def _kernels(path: Path) -> str:
+    facts = recorded(path)
+    assert facts is not None
+    machine = facts["machine"]
+    parts = [
+        f"## {machine.get('name', path.stem)}",
+        ", ".join(f"{k} {v}" for k, v in machine.items() if k != "name" and _plain(v))
+        + (f", {facts['date']}" if facts.get("date") else "")
+        + ".",
+    ]
+    if summary := facts.get("summary"):
+        rows = [(k, "none" if v == [] else v) for k, v in summary.items() if _plain(v) or v == []]
+        parts.append(table(["figure", "value"], rows))
+    rows = [_kernel_row(row) for row in facts.get("rows", ())]
+    if rows:
+        head = ["case", "ours (µs)", "best other way (µs)", "best / ours", "bandwidth share"]
+        parts.append(details(f"All {len(rows)} cases", table(head, rows)))
+    for name, why in (facts.get("skipped") or {}).items():
+        parts.append(f"Left out: {name}, {why}.")
+    return "\n\n".join(parts)
+
+
+def _kernel_row(row: dict[str, Any]) -> tuple[Any, ...]:
+    ours = row["ours"]["median_us"]
+    rivals = {n: r["median_us"] for n, r in row.get("rivals", {}).items() if "median_us" in r}
+    # As in the ledger's own summary: ways that compute the same thin row, or the row itself
+    # where it is not thin; a full-width row is another computation.
+    same = {n: t for n, t in rivals.items() if not n.startswith("full") or not _thin(row)}
+    best = min(same, key=same.__getitem__, default=None)
+    share = row.get("share_of_bandwidth")
+    return (
+        str(row["name"]),
+        float(ours),
+        f"{number(float(same[best]))} ({best})" if best else "–",
+        f"{same[best] / ours:.2f}" if best else "–",
+        f"{share:.0%}" if isinstance(share, float) and row.get("kind") == "decode" else "–",
+    )
+
+
+def _thin(row: dict[str, Any]) -> bool:
+    return bool(row.get("d_qk") != row.get("d_v"))
+
+
+def engines() -> str:
+    """The same slim checkpoint in three engines."""
+    facts = recorded(RESULTS / "engines.json")
+    if facts is None:
+        return not_yet("docs/results/engines.json", "make engines")
+    rows, times = [], []
+    for name, found in facts["engines"].items():
+        rows.append(
+            (
+                name,
+                str(found["version"]),
+                found["prompts"],
+                found["logprobs_compared"],
+                f"{found['largest_logprob_difference']:.1e}",
+                len(found["different_rows"]),
+            )
+        )
+        for row in found["decode"]:
+            times.append(
+                (name, row["context"], row["full_ms"], row["slim_ms"],
+                 f"× {row['measured_ratio']:.2f}", f"× {row['predicted_ratio']:.2f}")
+            )  # fmt: skip
+    text = facts["text"]
+    return "\n\n".join(
+        [
+            f"{facts['model']}, keys and values at {facts['plan']['keys']:.0%}, one set for all "
+            f"heads; {text['prompts']} prompts of {text['length']} tokens of {text['name']} "
+            f"({text['split']}), {facts['new_tokens']} new tokens each. Reference: "
+            f"{facts['reference']}. Target: log-probabilities within "
+            f"{facts['targets']['logprob']:g}, {facts['targets']['greedy']}.",
+            table(
+                ["engine", "version", "prompts", "log-probabilities compared",
+                 "largest difference", "prompts with other greedy tokens"],
+                rows,
+            ),
+            table(
+                ["engine", "context", "full (ms a token)", "slim (ms a token)", "faster",
+                 "predicted from bytes"],
+                times,
+            ),
+            provenance(facts, "docs/results/engines.json"),
+        ]
+    )  # fmt: skip
+
+
+def slim() -> str:
+    """What half of the keys is worth in gainlens' own engine."""
+    parts = []
+    facts = recorded(RESULTS / "slim_ledger.json")
+    if facts is None:
+        parts.append(not_yet("docs/results/slim_ledger.json", "python benchmarks/slim_ledger.py"))
+    else:
+        parts.append(anything(facts, RESULTS / "slim_ledger.json"))
+    big = recorded(RESULTS / "slim_1b.json")
+    parts.append("## Cutting a model of 1.1 billion weights")
+    if big is None:
+        parts.append(
+            not_yet("docs/results/slim_1b.json", "python benchmarks/slim_ledger.py --size-check")
+        )
+    else:
+        parts.append(anything(big, RESULTS / "slim_1b.json"))
+    return "\n\n".join(parts)
+
+
+def healing() -> str:
+    """Every recorded run of healing."""
+    return _all_of(("heal*.json", "training_heal*.json"), "the runs of healing", "make bench-train")
+
+
+def scratch() -> str:
+    """Every recorded run of training from scratch."""
+    return _all_of(("*scratch*.json",), "the runs from scratch", "make bench-train")
+
+
+def cost() -> str:
+    """What probing and cutting cost beside the bare model."""
+    commands = {
+        "bench_probe.json": "python benchmarks/probe.py",
+        "bench_surgery.json": "python benchmarks/surgery_speed.py",
+        "map_scale.json": "python benchmarks/coordinate_map.py --scale",
+    }
+    titles = ("Probing", "Surgery", "The map")
+    parts = []
+    for title, (file, command) in zip(titles, commands.items(), strict=True):
+        facts = recorded(RESULTS / file)
+        parts.append(f"## {title}")
+        parts.append(not_yet(file, command) if facts is None else anything(facts, RESULTS / file))
+    return "\n\n".join(parts)
+
+
+def _all_of(patterns: tuple[str, ...], what: str, command: str) -> str:
+    files = sorted({path for pattern in patterns for path in RESULTS.glob(pattern)})
+    if not files:
+        return not_yet(what, command)
+    return "\n\n".join(
+        f"## {path.stem.replace('_', ' ')}\n\n{anything(recorded(path), path)}" for path in files
+    )
+
+
+def anything(facts: Any, path: Path) -> str:
+    """A recorded run of any format: its scalars, then each list of rows as a table."""
+    parts = []
+    if isinstance(facts.get("what"), str):
+        parts.append(facts["what"][:1].upper() + facts["what"][1:] + ".")
+    known = {"what", "versions", "machine", "seed", "command"}
+    scalars, tables = _flatten({k: v for k, v in facts.items() if k not in known})
+    if scalars:
+        parts.append(table(["figure", "value"], scalars))
+    for name, rows in tables:
+        head = list(dict.fromkeys(key for row in rows for key in row))
+        made = table(head, [[row.get(key) for key in head] for row in rows])
+        title = name.replace("_", " ")
+        parts.append(f"**{title}**")
+        parts.append(made if len(rows) <= MANY else details(f"{len(rows)} rows", made))
+    if facts.get("command"):
+        parts.append(f"Command: `{facts['command']}`.")
+    parts.append(provenance(facts, path.relative_to(ROOT).as_posix()))
+    return "\n\n".join(parts)
+
+
+def _flatten(
+    value: dict[str, Any], prefix: str = ""
+) -> tuple[list[tuple[str, Any]], list[tuple[str, list[dict[str, Any]]]]]:
+    """Scalars by dotted path, and lists of flat rows by theirs; long bare lists are left out."""
+    scalars: list[tuple[str, Any]] = []
+    tables: list[tuple[str, list[dict[str, Any]]]] = []
+    for key, inner in value.items():
+        name = f"{prefix}{key}"
+        if _plain(inner):
+            if not (isinstance(inner, str) and len(inner) == 64):  # a hash tells a reader nothing
+                scalars.append((name.replace("_", " "), inner))
+        elif isinstance(inner, dict):
+            more, deeper = _flatten(inner, f"{name}: ")
+            scalars += more
+            tables += deeper
+        elif inner and isinstance(inner, list) and all(isinstance(row, dict) for row in inner):
+            tables.append((name, [dict(_flatten(row)[0]) for row in inner]))
+        elif isinstance(inner, list) and 0 < len(inner) <= 4 and all(map(_plain, inner)):
+            scalars.append((name.replace("_", " "), ", ".join(number(v) for v in inner)))
+    return scalars, tables
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)

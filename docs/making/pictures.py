@@ -1,0 +1,139 @@
+"""The pictures of the site and of the README, drawn from the recorded report.
+
+Each SVG names the SHA-256 of what it was drawn from, so a stale one is noticed without drawing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from making.markdown import RESULTS, ROOT, recorded
+
+FOLDER = ROOT / "docs/pictures"
+SOURCE = RESULTS / "report_smollm2.json"
+
+
+def draw() -> None:
+    """Draw those that are missing or stale."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    facts = recorded(SOURCE)
+    if facts is None or not stale():
+        return
+    settings = {"svg.hashsalt": "gainlens", "svg.fonttype": "none", "font.family": "sans-serif"}
+    for name, (width, height, made) in PICTURES.items():
+        with matplotlib.rc_context(settings):
+            figure = Figure(figsize=(width, height), layout="constrained")
+            made(figure, facts)
+            figure.savefig(
+                FOLDER / f"{name}.svg",
+                metadata={"Date": None, "Source": _digest(made, facts)},
+                transparent=False,
+                dpi=100,
+            )
+
+
+def stale() -> list[str]:
+    """Pictures that are not of the recorded report."""
+    facts = recorded(SOURCE)
+    if facts is None:
+        return []
+    found = []
+    for name, (_, _, made) in PICTURES.items():
+        path = FOLDER / f"{name}.svg"
+        if not path.is_file() or _digest(made, facts) not in path.read_text(encoding="utf-8"):
+            found.append(f"{path.relative_to(ROOT)} is stale: run python docs/fill.py")
+    return found
+
+
+def _digest(made: Callable[..., None], facts: dict[str, Any]) -> str:
+    part = json.dumps([made.__name__, facts["made"], facts["surgery"], facts["map"]["cosine"]])
+    return hashlib.sha256(part.encode()).hexdigest()
+
+
+def surgery(figure: Any, facts: dict[str, Any]) -> None:
+    """Rise of the loss over the share cut, beside the controls and the margin."""
+    from gainlens.report.plots_common import BLUE
+    from gainlens.report.plots_surgery import CONTROLS
+
+    ax = figure.subplots()
+    rows = [r for r in facts["surgery"] if r["label"] is None and r["order"] != "intact"]
+    for order in dict.fromkeys(row["order"] for row in rows):
+        mine = [row for row in rows if row["order"] == order]
+        colour, marker = CONTROLS.get(order, (BLUE, "o"))
+        fractions = sorted({row["fraction"] for row in mine})
+        at = [[row for row in mine if row["fraction"] == f] for f in fractions]
+        mean = np.array([np.mean([row["delta"] for row in group]) for group in at])
+        low = np.array([min(row["interval"][0] for row in group) for group in at])
+        high = np.array([max(row["interval"][1] for row in group) for group in at])
+        ax.errorbar(
+            [100 * f for f in fractions],
+            mean,
+            yerr=np.abs([mean - low, high - mean]),
+            color=colour,
+            marker=marker,
+            capsize=3,
+            label=f"{order} pairs" + (" (control)" if order in CONTROLS else " (by qk)"),
+        )
+    ax.axhline(0.02, color="black", linestyle="--", linewidth=0.8, label="flat: 0.02 nats")
+    ax.set_yscale("symlog", linthresh=0.02)
+    ax.set_ylim(0, 10)
+    ax.set_yticks([0, 0.02, 0.1, 1, 10], ["0", "0.02", "0.1", "1", "10"])
+    ax.minorticks_off()
+    ax.set_xlabel("share of key dimensions cut (%)")
+    ax.set_ylabel("rise of the loss (nats per token)")
+    ax.set_title("SmolLM2-135M: what cutting key dimensions costs", fontsize=10)
+    ax.legend(fontsize=8)
+
+
+def cosine(figure: Any, facts: dict[str, Any]) -> None:
+    """The cosine between layers, and what is left of it above chance."""
+    from gainlens.report.plots_common import DIVERGING, SEQUENTIAL, whole_numbers
+
+    left, right = figure.subplots(1, 2)
+    found = np.array(facts["map"]["cosine"])
+    above = found - np.array(facts["map"]["band_null_cosine"])
+    np.fill_diagonal(above, np.nan)
+    width = float(np.nanmax(np.abs(above)))
+    images = (
+        (left, found, SEQUENTIAL, 0, 1, "cosine", "looks shared: cosine between layers"),
+        (right, above, DIVERGING, -width, width, "cosine less its null",
+         "less what frequencies alone give"),
+    )  # fmt: skip
+    for ax, values, colours, low, high, label, title in images:
+        image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+        figure.colorbar(image, ax=ax, label=label, shrink=0.8)
+        ax.set_xlabel("layer")
+        ax.set_ylabel("layer")
+        ax.set_title(title, fontsize=10)
+        whole_numbers(ax, "x", "y")
+
+
+def gains(figure: Any, facts: dict[str, Any]) -> None:
+    """Gain of every rotary pair in every layer."""
+    from gainlens.report.plots_common import DIVERGING, colour_bar, whole_numbers
+
+    ax = figure.subplots()
+    profiles = np.array(facts["map"]["profiles"])
+    relative = np.log2(np.clip(profiles / profiles.mean(1, keepdims=True), 2**-3, 2**3))
+    image = ax.imshow(
+        relative, aspect="auto", cmap=DIVERGING, vmin=-3, vmax=3, interpolation="nearest"
+    )
+    colour_bar(ax, image, "log2 of gain over the layer's mean")
+    ax.set_xlabel("rotary pair (fast on the left, slow on the right)")
+    ax.set_ylabel("layer")
+    ax.set_title("SmolLM2-135M: how loud each key pair is", fontsize=10)
+    whole_numbers(ax, "x", "y")
+
+
+PICTURES: dict[str, tuple[float, float, Callable[..., None]]] = {
+    "surgery": (7, 4, surgery),
+    "cosine": (9.5, 4, cosine),
+    "gains": (7.5, 3.8, gains),
+}

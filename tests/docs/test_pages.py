@@ -1,0 +1,109 @@
+"""Pages are filled from recorded runs and the code's tables, and public names are documented."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import fill
+from making import api, markdown, public, support
+
+import gainlens as gl
+
+pytestmark = pytest.mark.one_env
+
+
+def test_pages_and_pictures_are_up_to_date():
+    assert fill.stale() == []
+
+
+def test_a_stale_table_is_noticed(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    text = fill.filled("<!-- claims -->\n<!-- /claims -->\n")
+    page.write_text(text.replace("**fails**", "**holds**", 1))
+    monkeypatch.setattr(fill, "pages", lambda: [page])
+    monkeypatch.setattr(fill, "ROOT", tmp_path)
+    assert [line for line in fill.stale() if "README.md is stale" in line]
+
+
+def test_public_names_are_documented():
+    assert public.faults() == []
+
+
+def test_faults_of_a_docstring_are_found():
+    def undocumented(tokens, length): ...
+
+    def silent(length: int) -> None:
+        """Check ``length``."""
+        raise ValueError(length)
+
+    def partly(tokens, length):
+        """Read ``tokens``."""
+
+    def unshaped(tokens: "torch.Tensor"):
+        """Read ``tokens``."""
+
+    silent.__annotations__ = {"length": "int"}
+    assert public.faults_of(undocumented, "f") == ["f: no docstring"]
+    assert public.faults_of(silent, "f") == ["f: raises, and says nothing of it"]
+    assert public.faults_of(partly, "f") == ["f: says nothing of length"]
+    assert "unknown shape" in public.faults_of(unshaped, "f")[0]
+
+
+def test_every_public_name_is_on_the_api_page():
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    for name in gl.__all__:
+        assert f"{{ #gainlens.{name} }}" in page
+    assert sum(map(len, api.names_by_room().values())) == len(gl.__all__)
+
+
+def test_a_missing_record_says_how_to_make_it(monkeypatch, tmp_path):
+    from making import claims, ledgers
+
+    for module in (claims, ledgers):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(ledgers, "LEDGERS", tmp_path)
+    for make in (claims.claims, claims.cuts, claims.surgery, claims.similarity, claims.price,
+                 claims.planted, ledgers.kernels, ledgers.engines, ledgers.slim, ledgers.healing,
+                 ledgers.scratch, ledgers.cost):  # fmt: skip
+        assert "Not recorded yet" in make()
+
+
+def test_numbers_read_as_numbers():
+    made = [markdown.number(v) for v in (None, True, 12345, 0.5, 12345.6, 1e-7, [0.1, 0.2])]
+    assert made == ["–", "yes", "12,345", "0.5", "12,346", "1.0e-07", "0.1 to 0.2"]
+
+
+def test_engines_of_the_support_table():
+    """Put down by hand."""
+    every = {"gainlens", "transformers", "vllm", "llama.cpp"}
+    for name in ("Llama", "Mistral", "Qwen2"):
+        assert set(support.engines_of(f"{name}ForCausalLM")) >= every
+    for name in ("Qwen3", "Gemma3", "GPTNeoX"):
+        assert set(support.engines_of(f"{name}ForCausalLM")) & every == {"gainlens"}
+    assert set(support.engines_of("GPT2LMHeadModel")) & every == {"gainlens"}
+    assert support.engines_of("FalconForCausalLM") == ()
+
+
+def test_navigation_has_every_page_once():
+    class Loader(yaml.SafeLoader):
+        """mkdocs' own tags mean nothing here."""
+
+    Loader.add_multi_constructor("", lambda *_: None)
+    nav = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)["nav"]
+
+    def leaves(entry):
+        if isinstance(entry, str):
+            yield entry
+        for inner in entry if isinstance(entry, list) else ():
+            yield from leaves(inner)
+        for inner in entry.values() if isinstance(entry, dict) else ():
+            yield from leaves(inner)
+
+    assert sorted(leaves(nav)) == sorted(p.name for p in (ROOT / "docs").glob("*.md"))
