@@ -1,0 +1,230 @@
+"""Which rows of which parameters a plan makes active, for each of the three kinds of model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from transformers.pytorch_utils import Conv1D
+
+from gainlens.ablation.refit import RefitCut
+from gainlens.errors import InputError, UnsupportedModelError
+from gainlens.export.families import SlimFamily
+from gainlens.export.plan import SlicePlan
+from gainlens.training.slices import Layout, Place, Slice, from_rows, module_at, places_of, to_rows
+
+TRAINABLE = ("q", "k", "v", "o", "mlp", "norm", "embedding")
+"""What ``train=`` names. Of q and k only the planned units, of the others everything."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Rows of one attention parameter that belong to queries, keys or values.
+
+    Attributes:
+        letter: ``q``, ``k`` or ``v``.
+        parameter: which holds them, maybe with others.
+        layout: of the parameter.
+        rows: which, head by head: ``[head, d_head]``.
+    """
+
+    letter: str
+    parameter: torch.nn.Parameter
+    layout: Layout
+    rows: Int[torch.Tensor, "head d_head"]
+
+
+def find_slices(
+    root: torch.nn.Module,
+    kind: str,
+    family: SlimFamily,
+    config: Any,
+    plan: SlicePlan,
+    train: tuple[str, ...],
+    refit: RefitCut | None,
+) -> list[Slice]:
+    """The slices of a model.
+
+    Args:
+        root: the module that is run.
+        kind: ``huggingface`` (also a twin), ``bridge`` or ``hooked``.
+        family, config: of the model.
+        plan: what is active.
+        train: some of ``TRAINABLE``.
+        refit: its maps are folded into the active rows that training starts from.
+
+    Raises:
+        InputError: something in ``train`` that isn't known, or that the model has nothing of.
+        UnsupportedModelError: projections that are kept in an unknown form.
+    """
+    check_train(train)
+    places = places_of(root)
+    names = {id(p): n for n, p in root.named_parameters()}
+    by_parameter: dict[int, list[tuple[int, Part]]] = {}
+    outputs: set[int] = set()
+    n_heads = int(config.num_attention_heads)
+    for layer in range(plan.shape[0]):
+        for part in _parts(root, kind, family, layer, n_heads, plan.shape):
+            by_parameter.setdefault(id(part.parameter), []).append((layer, part))
+        outputs |= _outputs(root, kind, family, layer)
+    slices: list[Slice] = []
+    for key, parts in by_parameter.items():
+        found = _attention_slice(parts, plan, train, refit, family.norm, names[key], places[key])
+        if found is not None:
+            slices.append(found)
+    done = set(by_parameter)
+    for name, parameter in root.named_parameters():
+        if id(parameter) in done or "qkv." in name:  # a bridge's unused copy of a joint matrix
+            continue
+        what = "o" if id(parameter) in outputs else _kind_of(name)
+        if what in train:
+            leaf = _leaf(parameter.detach())
+            slices.append(Slice(name, "other", parameter, places[id(parameter)], leaf=leaf))
+    if not any(part.leaf is not None for part in slices):
+        raise InputError(f"train={train!r}: this model has no such weights, so nothing is active")
+    return slices
+
+
+def check_train(train: tuple[str, ...]) -> None:
+    """Raise ``InputError`` unless every name is one of ``TRAINABLE``, each once."""
+    unknown = [name for name in train if name not in TRAINABLE]
+    if not train or unknown or len(set(train)) != len(train):
+        raise InputError(
+            f"train={train!r}: expected one or several of {', '.join(TRAINABLE)}, each once"
+        )
+
+
+def _attention_slice(
+    parts: list[tuple[int, Part]],
+    plan: SlicePlan,
+    train: tuple[str, ...],
+    refit: RefitCut | None,
+    norm: bool,
+    name: str,
+    places: list[Place],
+) -> Slice | None:
+    first = parts[0][1]
+    stored, layout = first.parameter, first.layout
+    device = stored.device
+    rows = to_rows(stored.detach(), layout).clone()
+    trained: list[torch.Tensor] = []
+    written: list[torch.Tensor] = []
+    for layer, part in parts:
+        order = part.rows.to(device)
+        if part.letter == "v":
+            if "v" in train:
+                trained.append(order.flatten())
+                written.append(order.flatten())
+            continue
+        keep = plan.keep[layer].to(device)
+        group = len(order) // len(keep)
+        active = order[keep.repeat_interleave(group, 0)]
+        if refit is not None:
+            maps = (refit.query_maps if part.letter == "q" else refit.key_maps)[layer]
+            heads = rows[order].double()
+            new = torch.einsum("hrd,hd...->hr...", maps.to(device).double(), heads)
+            rows[order] = new.to(rows.dtype)
+        if not norm:  # a norm's statistic runs over the ghosts, which are masked after it
+            rows[order[~keep.repeat_interleave(group, 0)]] = 0
+        written.append(active)
+        if part.letter in train:
+            trained.append(active)
+    if not written:
+        return None
+    group_name = "other" if all(part.letter == "v" for _, part in parts) else "qk"
+    none = torch.zeros(0, dtype=torch.long, device=device)
+    index = torch.cat(trained).sort().values if trained else none
+    if len(index) == len(rows):
+        values = from_rows(rows, stored.shape, layout)
+        return Slice(name, group_name, stored, places, layout, leaf=_leaf(values))
+    rest = rows.index_fill(0, index, 0)
+    return Slice(
+        name,
+        group_name,
+        stored,
+        places,
+        layout,
+        index,
+        _leaf(rows[index]) if len(index) else None,
+        rest if bool(rest.any()) else None,
+        torch.cat(written).sort().values,
+    )
+
+
+def _leaf(values: Float[torch.Tensor, "..."]) -> Float[torch.Tensor, "..."]:
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return values.to(wide).clone(memory_format=torch.contiguous_format).requires_grad_()
+
+
+def _kind_of(name: str) -> str:
+    last = name.rsplit(".", 2)
+    text = ".".join(last).lower()
+    if any(key in text for key in ("norm", "ln_", "ln1", "ln2")):
+        return "norm"
+    if any(key in name.lower() for key in ("embed", "lm_head", "wte", "wpe")):
+        return "embedding"
+    return "mlp"
+
+
+def _parts(
+    root: Any,
+    kind: str,
+    family: SlimFamily,
+    layer: int,
+    n_heads: int,
+    shape: tuple[int, int, int],
+) -> Iterator[Part]:
+    _, n_kv, d = shape
+    sizes = {"q": n_heads, "k": n_kv, "v": n_kv}
+    if kind == "huggingface":
+        module = root.get_submodule(family.attention.format(layer))
+        if family.key_site in ("query_key_value", "c_attn"):
+            fused = module.get_submodule(family.key_site)
+            every = torch.arange(3 * n_heads * d)
+            by_head = family.key_site == "query_key_value"
+            grid = every.reshape(n_heads, 3, d) if by_head else every.reshape(3, n_heads, d)
+            parts = grid.unbind(1 if by_head else 0)
+            for letter, rows in zip("qkv", parts, strict=True):
+                for parameter in fused.parameters():
+                    yield Part(letter, parameter, "rows" if by_head else "columns", rows)
+            return
+        owners = {letter: module.get_submodule(f"{letter}_proj") for letter in "qkv"}
+    elif kind == "bridge":
+        attention = root.blocks[layer].attn
+        owners = {letter: module_at(attention, letter) for letter in "qkv"}
+    else:
+        attention = root.blocks[layer].attn
+        for letter, heads in sizes.items():
+            rows = torch.arange(heads * d).reshape(heads, d)
+            for stem in ("W", "b"):
+                tables = attention._parameters
+                name = f"_{stem}_{letter.upper()}"
+                parameter = tables.get(name, tables.get(name[1:]))
+                if parameter is None:
+                    raise UnsupportedModelError(f"this HookedTransformer has no {name[1:]}")
+                yield Part(letter, parameter, "heads", rows)
+        return
+    for letter, owner in owners.items():
+        weight = getattr(owner, "weight", None)
+        heads = sizes[letter]
+        if weight is None or heads * d not in weight.shape:
+            raise UnsupportedModelError(
+                f"{family.model_class}: no {letter} projection of {heads * d} units, layer {layer}"
+            )
+        layout: Layout = "columns" if isinstance(owner, Conv1D) else "rows"
+        for parameter in owner.parameters():
+            yield Part(letter, parameter, layout, torch.arange(heads * d).reshape(heads, d))
+
+
+def _outputs(root: Any, kind: str, family: SlimFamily, layer: int) -> set[int]:
+    if kind == "huggingface":
+        path = f"{family.attention.format(layer)}.{family.output}"
+        return {id(p) for p in root.get_submodule(path).parameters()}
+    attention = root.blocks[layer].attn
+    if kind == "bridge":
+        owner = module_at(attention, "o")
+        return set() if owner is None else {id(p) for p in owner.parameters()}
+    return {id(attention.W_O), id(attention.b_O)}

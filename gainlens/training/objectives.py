@@ -1,0 +1,108 @@
+"""What is minimised. A new objective is one row of ``OBJECTIVES``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+
+from gainlens.errors import InputError
+from gainlens.training.student import QueriesKeys
+
+Loss = Callable[[torch.Tensor, "torch.Tensor | None", torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One row.
+
+    Attributes:
+        name: what ``objective=`` says.
+        teacher: whether it needs the intact model's logits.
+        loss: from the student's logits ``[row, vocab]``, the teacher's, and the next tokens
+            ``[row]`` to the sum over rows, nats.
+    """
+
+    name: str
+    teacher: bool
+    loss: Loss
+
+
+def divergence(
+    student: Float[torch.Tensor, "row vocab"],
+    teacher: Float[torch.Tensor, "row vocab"] | None,
+    targets: Int[torch.Tensor, " row"],
+) -> Float[torch.Tensor, ""]:
+    """Kullback-Leibler divergence from the intact model's next-token distribution, nats.
+
+    Knowledge distillation at temperature 1 (Hinton, Vinyals and Dean, 2015).
+    """
+    assert teacher is not None
+    wanted, got = teacher.log_softmax(-1), student.log_softmax(-1)
+    return (wanted.exp() * (wanted - got)).sum()
+
+
+def next_token(
+    student: Float[torch.Tensor, "row vocab"],
+    teacher: Float[torch.Tensor, "row vocab"] | None,
+    targets: Int[torch.Tensor, " row"],
+) -> Float[torch.Tensor, ""]:
+    """Cross entropy of the text's next token, nats."""
+    return torch.nn.functional.cross_entropy(student, targets, reduction="sum")
+
+
+OBJECTIVES: dict[str, Objective] = {
+    row.name: row
+    for row in (
+        Objective("divergence", True, divergence),
+        Objective("next_token", False, next_token),
+    )
+}
+
+
+def get_objective(name: str) -> Objective:
+    """The row called ``name``.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in OBJECTIVES:
+        raise InputError(f"objective={name!r} is not one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+def attention_divergence(
+    student: QueriesKeys, teacher: QueriesKeys, scales: list[float]
+) -> Float[torch.Tensor, ""]:
+    """Divergence of the attention from the intact model's: mean over layers, heads, queries.
+
+    Computed from queries and keys under a plain causal mask; each layer is recomputed in the
+    backward pass, so that only one layer's attention is held at a time.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    total = student[0][0].new_zeros((), dtype=torch.float32)
+    for (q, k), (wanted_q, wanted_k), scale in zip(student, teacher, scales, strict=True):
+        found = checkpoint(_layer_divergence, q, k, wanted_q, wanted_k, scale, use_reentrant=False)
+        total = total + found
+    return total / len(student)
+
+
+def _layer_divergence(
+    q: torch.Tensor, k: torch.Tensor, wanted_q: torch.Tensor, wanted_k: torch.Tensor, scale: float
+) -> torch.Tensor:
+    wanted, got = _log_attention(wanted_q, wanted_k, scale), _log_attention(q, k, scale)
+    # Future positions weigh exactly nothing; their -inf - -inf must not turn into NaN.
+    difference = (wanted - got).masked_fill(wanted == -torch.inf, 0.0)
+    return (wanted.exp() * difference).sum(-1).mean()
+
+
+def _log_attention(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k = q.to(wide).transpose(1, 2), k.to(wide).transpose(1, 2)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    logits = scale * q @ k.transpose(-1, -2)
+    causal = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return logits.masked_fill(~causal, -torch.inf).log_softmax(-1)

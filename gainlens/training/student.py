@@ -1,0 +1,293 @@
+"""``Student``: one set of stored weights, run intact (the teacher) or at virtual width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from gainlens.ablation.ablate import ablation_hooks
+from gainlens.ablation.mask import KeyMask
+from gainlens.ablation.refit import RefitCut
+from gainlens.errors import InputError, SilentSiteError
+from gainlens.export.plan import SlicePlan
+from gainlens.export.slim import check_refit
+from gainlens.export.sources import open_source
+from gainlens.model.batches import Tokens, batches
+from gainlens.model.forward import _hooked_head, cross_entropy
+from gainlens.model.hooks import Hook, attached
+from gainlens.model.rotation import rotate
+from gainlens.model.sites import key_sites
+from gainlens.model.twin import Twin, build_twin
+from gainlens.training.find import find_slices
+from gainlens.training.slices import Slice, frozen, leaves, swapped
+
+SAME_LOGITS = 1e-3
+"""Largest difference from the model's own logits at which its twin is used, in float32."""
+PRECISIONS = ("float32", "bfloat16")
+
+QueriesKeys = list[tuple[torch.Tensor, torch.Tensor]]
+"""Per layer, queries ``[batch, pos, head, d_head]`` and keys, after every norm and rotation."""
+
+
+class Student:
+    """A model whose planned units are trained, and the intact model in one.
+
+    Forward passes go through a twin with fused attention (``gainlens.model.twin``) where there is
+    one that gives the model's own logits, otherwise through the model itself.
+
+    Args:
+        model: a TransformerBridge, a HookedTransformer or a transformers model.
+        plan: what is active.
+        train: what is trained; see ``gainlens.training.find.TRAINABLE``.
+        refit: maps that are folded into the active rows first.
+        precision: ``float32``, or ``bfloat16`` for matrix products in bfloat16 with weights,
+            residual stream, gradients and optimiser in float32.
+
+    Attributes:
+        slices: what is active, parameter by parameter.
+        n_heads: query heads.
+
+    Raises:
+        InputError: a plan of another model, in another basis, or with thin values; see
+            ``find_slices``.
+        UnsupportedModelError: a family that can't be made slim.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        plan: SlicePlan,
+        train: tuple[str, ...] = ("q", "k"),
+        refit: RefitCut | None = None,
+        precision: str = "float32",
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise InputError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
+        source = open_source(model)
+        check_plan(plan)
+        plan.check_model(source.shape, source.fingerprint, source.architecture)
+        plan.check_pairs(source.family.rotary_dim(source.config))
+        if refit is not None:
+            check_refit(refit, plan, source)
+        self.model, self.plan, self.precision = model, plan, precision
+        self.family, self.config = source.family, source.config
+        self.fingerprint, self.architecture = source.fingerprint, source.architecture
+        self.n_heads = int(source.config.num_attention_heads)
+        self.vocabulary = int(source.config.vocab_size)
+        self.device = source.device
+        lens = hasattr(model, "hook_dict")
+        bridge = lens and hasattr(model, "original_model")
+        # A bridge trains its own parts of a joint matrix, which a twin does not run.
+        joint = bridge and source.family.key_site in ("query_key_value", "c_attn")
+        self.twin = None if joint or (lens and not bridge) else self._verified_twin(bridge)
+        if self.twin is None and not lens:
+            raise InputError(
+                f"model={type(model).__name__}: this transformers model can't be run by gainlens; "
+                "wrap it as a TransformerBridge"
+            )
+        root: Any = model if self.twin is None else self.twin.model
+        kind = "huggingface" if self.twin is not None else "bridge" if bridge else "hooked"
+        self.root = root
+        self.slices: list[Slice] = find_slices(
+            root, kind, self.family, self.config, plan, tuple(train), refit
+        )
+        self._mask = KeyMask(plan.keep) if self.family.norm else None
+        self._hooks: list[Hook] = []
+        if self.twin is None and self._mask is not None:
+            self._hooks = list(ablation_hooks(model, self._mask))
+
+    def _verified_twin(self, bridge: bool) -> Twin | None:
+        inner = self.model.original_model if bridge else self.model
+        shim = SimpleNamespace(
+            original_model=inner, cfg=SimpleNamespace(n_layers=self.plan.shape[0])
+        )
+        twin = build_twin(shim)
+        if twin is None:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        length = min(12, int(getattr(self.config, "max_position_embeddings", 12)))
+        tokens = torch.randint(0, self.vocabulary, (2, length), generator=generator)
+        tokens = tokens.to(self.device)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                own = (
+                    self.model(tokens, return_type="logits")
+                    if bridge
+                    else self.model(tokens, use_cache=False).logits
+                )
+                got = twin.logits(twin.hidden(tokens))
+        except Exception:  # a family that can't be run this way; the model itself does the work
+            return None
+        finally:
+            self.model.train(was_training)
+        size = float(own.abs().max().clamp_min(1.0))
+        tolerance = SAME_LOGITS if twin.exact else 5e-2
+        return twin if float((own - got).abs().max()) <= tolerance * size else None
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """The trained tensors, in order."""
+        return leaves(self.slices)
+
+    def full(self) -> list[tuple[Slice, torch.Tensor]]:
+        """Full-width tensors of the present weights, part of the graph where grad is enabled."""
+        return [(part, part.full()) for part in self.slices]
+
+    def intact(self) -> list[tuple[Slice, torch.Tensor]]:
+        """The weights before training; nothing needs to stand in before they are written."""
+        return [(part, part.intact()) for part in self.slices if part.before is not None]
+
+    def write(self) -> None:
+        """Put the active rows into the model's own parameters."""
+        for part in self.slices:
+            part.write()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around all forward passes of a run: no stored parameter takes a gradient."""
+        was_training = self.root.training
+        self.root.eval()
+        try:
+            with frozen(self.root):
+                yield
+        finally:
+            self.root.train(was_training)
+
+    def hidden(
+        self,
+        tokens: Int[torch.Tensor, "document pos"],
+        weights: list[tuple[Slice, torch.Tensor]],
+        *,
+        cut: bool,
+        seen: QueriesKeys | None = None,
+    ) -> Float[torch.Tensor, "document pos width"]:
+        """What the output head reads (logits, of a bridge without a twin).
+
+        Args:
+            tokens: the text.
+            weights: from ``full`` or ``intact``.
+            cut: whether ghosts are masked after a norm on keys.
+            seen: takes the queries and keys of each layer.
+        """
+        with swapped(weights), self._autocast():
+            return self._hidden(tokens.to(self.device), cut, seen)
+
+    def logits(
+        self,
+        hidden: Float[torch.Tensor, "row width"],
+        weights: list[tuple[Slice, torch.Tensor]],
+    ) -> Float[torch.Tensor, "row vocab"]:
+        """The output head on some positions, float32."""
+        with swapped(weights), self._autocast():
+            if self.twin is not None:
+                found = self.twin.logits(hidden[None])[0]
+            elif hasattr(self.model, "original_model"):
+                found = hidden
+            else:
+                found = _hooked_head(self.model, hidden[None])[0]
+            return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    def losses(
+        self, tokens: Int[torch.Tensor, "document pos"], *, intact: bool = False
+    ) -> Float[np.ndarray, " document"]:
+        """Mean next-token loss of each document, nats per token; in float32 throughout."""
+        was, self.precision = self.precision, "float32"
+        try:
+            with torch.no_grad(), self.running():
+                weights = self.intact() if intact else self.full()
+                hidden = self.hidden(tokens, weights, cut=not intact)
+                found = cross_entropy(
+                    lambda part: self.logits(part[0], weights)[None],
+                    hidden,
+                    tokens.to(self.device),
+                )
+        finally:
+            self.precision = was
+        losses: Float[np.ndarray, " document"] = found.double().mean(1).cpu().numpy()
+        return losses
+
+    def document_losses(
+        self, tokens: Tokens, *, intact: bool = False
+    ) -> Float[np.ndarray, " document"]:
+        """As ``losses``, of any number of documents of any length."""
+        found = [self.losses(b, intact=intact) for b in batches(tokens, self.vocabulary)]
+        return np.concatenate(found)
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        on = self.precision == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on):
+            yield
+
+    def _hidden(self, tokens: torch.Tensor, cut: bool, seen: QueriesKeys | None) -> torch.Tensor:
+        keep = None if self._mask is None or not cut else self._mask.keep.to(self.device)
+        if self.twin is not None:
+
+            def edit(
+                queries: torch.Tensor, keys: torch.Tensor, layer: int
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+                if keep is not None:
+                    keys = keys * keep[layer]
+                if seen is not None:
+                    seen.append((queries, keys))
+                return queries, keys
+
+            with self.twin.edited(edit):
+                found = self.twin.hidden(tokens)
+            if not self.twin.complete:
+                raise SilentSiteError("a layer ran without calling its attention function")
+            return found
+        hooks = list(self._hooks) if keep is not None else []
+        if seen is not None:
+            hooks += self._recorders(seen)
+        with attached(self.model, hooks):
+            if hasattr(self.model, "original_model"):
+                logits: torch.Tensor = self.model(tokens, return_type="logits")
+                return logits
+            last = int(self.model.cfg.n_layers)
+            hidden: torch.Tensor = self.model(tokens, return_type=None, stop_at_layer=last)
+            return hidden
+
+    def _recorders(self, seen: QueriesKeys) -> list[Hook]:
+        sites = key_sites(self.model)
+        stage = sites.hook_stage("rotated")
+        found: dict[int, torch.Tensor] = {}
+
+        def record(x: torch.Tensor, hook: Any, *, what: str, layer: int) -> None:
+            turned = x
+            if stage == "projected":
+                turned = rotate(x, sites.frequencies[layer], sites.pairing)
+            if what == "q":
+                found[layer] = turned
+            else:
+                seen.append((found[layer], turned))
+
+        hooks: list[Hook] = []
+        for layer in range(sites.n_layers):
+            for what, name in (("q", sites.query_hook), ("k", sites.key_hook)):
+                fn = partial(record, what=what, layer=layer)
+                hooks.append((name(layer, stage), fn))
+        return hooks
+
+
+def check_plan(plan: SlicePlan) -> None:
+    """Raise ``InputError`` for a plan that names no units of the model's own."""
+    if plan.basis != "own":
+        raise InputError(
+            f"plan has basis {plan.basis!r}: virtual width trains the model's own units "
+            "(basis='own')"
+        )
+    if plan.value_widths is not None and set(plan.value_widths) != {plan.shape[2]}:
+        raise InputError(
+            f"plan cuts values to {min(plan.value_widths)} dimensions, whose basis slim finds "
+            "after training: train with plan.with_values(None), then make it slim with values"
+        )
