@@ -94,7 +94,8 @@ def main() -> None:
     )
     rise = run.losses(validation) - intact
     verdict = verdict_of(rise, fraction)
-    print(verdict, flush=True)
+    likeness = likeness_of(run.student, validation)
+    print(verdict, likeness, flush=True)
     write_json(
         args.out or f"docs/results/healing_{args.run}.json",
         {
@@ -123,6 +124,7 @@ def main() -> None:
                 for row in run.curve
             ],
             "verdict": verdict,
+            "likeness": likeness,
             "rises": [round(float(r), 6) for r in rise],
             "facts": run.facts,
             **environment(),
@@ -165,6 +167,26 @@ def prepare(model_name: str, scope: str, fraction: float, length: int, cache):
         cut.save(kept)
     print(f"{time.time() - started:.0f} s: {cut!r}", flush=True)
     return cut, (training, calibration[CALIBRATION:], validation)
+
+
+def likeness_of(student: Student, validation: torch.Tensor) -> dict:
+    """How like the intact model's the predictions are: a loss alone can fall by calibration."""
+    divergence, agree = [], []
+    with torch.no_grad(), student.running():
+        student.precision = "float32"
+        for tokens in validation.split(4):
+            intact, full = student.intact(), student.full()
+            wanted = student.hidden(tokens, intact, cut=False).flatten(0, 1)
+            found = student.hidden(tokens, full, cut=True).flatten(0, 1)
+            for rows in torch.arange(len(found)).split(256):
+                p = student.logits(wanted[rows], intact).log_softmax(-1)
+                q = student.logits(found[rows], full).log_softmax(-1)
+                divergence.append((p.exp() * (p - q)).sum(-1))
+                agree.append((p.argmax(-1) == q.argmax(-1)).float())
+    return {
+        "divergence_nats": float(torch.cat(divergence).mean()),
+        "top1_agreement": float(torch.cat(agree).mean()),
+    }
 
 
 def verdict_of(rise: np.ndarray, fraction: float) -> dict:
