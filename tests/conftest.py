@@ -17,12 +17,7 @@ matplotlib.use("Agg")
 
 import pytest
 import torch
-import transformer_lens
-
-try:  # transformer-lens 4 raises ImportError for the name, which hasattr doesn't catch
-    HAS_HOOKED = transformer_lens.HookedTransformer is not None
-except ImportError:
-    HAS_HOOKED = False
+from releases import HAS_HOOKED
 
 
 @pytest.fixture(scope="session")

@@ -228,18 +228,20 @@ class CoordinateMap:
         """
         return data_frame(map_rows(self, rows))
 
-    def plot(self, ax: Any = None) -> Any:
-        """Layer heat maps, unit × layer map and rank plot; shows nothing.
+    def plot(self, ax: Any = None, *, part: str = "map") -> Any:
+        """A figure of the map; shows nothing and returns the axes drawn on.
 
         Args:
-            ax: four matplotlib axes, or one for the unit × layer map alone; new ones by default.
+            ax: matplotlib axes to draw into; new ones by default. For the whole ``map`` four (layer
+                heat maps, unit × layer map, rank plot), or one for the unit × layer map alone.
+            part: ``map``, ``sinks``, ``price`` or ``red_line``.
 
-        Returns:
-            The axes drawn on.
+        Raises:
+            InputError: another part, or one that has not been measured.
         """
-        from gainlens.report.plots_map import plot_map
+        from gainlens.report.plots_map import plot_part
 
-        return plot_map(self, ax)
+        return plot_part(self, part, ax)
 
     def _repr_html_(self) -> str:
         from gainlens.report.notebook import figure_html

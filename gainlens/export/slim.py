@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import nn
 
 from gainlens.ablation.refit import RefitCut
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
+from gainlens.export.building import parameters_on_meta, put
 from gainlens.export.canonical import canonical_maps, check_no_rotation, to_canonical
 from gainlens.export.modeling import (
     CLASSES,
@@ -103,7 +101,7 @@ def slim(
     biases = _biases(source, plan)
     config = slim_config(source.config, source.family, plan, biases)
     config.dtype = source.dtype
-    with _parameters_on_meta():
+    with parameters_on_meta():
         thin: Any = CLASSES[source.family.name][1](config)
     attention = [f"{source.family.attention.format(n)}." for n in range(source.n_layers)]
     for layer, prefix in enumerate(attention):
@@ -117,7 +115,7 @@ def slim(
             device = weights.v.device
             weights = weights.thin_values(path.down.to(device), path.up.to(device))
         for name, tensor in weights.thin_keys(layouts[layer]).projections().items():
-            _put(thin, prefix + name, tensor.to(source.dtype))
+            put(thin, prefix + name, tensor.to(source.dtype))
     tied = set(thin.all_tied_weights_keys) if config.tie_word_embeddings else set()
     wanted = [
         name
@@ -125,7 +123,7 @@ def slim(
         if not name.startswith(tuple(attention)) and name not in tied
     ]
     for name, tensor in source.others(wanted):
-        _put(thin, name, tensor.to(source.dtype).clone(memory_format=torch.contiguous_format))
+        put(thin, name, tensor.to(source.dtype).clone(memory_format=torch.contiguous_format))
     thin.tie_weights()
     left = [name for name, p in thin.named_parameters() if p.is_meta]
     if left:
@@ -259,34 +257,6 @@ def _check(source: Source, thin: Any, cut: Cut, paths: list[ValuePath | None]) -
             "its attention that gainlens doesn't know"
         )
     return Parity(tokens, wanted, difference)
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have parameters without memory, but buffers with it."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
-        register(module, name, param)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    old = getattr(module, leaf)
-    if old.shape != tensor.shape:
-        raise UnsupportedModelError(
-            f"weight {name!r} has shape {tuple(tensor.shape)}, expected {tuple(old.shape)}"
-        )
-    setattr(module, leaf, nn.Parameter(tensor, requires_grad=True))
 
 
 __all__ = ["Parity", "load_slim", "plan_of", "slim"]

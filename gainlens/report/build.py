@@ -59,7 +59,7 @@ class Plan:
     evidence_docs: int = 6
     damage_docs: int = 4
     damage_length: int = 128
-    refit_rounds: int = 0
+    refit_rounds: int = 2
     seed: int = 0
     device: str = "cpu"
 

@@ -55,6 +55,21 @@ def plot_map(cmap: CoordinateMap, axes: Any = None) -> Any:
     return axes
 
 
+def plot_part(cmap: CoordinateMap, part: str, axes: Any = None) -> Any:
+    """A part of the map; see ``CoordinateMap.plot``."""
+    parts = {
+        "map": plot_map,
+        "sinks": plot_sinks,
+        "price": plot_price,
+        "red_line": plot_red_line,
+    }
+    if part not in parts:
+        from gainlens.errors import InputError
+
+        raise InputError(f"part={part!r} is not one of {', '.join(parts)}")
+    return parts[part](cmap, axes)
+
+
 def plot_cosine(cmap: CoordinateMap, axis: Any = None) -> Any:
     """Heat map of the cosine between layers, with its CV and null in the title."""
     axis = new_axes(axis, (6, 5))

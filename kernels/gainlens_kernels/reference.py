@@ -114,7 +114,7 @@ def reference(
     lengths: Int[torch.Tensor, "batch"] | None = None,
     starts: Int[torch.Tensor, "batch"] | None = None,
 ) -> Float[torch.Tensor, "batch heads tq d_v"]:
-    """Arguments and errors as for ``sliced_attention``, in plain PyTorch, on any device.
+    """The same in plain PyTorch, on any device; arguments, errors as for ``sliced_attention``.
 
     Computes in float64 for float64 inputs (the oracle of the tests) and in float32 otherwise.
     """

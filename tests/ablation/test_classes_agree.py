@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HAS_HOOKED
 from families import bridge, family_tokens, hugging_face
+from releases import HAS_HOOKED
 
 import gainlens as gl
 

@@ -6,6 +6,7 @@ import copy
 import json
 import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from gainlens.export import (
     load_slim,
     slim,
 )
+from gainlens.export.building import float_copy
 from gainlens.export.engines import stock
 from gainlens.export.engines.llama_cpp import llama_from_gguf
 
@@ -70,13 +72,37 @@ def test_stock_checkpoint_has_the_slim_logits(stock_slim, name, tmp_path):
 @pytest.mark.parametrize("name", STOCK)
 @pytest.mark.parametrize("precision", ["f32", "f16", "q8_0"])
 def test_gguf_has_the_slim_logits(stock_slim, name, precision, tmp_path):
+    """In float32 as they are, else those of the slim model rounded weight by weight."""
     thin = stock_slim[name]
     folder = export_model(thin, tmp_path / "out", "llama.cpp", precision=precision)
-    got, wanted = logits(llama_from_gguf(folder / "model.gguf")), logits(thin)
+    read = llama_from_gguf(folder / "model.gguf")
+    wanted = float_copy(thin, partial(ENGINES["llama.cpp"].rounded, precision=precision))
+    torch.testing.assert_close(logits(read), logits(wanted), atol=1e-4, rtol=0)
     if precision == "f32":
-        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
-    share = (got - wanted).norm() / wanted.norm()
-    assert share < {"f32": 1e-5, "f16": 0.01, "q8_0": 0.1}[precision]
+        torch.testing.assert_close(logits(wanted), logits(thin), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_rounded_weights_are_as_near_as_their_format_allows(stock_slim, engine):
+    """Half a step: of q8_0 1/127 of the block's largest (and its scale is float16)."""
+    thin, row = stock_slim["llama-biased"], ENGINES[engine]
+    half_step = {"f16": 2**-11, "bf16": 2**-8}
+    for precision in row.precisions[1:]:
+        rounded = row.rounded(float_copy(thin), precision)
+        for name, new in rounded.items():
+            old = thin.state_dict()[name]
+            if not old.is_floating_point():
+                continue
+            size = old.abs().clamp_min(1e-4)
+            if precision == "q8_0" and old.ndim == 2:
+                assert not torch.equal(new, old) or not old.any()
+                blocks = old.reshape(-1, 32) if old.shape[1] % 32 == 0 else None
+                if blocks is not None:
+                    size = blocks.abs().amax(1, keepdim=True).expand_as(blocks).reshape(old.shape)
+                    assert ((new - old).abs() <= size * (0.5 / 127 + 2**-11)).all(), name
+                    continue
+            step = half_step.get(precision, 2**-11)
+            assert ((new - old).abs() <= size * step * 1.001).all(), (precision, name)
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -210,8 +236,9 @@ def test_unknown_engine_and_precision(stock_slim, tmp_path):
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))
-def test_nothing_is_left_when_the_gate_fails(stock_slim, engine, tmp_path, monkeypatch):
-    """Files with one wrong weight are found out, wherever it is."""
+@pytest.mark.parametrize("which", [0, -1])
+def test_nothing_is_left_when_the_gate_fails(stock_slim, engine, which, tmp_path, monkeypatch):
+    """Files with one row two per cent off are found out, in the lowest precision as well."""
     thin = copy.deepcopy(stock_slim["llama"])
     row = ENGINES[engine]
     if engine == "vllm":
@@ -221,29 +248,47 @@ def test_nothing_is_left_when_the_gate_fails(stock_slim, engine, tmp_path, monke
     def wrong(self, model, folder, precision, tokenizer):
         spoiled = copy.deepcopy(model)
         with torch.no_grad():
-            spoiled.model.layers[1].self_attn.k_proj.weight[0] += 1.0
+            spoiled.model.layers[1].self_attn.k_proj.weight[0] *= 1.02
         write(self, spoiled, folder, precision, tokenizer)
 
     monkeypatch.setattr(type(row), "write", wrong)
     with pytest.raises(ParityError, match="nothing was written"):
-        export_model(thin, tmp_path / "deep/er/out", engine)
+        export_model(thin, tmp_path / "deep/er/out", engine, precision=row.precisions[which])
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
 @pytest.mark.parametrize("change", ["frequency", "scale"])
-def test_gate_sees_frequencies_and_scale(stock_slim, tmp_path, monkeypatch, change):
-    real = stock.longrope_factors
+def test_gate_sees_frequencies_and_scale(stock_slim, tmp_path, monkeypatch, change, precision):
+    real_factors, real_stock = stock.longrope_factors, stock.stock_llama
 
-    def wrong(model):
-        theta, factors, scale = real(model)
-        if change == "scale":
-            return theta, factors, scale * 1.2
-        return theta, [f * 1.1 for f in factors], scale
+    def wrong_factors(model):
+        theta, factors = real_factors(model)
+        return theta, [f * 1.02 for f in factors]
 
-    monkeypatch.setattr(stock, "longrope_factors", wrong)
+    def wrong_scale(model):
+        made = real_stock(model)
+        with torch.no_grad():
+            for layer in made.model.layers:
+                layer.self_attn.q_proj.weight.mul_(1.02)
+        return made
+
+    if change == "frequency":
+        monkeypatch.setattr(stock, "longrope_factors", wrong_factors)
+    else:
+        monkeypatch.setattr(stock, "stock_llama", wrong_scale)
     with pytest.raises(ParityError):
-        export_model(stock_slim["llama"], tmp_path / "out", "transformers")
+        export_model(stock_slim["llama"], tmp_path / "out", "transformers", precision=precision)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("engine", ["gainlens", "transformers", "llama.cpp"])
+def test_half_precision_models_are_written_exactly(stock_slim, engine, dtype, tmp_path):
+    thin = copy.deepcopy(stock_slim["llama"]).to(dtype)
+    folder = export_model(thin, tmp_path / "out", engine)
+    read = ENGINES[engine].read_back(folder)
+    torch.testing.assert_close(logits(read), logits(float_copy(thin)), atol=1e-4, rtol=0)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")

@@ -134,6 +134,13 @@ def test_a_map_wants_four_axes_or_one(results):
         results["map"].plot(plt.subplots(1, 3)[1])
 
 
+def test_parts_of_a_map_that_are_not_there(results):
+    with pytest.raises(gl.InputError, match="no price yet"):
+        results["map"].plot(part="price")
+    with pytest.raises(gl.InputError, match="part='prize' is not one of"):
+        results["map"].plot(part="prize")
+
+
 def test_plot_of_a_gain_that_was_not_gathered(results):
     with pytest.raises(gl.InputError, match="fisher"):
         results["gains"].plot(score="fisher")

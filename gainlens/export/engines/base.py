@@ -32,14 +32,10 @@ class Engine(ABC):
     Attributes:
         name: how ``export_model`` and the command line ask for it.
         precisions: what weights can be written as, the default first.
-        tolerance: of the parity gate per precision. For ``f32`` the largest logit difference over
-            the largest logit (or over 1 where that is smaller); for rounded weights the root mean
-            square of the differences over that of the logits.
     """
 
     name: str
     precisions: tuple[str, ...] = ("f32", "f16", "bf16")
-    tolerance: dict[str, float]
 
     @abstractmethod
     def check(self, slim: Any) -> None:
@@ -48,6 +44,35 @@ class Engine(ABC):
     @abstractmethod
     def write(self, slim: Any, folder: Path, precision: str, tokenizer: Any | None) -> None:
         """Write the checkpoint into an empty folder."""
+
+    def rounded(self, slim: Any, precision: str) -> dict[str, Float[torch.Tensor, "..."]]:
+        """The state of a float32 slim model with its weights rounded as the engine writes them.
+
+        What the written files compute is compared with this model, so that the gate need not
+        allow for what rounding does to a model.
+        """
+        fold = self.query_fold(slim)
+        done: dict[int, torch.Tensor] = {}  # tied weights are one tensor under two names
+        state = {}
+        for name, tensor in slim.state_dict().items():
+            if not tensor.is_floating_point():
+                state[name] = tensor
+                continue
+            factor = fold if ".self_attn.q_proj." in name else 1.0
+            if tensor.data_ptr() not in done:
+                done[tensor.data_ptr()] = self.round(tensor * factor, precision) / factor
+            state[name] = done[tensor.data_ptr()]
+        return state
+
+    def round(
+        self, tensor: Float[torch.Tensor, "..."], precision: str
+    ) -> Float[torch.Tensor, "..."]:
+        """One float32 weight as it is read back."""
+        return tensor.to(DTYPES[precision]).float()
+
+    def query_fold(self, slim: Any) -> float:
+        """What the written query projections are multiplied by."""
+        return 1.0
 
     @abstractmethod
     def read_back(self, folder: Path) -> Any:

@@ -16,7 +16,7 @@ import torch
 
 from gainlens.errors import InputError
 from gainlens.export.engines.base import Engine
-from gainlens.export.engines.stock import check_stock, longrope_factors, stock_llama
+from gainlens.export.engines.stock import check_stock, longrope_factors, query_fold, stock_llama
 
 FILE = "model.gguf"
 LAYER_NAMES = {
@@ -46,7 +46,6 @@ class LlamaCppEngine(Engine):
 
     name = "llama.cpp"
     precisions = ("f32", "f16", "q8_0")
-    tolerance = {"f32": 1e-4, "f16": 1e-2, "q8_0": 2e-1}  # noqa: RUF012
 
     def check(self, slim: Any) -> None:
         """Raise ``EngineLimitError`` unless the model fits llama.cpp's Llama."""
@@ -57,7 +56,7 @@ class LlamaCppEngine(Engine):
         """``model.gguf``."""
         gguf = _gguf()
         stock = stock_llama(slim)
-        theta, factors, _ = longrope_factors(slim)
+        theta, factors = longrope_factors(slim)
         writer = gguf.GGUFWriter(str(folder / FILE), "llama")
         try:
             _add_settings(writer, stock.config, theta, precision, gguf)
@@ -72,6 +71,19 @@ class LlamaCppEngine(Engine):
             writer.write_tensors_to_file()
         finally:
             writer.close()
+
+    def round(self, tensor: torch.Tensor, precision: str) -> torch.Tensor:
+        """Through the quantiser and back; rows are what is quantised, whatever their order."""
+        if tensor.ndim == 1:
+            return tensor
+        gguf = _gguf()
+        kind = _stored_as(precision, tuple(tensor.shape), gguf)
+        stored = gguf.quants.quantize(np.ascontiguousarray(tensor.numpy()), kind)
+        return torch.from_numpy(gguf.quants.dequantize(stored, kind).astype(np.float32))
+
+    def query_fold(self, slim: Any) -> float:
+        """The softmax scale of the full head."""
+        return query_fold(slim)
 
     def read_back(self, folder: Path) -> Any:
         """Through gguf's reader into a transformers Llama whose frequencies come from the file."""
@@ -180,13 +192,16 @@ def _add_weight(
         heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
         array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
     array = np.ascontiguousarray(array)
-    kind = gguf.GGMLQuantizationType
-    if precision == "f32" or array.ndim == 1:
-        writer.add_tensor(theirs, array)
-    elif precision == "f16" or array.shape[-1] % 32:
-        writer.add_tensor(theirs, array.astype(np.float16))
-    else:
-        writer.add_tensor(theirs, gguf.quants.quantize(array, kind.Q8_0), raw_dtype=kind.Q8_0)
+    kind = _stored_as(precision, array.shape, gguf)
+    writer.add_tensor(theirs, gguf.quants.quantize(array, kind), raw_dtype=kind)
+
+
+def _stored_as(precision: str, shape: tuple[int, ...], gguf: Any) -> Any:
+    """Vectors stay in float32, and rows that no block of 32 divides in float16."""
+    kinds = gguf.GGMLQuantizationType
+    if precision == "f32" or len(shape) == 1:
+        return kinds.F32
+    return kinds.F16 if precision == "f16" or shape[-1] % 32 else kinds.Q8_0
 
 
 def _gguf_name(name: str) -> str:

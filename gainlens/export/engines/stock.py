@@ -27,7 +27,6 @@ class TransformersEngine(Engine):
     """Stock transformers."""
 
     name = "transformers"
-    tolerance = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2}  # noqa: RUF012
     heads: tuple[int, ...] | None = None
     """Head sizes that the engine takes; None for any even one."""
 
@@ -38,6 +37,10 @@ class TransformersEngine(Engine):
     def write(self, slim: Any, folder: Path, precision: str, tokenizer: Any | None) -> None:
         """``config.json``, ``model.safetensors`` and the tokenizer's files."""
         save(stock_llama(slim), folder, precision, tokenizer)
+
+    def query_fold(self, slim: Any) -> float:
+        """The softmax scale of the full head."""
+        return query_fold(slim)
 
     def read_back(self, folder: Path) -> Any:
         """Through transformers' own Llama."""
@@ -116,8 +119,8 @@ def check_stock(slim: Any, engine: str, heads: tuple[int, ...] | None) -> None:
         )
 
 
-def longrope_factors(slim: Any) -> tuple[float, list[float], float]:
-    """Base θ, the factor that turns θ^(-2i/r) into the i-th kept frequency, and the cos/sin scale.
+def longrope_factors(slim: Any) -> tuple[float, list[float]]:
+    """Base θ, and the factors that turn θ^(-2i/r) into the i-th kept frequency.
 
     A frequency is θ^(-2i/r) / factor.
     """
@@ -129,7 +132,18 @@ def longrope_factors(slim: Any) -> tuple[float, list[float], float]:
     frequencies = rotary.inv_freq.detach().double().cpu()[torch.from_numpy(kept[0].copy())]
     n = len(frequencies)
     plain = theta ** (-torch.arange(n, dtype=torch.float64) / n)
-    return theta, (plain / frequencies).tolist(), float(rotary.attention_scaling)
+    return theta, (plain / frequencies).tolist()
+
+
+def query_fold(slim: Any) -> float:
+    """What goes into a stock model's queries.
+
+    Stock scales by 1/√width; the full head's scale, and cos and sin that aren't of length 1, are
+    folded in.
+    """
+    first = slim.model.layers[0].self_attn
+    turn_scale = float(slim.model.rotary_emb.attention_scaling)
+    return float(first.scaling) * math.sqrt(first.head_dim) * turn_scale**2
 
 
 def stock_llama(slim: Any) -> Any:
@@ -139,7 +153,7 @@ def stock_llama(slim: Any) -> Any:
     config = slim.config
     first = slim.model.layers[0].self_attn
     width = int(first.head_dim)
-    theta, factors, turn_scale = longrope_factors(slim)
+    theta, factors = longrope_factors(slim)
     length = int(config.max_position_embeddings)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if any(abs(f - 1) > 1e-6 for f in factors):  # beyond float32 rounding
@@ -174,9 +188,7 @@ def stock_llama(slim: Any) -> Any:
         rope_parameters=rope,
     )
     stock = LlamaForCausalLM(stock_config).eval()
-    # Stock scales by 1/√width; the full head's scale, and cos and sin that aren't of length 1,
-    # go into the queries.
-    fold = float(first.scaling) * math.sqrt(width) * turn_scale**2
+    fold = query_fold(slim)
     state: dict[str, Float[torch.Tensor, "..."]] = {}
     for name, tensor in slim.state_dict().items():
         if name.endswith("rope_index"):
