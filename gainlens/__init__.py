@@ -34,6 +34,7 @@ from gainlens.errors import (
 from gainlens.export import SlicePlan, export_model, load_slim, sliced_attention, slim
 from gainlens.model import KeySites, key_sites, load_model, load_tokens
 from gainlens.probes import KeyGainProbe, KeyGains, probe_gains
+from gainlens.training import TrainingError, TrainingRun, train_virtual_width
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,8 @@ __all__ = [
     "SilentSiteError",
     "SlicePlan",
     "SurgeryCurve",
+    "TrainingError",
+    "TrainingRun",
     "UnsupportedModelError",
     "Verdict",
     "ablate",
@@ -74,5 +77,6 @@ __all__ = [
     "sliced_attention",
     "slim",
     "surgery",
+    "train_virtual_width",
     "with_evidence",
 ]

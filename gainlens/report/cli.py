@@ -1,4 +1,4 @@
-"""The command line: ``gainlens probe | surgery | map | slim | report | bench``.
+"""The command line: ``gainlens probe | surgery | map | train | slim | report | bench``.
 
 Exit status 0 for done, 2 for bad input with one line that says what and where, 130 if interrupted.
 """

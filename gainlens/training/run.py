@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from gainlens.analysis.sequential import skew_interval
 from gainlens.analysis.verdict import Verdict, non_inferiority
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
+from gainlens.frames import data_frame
 from gainlens.model.batches import Tokens, batches
+from gainlens.training.folder import save_folder
 from gainlens.training.student import Student
 
 
@@ -45,6 +48,14 @@ class TrainingRun:
         """The trained model, at full width: its ghosts count unless the plan masks them."""
         return self.student.model
 
+    def __repr__(self) -> str:
+        rises = [row["rise"] for row in self.curve if row.get("rise") is not None]
+        shown = f", monitored rise {rises[-1]:+.4f} nats" if rises else ""
+        return (
+            f"TrainingRun({self.facts['architecture']}, {self.facts['steps']} steps, "
+            f"{self.facts['tokens']:,} tokens, keeps {self.plan.fraction_kept:.1%}{shown})"
+        )
+
     def losses(self, tokens: Tokens, *, intact: bool = False) -> Float[np.ndarray, " document"]:
         """Loss of each document in nats per token: cut and trained, or of the intact original."""
         return self.student.document_losses(tokens, intact=intact)
@@ -70,14 +81,74 @@ class TrainingRun:
         rise = self.losses(documents) - self.losses(documents, intact=True)
         return rise_verdict(rise, 1 - self.plan.fraction_kept, margin, level)
 
+    def save(
+        self,
+        folder: str | Path,
+        tokenizer: Any | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write the trained model: a plain checkpoint, ``plan.json``, ``training.json``.
+
+        The checkpoint has the original's class and its full width; any tool loads it, and computes
+        with the ghosts unless the plan cuts them (``gainlens.slim``, ``gainlens.ablate``).
+
+        Args:
+            folder: a new or an empty one; written beside and renamed.
+            tokenizer: a transformers tokenizer; the model's own by default.
+            facts: more for ``training.json``, such as verdicts.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InputError: the folder holds something or can't be written.
+            UnsupportedModelError: weights in a layout that transformers has not (a
+                HookedTransformer, a bridge of GPT-2 or GPT-NeoX).
+        """
+        chosen = getattr(self.model, "tokenizer", None) if tokenizer is None else tokenizer
+        about = {**self.facts, "curve": self.curve, **(facts or {})}
+        return save_folder(folder, self.model, self.plan, about, chosen)
+
+    def to_dataframe(self) -> Any:
+        """The curve, one row per step.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        return data_frame(self.curve)
+
+    def plot(self, ax: Any | None = None) -> Any:
+        """Loss against training tokens, the intact model as a line; shows nothing.
+
+        Args:
+            ax: matplotlib axes to draw into; new ones by default.
+
+        Returns:
+            The axes.
+        """
+        from gainlens.report.plots_training import plot_training
+
+        return plot_training(self.curve, ax)
+
+    def _repr_html_(self) -> str:
+        from gainlens.report.notebook import figure_html
+
+        return figure_html(self, "Rise of the loss against training tokens")
+
 
 def rise_verdict(
-    rise: Float[np.ndarray, " document"], fraction: float, margin: float, level: float = 0.95
+    rise: Float[np.ndarray, " document"],
+    fraction: float,
+    margin: float,
+    level: float = 0.95,
+    *,
+    trained: bool = True,
 ) -> Verdict:
     """The verdict on paired differences of the loss, one per document."""
+    how = " and the rest trained" if trained else ""
     return non_inferiority(
-        f"with {fraction:.0%} of the key dimensions cut and the rest trained, the loss rises by "
-        f"less than {margin:g} nats",
+        f"with {fraction:.0%} of the key dimensions cut{how}, the loss rises by less than "
+        f"{margin:g} nats",
         float(rise.mean()),
         skew_interval(rise, level),
         margin,

@@ -175,7 +175,7 @@ class Trainer:
         student = self.student
         return {
             "model": student.fingerprint,
-            "plan": text_fingerprint([student.plan.keep]),
+            "plan": text_fingerprint([student.plan.keep.long()]),
             "refit": None
             if self.refit is None
             else text_fingerprint(

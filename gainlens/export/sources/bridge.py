@@ -28,17 +28,17 @@ class BridgeSource(LensSource):
             )
         inner = model.original_model
         super().__init__(model, inner.config, architecture_of(inner))
-        self._tensors: dict[str, torch.Tensor] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
         for name, parameter in inner.named_parameters(remove_duplicate=False):
             plain = name.replace(INSIDE, "")
             # An alias of the bridge may read like the original's own name; that one comes first.
-            if plain not in self._tensors or INSIDE in name:
-                self._tensors[plain] = parameter.detach()
+            if plain not in self.tensors or INSIDE in name:
+                self.tensors[plain] = parameter.detach()
 
     def attention(self, layer: int) -> AttentionWeights:
         """See ``Source``."""
         path = self.family.attention.format(layer) + "."
-        tensors = {n[len(path) :]: t for n, t in self._tensors.items() if n.startswith(path)}
+        tensors = {n[len(path) :]: t for n, t in self.tensors.items() if n.startswith(path)}
         weights = self.family.read(tensors, self.config)
         if self.family.key_site in ("query_key_value", "c_attn"):
             # A bridge splits a joint matrix into parts of its own, and runs (and trains) those.
@@ -55,4 +55,4 @@ class BridgeSource(LensSource):
     def others(self, wanted: list[str]) -> Iterator[tuple[str, Float[torch.Tensor, "..."]]]:
         """See ``Source``."""
         for name in wanted:
-            yield name, self._tensors[name]
+            yield name, self.tensors[name]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from gainlens.report.commands import bench, probe, report, slim, surgery
+from gainlens.report.commands import bench, probe, report, slim, surgery, train
 from gainlens.report.commands import map as map_command
 
 COMMANDS: dict[str, ModuleType] = {
     "probe": probe,
     "surgery": surgery,
     "map": map_command,
+    "train": train,
     "slim": slim,
     "report": report,
     "bench": bench,

@@ -1,0 +1,102 @@
+"""The folder of a trained model: a plain checkpoint at full width, the plan, how it came about."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gainlens.environment import environment
+from gainlens.errors import InputError, UnsupportedModelError
+from gainlens.export.plan import SlicePlan
+from gainlens.export.sources import open_source
+from gainlens.files import check_writable, write_json
+
+PLAN, FACTS = "plan.json", "training.json"
+
+
+def save_folder(
+    folder: str | Path, model: Any, plan: SlicePlan, facts: Mapping[str, Any], tokenizer: Any
+) -> Path:
+    """Write checkpoint, ``plan.json`` and ``training.json`` beside ``folder`` and rename.
+
+    Args:
+        folder: a new or an empty one.
+        model: the trained model, any of the three kinds.
+        plan: with the trained model's fingerprint.
+        facts: for ``training.json``.
+        tokenizer: saved with the checkpoint; None for none.
+
+    Raises:
+        InputError: the folder holds something or can't be written, the disk is full.
+        UnsupportedModelError: a model whose weights lie in no transformers layout.
+    """
+    target = check_free(folder)
+    whole = transformers_model(model)
+    check_writable(target.parent)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        whole.save_pretrained(beside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside)
+        plan.save(beside / PLAN)
+        write_json(beside / FACTS, {**facts, **environment()})
+        beside.chmod(0o755)
+        for file in beside.iterdir():  # safetensors makes files that only their owner reads
+            file.chmod(0o644)
+        os.replace(beside, target)
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise InputError(f"folder {str(target)!r} can't be written: {reason}") from error
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def check_free(folder: str | Path) -> Path:
+    """The folder's path.
+
+    Raises:
+        InputError: it is a file, or holds something.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"folder {str(target)!r} already holds something: expected a new folder")
+    return target
+
+
+def transformers_model(model: Any) -> Any:
+    """The weights of ``model`` in a transformers model of the original's class.
+
+    A bridge has rewired the model inside it, so its weights go into a new one, without a copy.
+
+    Raises:
+        UnsupportedModelError: a HookedTransformer, or a bridge that trains its own parts of a
+            joint query-key-value matrix.
+    """
+    if not hasattr(model, "hook_dict"):
+        return model
+    source = open_source(model)
+    tensors = getattr(source, "tensors", None)
+    if tensors is None or source.family.key_site in ("query_key_value", "c_attn"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} of {source.architecture} keeps its weights in a layout of its "
+            "own: train the transformers model itself, or write gainlens.slim(model, run.plan) "
+            "with gainlens.export_model"
+        )
+    from gainlens.export.building import parameters_on_meta
+
+    with parameters_on_meta():
+        whole = type(model.original_model)(source.config)
+    wanted = whole.state_dict()
+    buffers = dict(whole.named_buffers())
+    state = {name: tensors.get(name, buffers.get(name)) for name in wanted}
+    whole.load_state_dict(state, strict=True, assign=True)
+    whole.tie_weights()
+    whole.generation_config = getattr(model.original_model, "generation_config", None)
+    return whole.eval()
