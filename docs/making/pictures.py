@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from making import healing
 from making.markdown import RESULTS, ROOT, recorded
 
 FOLDER = ROOT / "docs/pictures"
@@ -23,38 +24,50 @@ def draw() -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    facts = recorded(SOURCE)
-    if facts is None or not stale():
-        return
     settings = {"svg.hashsalt": "gainlens", "svg.fonttype": "none", "font.family": "sans-serif"}
-    for name, (width, height, made) in PICTURES.items():
+    for name in stale_names():
+        width, height, made, facts_of = PICTURES[name]
         with matplotlib.rc_context(settings):
             figure = Figure(figsize=(width, height), layout="constrained")
-            made(figure, facts)
+            made(figure, facts_of())
             figure.savefig(
                 FOLDER / f"{name}.svg",
-                metadata={"Date": None, "Source": _digest(made, facts)},
+                metadata={"Date": None, "Source": _digest(made, facts_of())},
                 transparent=False,
                 dpi=100,
             )
 
 
 def stale() -> list[str]:
-    """Pictures that are not of the recorded report."""
-    facts = recorded(SOURCE)
-    if facts is None:
-        return []
+    """Pictures that are not of the recorded runs."""
+    return [
+        f"{(FOLDER / name).relative_to(ROOT)}.svg is stale: run python docs/fill.py"
+        for name in stale_names()
+    ]
+
+
+def stale_names() -> list[str]:
+    """Names of those that are missing, or of other records; none where nothing is recorded."""
     found = []
-    for name, (_, _, made) in PICTURES.items():
-        path = FOLDER / f"{name}.svg"
-        if not path.is_file() or _digest(made, facts) not in path.read_text(encoding="utf-8"):
-            found.append(f"{path.relative_to(ROOT)} is stale: run python docs/fill.py")
+    for name, (_, _, made, facts_of) in PICTURES.items():
+        path, facts = FOLDER / f"{name}.svg", facts_of()
+        if facts and not (
+            path.is_file() and _digest(made, facts) in path.read_text(encoding="utf-8")
+        ):
+            found.append(name)
     return found
 
 
-def _digest(made: Callable[..., None], facts: dict[str, Any]) -> str:
-    part = json.dumps([made.__name__, facts["made"], facts["surgery"], facts["map"]["cosine"]])
-    return hashlib.sha256(part.encode()).hexdigest()
+def report() -> dict[str, Any]:
+    """What the pictures show of the recorded report; empty where there is none."""
+    facts = recorded(SOURCE)
+    if facts is None:
+        return {}
+    return {key: facts[key] for key in ("made", "surgery", "map")}
+
+
+def _digest(made: Callable[..., None], facts: Any) -> str:
+    return hashlib.sha256(json.dumps([made.__name__, facts]).encode()).hexdigest()
 
 
 def surgery(figure: Any, facts: dict[str, Any]) -> None:
@@ -132,8 +145,9 @@ def gains(figure: Any, facts: dict[str, Any]) -> None:
     whole_numbers(ax, "x", "y")
 
 
-PICTURES: dict[str, tuple[float, float, Callable[..., None]]] = {
-    "surgery": (7, 4, surgery),
-    "cosine": (9.5, 4, cosine),
-    "gains": (7.5, 3.8, gains),
+PICTURES: dict[str, tuple[float, float, Callable[..., None], Callable[[], Any]]] = {
+    "surgery": (7, 4, surgery, report),
+    "cosine": (9.5, 4, cosine, report),
+    "gains": (7.5, 3.8, gains, report),
+    "healing": (*healing.PICTURE, healing.runs),
 }

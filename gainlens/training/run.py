@@ -57,7 +57,12 @@ class TrainingRun:
         )
 
     def losses(self, tokens: Tokens, *, intact: bool = False) -> Float[np.ndarray, " document"]:
-        """Loss of each document in nats per token: cut and trained, or of the intact original."""
+        """Loss of each document in nats per token, one number per document.
+
+        Args:
+            tokens: documents, ``[document, position]`` or a list of any lengths.
+            intact: of the original before the cut, instead of the cut and trained model.
+        """
         return self.student.document_losses(tokens, intact=intact)
 
     def judge(self, tokens: Tokens, margin: float = 0.02, level: float = 0.95) -> Verdict:

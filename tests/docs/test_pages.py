@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
 
 import fill
-from making import api, markdown, public, support
+from making import api, healing, markdown, public, support
 
 import gainlens as gl
 
@@ -66,11 +66,11 @@ def test_every_public_name_is_on_the_api_page():
 def test_a_missing_record_says_how_to_make_it(monkeypatch, tmp_path):
     from making import claims, ledgers
 
-    for module in (claims, ledgers):
+    for module in (claims, healing, ledgers):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(ledgers, "LEDGERS", tmp_path)
     for make in (claims.claims, claims.cuts, claims.surgery, claims.similarity, claims.price,
-                 claims.planted, ledgers.kernels, ledgers.engines, ledgers.slim, ledgers.healing,
+                 claims.planted, ledgers.kernels, ledgers.engines, ledgers.slim, healing.page,
                  ledgers.scratch, ledgers.cost):  # fmt: skip
         assert "Not recorded yet" in make()
 

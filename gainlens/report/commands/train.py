@@ -23,7 +23,7 @@ from gainlens.report.plots_training import plot_training
 from gainlens.training import TrainingRun, train_virtual_width
 from gainlens.training.folder import check_free
 from gainlens.training.processes import Processes
-from gainlens.training.run import rise_verdict
+from gainlens.training.run import rise_verdict, row_digests
 from gainlens.training.settings import Settings
 from gainlens.training.student import Student
 
@@ -174,12 +174,27 @@ def _texts(options: argparse.Namespace, model: Any) -> dict[str, torch.Tensor]:
         return found
 
     calibration = documents("calibration", options.n_docs + options.monitor)
+    validation = documents("validation", options.judge)
+    # Short documents may open with the very same words; what judges is left out of the others.
+    judges = row_digests(validation)
+    calibration = _without(calibration, judges)
+    if len(calibration) < options.n_docs + 2:
+        raise InputError(
+            f"--text {options.text} has {len(calibration)} documents for calibration: expected "
+            f"{options.n_docs + 2} or more (--n-docs, and 2 to be monitored)"
+        )
+    monitor = calibration[options.n_docs :]
+    training = documents("training", "all", windows="all")
     return {
         "calibration": calibration[: options.n_docs],
-        "monitor": calibration[options.n_docs :],
-        "training": documents("training", "all", windows="all"),
-        "validation": documents("validation", options.judge),
+        "monitor": monitor,
+        "training": _without(training, judges | row_digests(monitor)),
+        "validation": validation,
     }
+
+
+def _without(rows: torch.Tensor, digests: set[str]) -> torch.Tensor:
+    return rows[[row_digests([row]).isdisjoint(digests) for row in rows]]
 
 
 def _cut(options: argparse.Namespace, model: Any, tokens: torch.Tensor, part: Path) -> None:

