@@ -47,9 +47,10 @@ def test_every_block_is_of_a_kind_that_is_checked():
 
 
 @pytest.fixture(scope="module")
-def tiny_loader(tiny):
-    """The small model in the place of any named one; it is only ever read."""
-    return lambda name, kind=None, **_: tiny
+def tiny_loader():
+    """The small model in the place of any named one; fresh each time, since a page may train it."""
+    load = gl.load_model
+    return lambda name, kind=None, **_: load("tiny")
 
 
 @pytest.mark.parametrize("page", having("python"))
@@ -89,7 +90,13 @@ def test_shell_blocks_are_commands_that_exist(page):
             if not words:
                 continue
             match words:
-                case ["gainlens", *arguments]:
+                case ["gainlens", *arguments] | [
+                    "accelerate",
+                    "launch",
+                    "-m",
+                    "gainlens",
+                    *arguments,
+                ]:
                     build_parser().parse_args(arguments)
                 case ["make", *targets]:
                     for target in targets:
