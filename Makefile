@@ -63,8 +63,8 @@ bench: install
 # Healing runs on the real model: an hour each on two cores, and go on where they were killed.
 bench-heal: install
 	$(PY) benchmarks/healing.py --run layer-50 --steps 320
-	$(PY) benchmarks/healing.py --run universal-50 --steps 480 --lr 1e-3 --other-lr 3e-4
-	$(PY) benchmarks/healing.py --run layer-75 --steps 240 --lr 1e-3 --other-lr 3e-4
+	$(PY) benchmarks/healing.py --run universal-50 --steps 400 --lr 1e-3 --other-lr 3e-4
+	$(PY) benchmarks/healing.py --run layer-75 --steps 400 --lr 1e-3 --other-lr 3e-4
 	$(PY) benchmarks/healing.py --run layer-80 --steps 320 --lr 1e-3 --other-lr 3e-4
 
 # The same slim checkpoint in transformers, vLLM and llama.cpp; the result is kept in docs/results.

@@ -1,9 +1,11 @@
 """Virtual width: training only the active units of a full-width model, and healing a cut."""
 
 from gainlens.training.processes import Processes, gather_gains
+from gainlens.training.rounds import nested_plans
 from gainlens.training.run import TrainingRun
 from gainlens.training.settings import Settings
-from gainlens.training.train import TrainingError, train_virtual_width
+from gainlens.training.train import train_virtual_width
+from gainlens.training.trainer import TrainingError
 
 __all__ = [
     "Processes",
@@ -11,5 +13,6 @@ __all__ = [
     "TrainingError",
     "TrainingRun",
     "gather_gains",
+    "nested_plans",
     "train_virtual_width",
 ]

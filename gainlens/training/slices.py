@@ -90,6 +90,26 @@ class Slice:
         return self.stored.new_zeros(shape, requires_grad=False)
 
     @torch.no_grad()
+    def go_on_from(self, earlier: Slice) -> None:
+        """Take the present values of a slice of the same parameter, which had all these rows."""
+        if self.trained is None:
+            assert self.leaf is not None
+            assert earlier.leaf is not None
+            self.leaf.copy_(earlier.leaf)
+            return
+        present = earlier.leaf if earlier.trained is None else earlier.full()
+        assert present is not None
+        rows = to_rows(present.detach(), self.layout)
+        if self.rest is not None and self.written is not None:
+            self.rest[self.written] = rows[self.written].to(self.rest.dtype)
+            self.rest[self.trained] = 0
+        if self.leaf is not None:
+            wide = rows.to(self.leaf.dtype)
+            if earlier.leaf is not None and earlier.trained is not None:  # what rounding would lose
+                wide = wide.index_copy(0, earlier.trained, earlier.leaf.to(wide.dtype))
+            self.leaf.copy_(wide[self.trained])
+
+    @torch.no_grad()
     def write(self) -> None:
         """Put the active rows into the parameter; every other bit of it stays."""
         new = self.full()

@@ -52,6 +52,7 @@ class Student:
 
     Attributes:
         slices: what is active, parameter by parameter.
+        train: what is trained.
         n_heads: query heads.
 
     Raises:
@@ -77,6 +78,7 @@ class Student:
         if refit is not None:
             check_refit(refit, plan, source)
         self.model, self.plan, self.precision = model, plan, precision
+        self.train = tuple(train)
         self.family, self.config = source.family, source.config
         self.fingerprint, self.architecture = source.fingerprint, source.architecture
         self.n_heads = int(source.config.num_attention_heads)

@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float, Int
-from tqdm.auto import tqdm
-
 from gainlens.ablation.mask import KeyMask
 from gainlens.ablation.refit import RefitCut
-from gainlens.analysis.sequential import skew_interval
-from gainlens.errors import GainlensError, InputError
+from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.files import check_writable
 from gainlens.model.batches import TOKENS_PER_BATCH, Tokens, as_documents, batches
-from gainlens.model.fingerprint import model_fingerprint, text_fingerprint
-from gainlens.training.checkpoint import load_checkpoint, save_checkpoint
-from gainlens.training.objectives import attention_divergence, get_objective
-from gainlens.training.processes import Processes
+from gainlens.model.fingerprint import model_fingerprint
+from gainlens.training.rounds import (
+    Round,
+    as_rounds,
+    follow,
+    joined_curve,
+    joined_facts,
+    round_file,
+    split_steps,
+)
 from gainlens.training.run import TrainingRun, row_digests
 from gainlens.training.settings import Settings
-from gainlens.training.student import QueriesKeys, Student
-
-HEAD_ROWS = 128
-"""Positions whose logits are held at a time."""
-
-
-class TrainingError(GainlensError, RuntimeError):
-    """Training can't go on; the message names the step. The last good checkpoint stays."""
+from gainlens.training.student import Student
+from gainlens.training.trainer import Trainer
 
 
 def train_virtual_width(
     model: Any,
-    plan: SlicePlan | KeyMask | RefitCut,
+    plan: SlicePlan | KeyMask | RefitCut | Sequence[SlicePlan | KeyMask],
     tokens: Tokens,
     *,
     steps: int = 200,
@@ -67,16 +60,20 @@ def train_virtual_width(
     Args:
         model: a TransformerBridge, a HookedTransformer or a transformers model; changed in place.
         plan: a ``SlicePlan`` of this model, or a ``KeyMask``; or a ``RefitCut`` in the place of
-            both a plan of its mask and ``refit``.
+            both a plan of its mask and ``refit``. Several plans, each inside the one before,
+            cut in rounds: ``steps`` are divided among them, each round has the learning-rate
+            schedule of its own, and the last is the result (see ``nested_plans``).
         tokens: training text, ``[document, position]`` or documents of any length; another than
             what chose the plan and than what judges.
-        steps: optimiser steps, each on ``batch`` documents.
-        refit: least-squares maps (``gainlens.refit``) to start from; otherwise the plain cut.
+        steps: optimiser steps in all, each on ``batch`` documents.
+        refit: least-squares maps (``gainlens.refit``) to start from, of the first plan; otherwise
+            the plain cut.
         monitor: documents of the training or calibration text, none of ``tokens``, on which the
             rise of the loss is shown during the run and by which it may stop. They choose when to
             stop, so they can't judge: see ``TrainingRun.judge``.
         checkpoint: a file that is written every ``save_every`` steps; when it is there already,
-            the run goes on from it, on a CPU to the same bytes as without the interruption.
+            the run goes on from it, on a CPU to the same bytes as without the interruption. Of
+            several rounds each has a file, beside it, with the round's number in the name.
         save_every: steps between checkpoints.
         tokens_per_batch: upper bound on tokens per forward pass; larger steps are accumulated.
         progress: show a progress bar.
@@ -95,25 +92,22 @@ def train_virtual_width(
 
     Raises:
         InputError: nothing active, a document shorter than two tokens, monitored documents that
-            are trained on, a setting out of range, a checkpoint of another run.
+            are trained on, a setting out of range, a plan that is not inside the one before, a
+            checkpoint of another run.
         UnsupportedModelError: a family that can't be made slim.
         TrainingError: a loss or a gradient that is not finite; names the step.
     """
-    if isinstance(plan, RefitCut) and refit is None:
-        refit = plan
-    if isinstance(plan, KeyMask | RefitCut):
-        plan = SlicePlan.from_mask(plan)
-    if not isinstance(plan, SlicePlan):
-        raise InputError(f"plan={type(plan).__name__}: expected a SlicePlan, KeyMask or RefitCut")
+    plans, refit = as_rounds(plan, refit)
     try:
         chosen = Settings(steps=steps, **settings)
     except TypeError as error:
         raise InputError(f"settings: {error}") from None
+    parts = split_steps(chosen, len(plans))
     if checkpoint is not None:
         check_writable(Path(checkpoint).absolute().parent)
     if save_every < 1:
         raise InputError(f"save_every={save_every!r}: expected at least 1")
-    student = Student(model, plan, chosen.train, refit, chosen.precision)
+    student = Student(model, plans[0], chosen.train, refit, chosen.precision)
     documents = as_documents(tokens, student.vocabulary)
     watched = [] if monitor is None else list(batches(monitor, student.vocabulary))
     both = row_digests(documents) & row_digests([row for batch in watched for row in batch])
@@ -122,295 +116,26 @@ def train_virtual_width(
             f"monitor shares {len(both)} documents with tokens: text that trains can't say when "
             "to stop"
         )
-    trainer = Trainer(student, chosen, documents, watched, refit, tokens_per_batch)
-    with student.running():
-        trainer.run(None if checkpoint is None else Path(checkpoint), save_every, progress)
+    done: list[Round] = []
+    for number, (round_plan, part) in enumerate(zip(plans, parts, strict=True)):
+        if number:
+            student = follow(student, round_plan)
+        earlier = [row.identity for row in done]
+        trainer = Trainer(student, part, documents, watched, refit, tokens_per_batch, earlier)
+        with student.running():
+            trainer.run(round_file(checkpoint, number, len(plans)), save_every, progress)
+        done.append(Round(round_plan, part, trainer.curve, trainer.facts()))
+        del trainer  # its optimiser state is not needed while the next round runs
     student.write()
     trained_plan = replace(
-        plan,
+        plans[-1],
         fingerprint=model_fingerprint(model),
-        facts={**plan.facts, "trained": chosen.to_json()},
+        facts={**plans[-1].facts, "trained": chosen.to_json()},
     )
     return TrainingRun(
         student,
         trained_plan,
-        trainer.curve,
-        trainer.facts(),
+        joined_curve(done),
+        joined_facts(done, chosen),
         row_digests(documents) | row_digests([row for batch in watched for row in batch]),
     )
-
-
-class Trainer:
-    """The loop: one step after another, the same on every process."""
-
-    def __init__(
-        self,
-        student: Student,
-        settings: Settings,
-        documents: list[Int[torch.Tensor, " pos"]],
-        watched: list[Int[torch.Tensor, "document pos"]],
-        refit: RefitCut | None,
-        tokens_per_batch: int,
-    ) -> None:
-        self.student, self.settings, self.documents = student, settings, documents
-        self.watched, self.refit, self.tokens_per_batch = watched, refit, tokens_per_batch
-        self.objective = get_objective(settings.objective)
-        self.processes = Processes.here()
-        groups: dict[str, list[torch.Tensor]] = {"qk": [], "other": []}
-        for part in student.slices:
-            if part.leaf is not None:
-                groups[part.group].append(part.leaf)
-        self.leaves = groups["qk"] + groups["other"]
-        self.optimizer = settings.make_optimizer(list(groups.items()))
-        self.curve: list[dict[str, Any]] = []
-        self.seconds = 0.0
-        self.n_tokens = 0
-        self.stopped = "steps"
-        self.bytes: dict[str, int] = {}
-        self._intact: Float[np.ndarray, " document"] | None = None
-        self._texts = (text_fingerprint(documents), text_fingerprint(watched))
-
-    def header(self) -> dict[str, Any]:
-        """What must be the same for a run to go on, in the order in which it is told."""
-        student = self.student
-        return {
-            "model": student.fingerprint,
-            "plan": text_fingerprint([student.plan.keep.long()]),
-            "refit": None
-            if self.refit is None
-            else text_fingerprint(
-                [self.refit.query_maps.view(torch.int32), self.refit.key_maps.view(torch.int32)]
-            ),
-            "text": self._texts[0],
-            "monitored text": self._texts[1],
-            "seed": self.settings.seed,
-            "settings": self.settings.to_json(),
-            "processes": self.processes.count,
-        }
-
-    def facts(self) -> dict[str, Any]:
-        """What a result must say about how it was made."""
-        active = sum(leaf.numel() * leaf.element_size() for leaf in self.leaves)
-        return {
-            "architecture": self.student.architecture,
-            "fingerprint_before": self.student.fingerprint,
-            "settings": self.settings.to_json(),
-            "refit": None if self.refit is None else self.refit.facts,
-            "text": self._texts[0],
-            "monitor": self._texts[1],
-            "n_documents": len(self.documents),
-            "steps": self.curve[-1]["step"] if self.curve else 0,
-            "tokens": self.n_tokens,
-            "stopped": self.stopped,
-            "seconds": self.seconds,
-            "processes": self.processes.count,
-            "fused_attention": self.student.twin is not None,
-            "active_parameters": sum(leaf.numel() for leaf in self.leaves),
-            "active_bytes": active,
-            **self.bytes,
-        }
-
-    def run(self, checkpoint: Path | None, save_every: int, progress: bool) -> None:
-        """From the last checkpoint, or the start, to the end."""
-        first = 0
-        if checkpoint is not None and checkpoint.exists():
-            found = load_checkpoint(checkpoint, self.student.slices, self.optimizer, self.header())
-            first, self.curve = int(found["step"]), list(found["curve"])
-            self.n_tokens, self.seconds = int(found["tokens"]), float(found["seconds"])
-            self.stopped, self.bytes = str(found["stopped"]), dict(found["bytes"])
-        settings = self.settings
-        if not self.curve:
-            self.curve.append({"step": 0, "tokens": 0, "loss": None, **self._watch()})
-        with tqdm(
-            total=settings.steps,
-            initial=first,
-            desc="training",
-            unit="step",
-            disable=not (progress and self.processes.first),
-        ) as bar:
-            for step in range(first, settings.steps):
-                if self.stopped == "margin":
-                    break
-                start = time.perf_counter()
-                loss = self.step(step)
-                self.seconds += time.perf_counter() - start
-                row: dict[str, Any] = {"step": step + 1, "tokens": self.n_tokens, "loss": loss}
-                last = step + 1 == settings.steps
-                if last or (step + 1) % settings.check_every == 0:
-                    row |= self._watch()
-                    limit = settings.stop_margin
-                    interval = row.get("interval")
-                    if limit is not None and interval is not None and interval[1] < limit:
-                        self.stopped = "margin"
-                self.curve.append(row)
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.4f}", **self._last_rise())
-                done = last or self.stopped == "margin"
-                if checkpoint is not None and (done or (step + 1) % save_every == 0):
-                    self._save(checkpoint, step + 1)
-        self.processes.wait()
-
-    def step(self, step: int) -> float:
-        """One optimiser step; the mean loss per position, nats.
-
-        Raises:
-            TrainingError: the loss or the gradient is not finite.
-        """
-        chosen = self._chosen(step)
-        shift = 0 if self.objective.teacher else 1
-        count = sum(len(row) - shift for row in chosen)
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), dtype=torch.float64)
-        for batch in (
-            batches(self.processes.share(chosen), self.student.vocabulary, self.tokens_per_batch)
-            if len(chosen) > self.processes.rank
-            else ()
-        ):
-            total += self._backward(batch, count, len(batch) / len(chosen))
-        for leaf in self.leaves:
-            if leaf.grad is None:
-                leaf.grad = torch.zeros_like(leaf)
-        self.processes.sum_([total, *(leaf.grad for leaf in self.leaves if leaf.grad is not None)])
-        self.n_tokens += sum(len(row) for row in chosen)
-        clip = self.settings.clip
-        norm = torch.nn.utils.clip_grad_norm_(self.leaves, clip if clip is not None else torch.inf)
-        loss = float(total)
-        if not np.isfinite(loss) or not bool(torch.isfinite(norm)):
-            raise TrainingError(
-                f"step {step + 1}: loss {loss} and gradient norm {float(norm)}, expected finite "
-                "numbers; the model and the last checkpoint are as they were (a lower lr, or "
-                "precision='float32', may help)"
-            )
-        share = self.settings.share_at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["highest"] * share
-        self.optimizer.step()
-        if not self.bytes:
-            self._count_bytes()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    def _chosen(self, step: int) -> list[Int[torch.Tensor, " pos"]]:
-        """The documents of a step: each pass over the text has an order of its own."""
-        n, batch = len(self.documents), min(self.settings.batch, len(self.documents))
-        found = []
-        for place in range(step * batch, (step + 1) * batch):
-            epoch, at = divmod(place, n)
-            found.append(self.documents[int(self._order(epoch)[at])])
-        return found
-
-    def _order(self, epoch: int) -> Int[torch.Tensor, " document"]:
-        if getattr(self, "_epoch", None) != epoch:
-            seed = np.random.SeedSequence([self.settings.seed, epoch]).generate_state(1)[0]
-            generator = torch.Generator().manual_seed(int(seed))
-            self._epoch, self._drawn = (
-                epoch,
-                torch.randperm(len(self.documents), generator=generator),
-            )
-        return self._drawn
-
-    def _backward(
-        self, batch: Int[torch.Tensor, "document pos"], count: int, share: float
-    ) -> float:
-        """Add the gradient of some documents to the leaves; their part of the step's loss.
-
-        The output head is run on a few positions at a time, forward and backward, so that not
-        all logits are held.
-        """
-        student, objective, settings = self.student, self.objective, self.settings
-        matching = settings.attention > 0
-        seen: QueriesKeys | None = [] if matching else None
-        wanted: QueriesKeys | None = [] if matching else None
-        weights = student.full()
-        hidden = student.hidden(batch, weights, cut=True, seen=seen)
-        # No tensor of the intact model takes a gradient, so no graph is kept of it.
-        teacher = None
-        if objective.teacher or matching:
-            teacher = student.hidden(batch, [], cut=False, seen=wanted).detach().flatten(0, 1)
-        targets = batch.to(student.device)
-        flat = hidden
-        if not objective.teacher:
-            flat, targets = hidden[:, :-1], targets[:, 1:]
-        flat, targets = flat.flatten(0, 1), targets.flatten()
-        ends = flat.detach().requires_grad_()
-        total = 0.0
-        for start in range(0, len(ends), HEAD_ROWS):
-            rows = slice(start, start + HEAD_ROWS)
-            given = None
-            if objective.teacher:
-                assert teacher is not None
-                given = student.logits(teacher[rows], [])
-            got = student.logits(ends[rows], weights)
-            loss = objective.loss(got, given, targets[rows]) / count
-            torch.autograd.backward([loss])
-            total += float(loss.detach())
-        roots, gradients = [flat], [ends.grad]
-        if seen is not None and wanted is not None:
-            scales = [student.family.scaling(student.config, n) for n in range(len(seen))]
-            loss = settings.attention * share * attention_divergence(seen, wanted, scales)
-            roots.append(loss)
-            gradients.append(torch.ones_like(loss))
-            total += float(loss.detach())
-        torch.autograd.backward(roots, gradients)
-        return total
-
-    def _watch(self) -> dict[str, Any]:
-        """Rise of the loss on the monitored documents, with its interval."""
-        if not self.watched:
-            return {}
-        if self._intact is None:
-            self._intact = self._watched_losses(intact=True)
-        differences = self._watched_losses(intact=False) - self._intact
-        if not np.isfinite(differences).all():
-            return {"rise": None, "interval": None}
-        interval = skew_interval(differences, 0.95)
-        plain = list(interval) if np.isfinite(interval).all() else None
-        return {"rise": float(differences.mean()), "interval": plain}
-
-    def _watched_losses(self, *, intact: bool) -> Float[np.ndarray, " document"]:
-        mine = {
-            number: self.student.losses(batch, intact=intact)
-            for number, batch in self.processes.share(list(enumerate(self.watched)))
-        }
-        found: dict[int, Any] = {}
-        for part in self.processes.gathered(mine):
-            found |= part
-        return np.concatenate([found[number] for number in sorted(found)])
-
-    def _last_rise(self) -> dict[str, str]:
-        rises = [row["rise"] for row in self.curve if row.get("rise") is not None]
-        return {"rise": f"{rises[-1]:.4f}"} if rises else {}
-
-    def _count_bytes(self) -> None:
-        def size(tensors: Sequence[Any]) -> int:
-            return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-        state = [
-            value
-            for row in self.optimizer.state.values()
-            for value in row.values()
-            if isinstance(value, torch.Tensor)
-        ]
-        stored = [p.grad for p in self.student.root.parameters()]
-        self.bytes = {
-            "gradient_bytes": size([leaf.grad for leaf in self.leaves]) + size(stored),
-            "optimizer_bytes": size(state),
-        }
-
-    def _save(self, path: Path, step: int) -> None:
-        if self.processes.first:
-            save_checkpoint(
-                path,
-                self.student.slices,
-                self.optimizer,
-                self.header(),
-                {
-                    "step": step,
-                    "curve": self.curve,
-                    "tokens": self.n_tokens,
-                    "seconds": self.seconds,
-                    "stopped": self.stopped,
-                    "bytes": self.bytes,
-                },
-            )
-        self.processes.wait()

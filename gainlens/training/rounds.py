@@ -1,0 +1,167 @@
+"""Gradual schedules: cut a part, heal, cut more, from one intact model and with one result."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gainlens.ablation.mask import KeyMask, Scope
+from gainlens.ablation.refit import RefitCut
+from gainlens.errors import InputError
+from gainlens.export.plan import SlicePlan
+from gainlens.model.fingerprint import text_fingerprint
+from gainlens.probes import KeyGains
+from gainlens.training.settings import Settings
+from gainlens.training.student import Student
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round that is over: its plan and settings, its curve and facts."""
+
+    plan: SlicePlan
+    settings: Settings
+    curve: list[dict[str, Any]]
+    facts: dict[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a later round must find the same to go on."""
+        return {"plan": text_fingerprint([self.plan.keep.long()]), "steps": self.settings.steps}
+
+
+def nested_plans(
+    gains: KeyGains,
+    plan: SlicePlan | KeyMask,
+    rounds: int,
+    score: str = "fisher",
+    scope: Scope = "layer",
+) -> list[SlicePlan]:
+    """Plans on the way to ``plan``, each inside the one before and the last ``plan`` itself.
+
+    Every round cuts the same share of what the round before left.
+
+    Args:
+        gains: which rank the units, with ``score`` among them.
+        plan: where the way ends.
+        rounds: how many plans, at least 1.
+        score, scope: as for ``SlicePlan.from_gains``.
+
+    Raises:
+        InputError: no rounds, gains of another shape or without the score.
+    """
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise InputError(f"rounds={rounds!r}: expected a whole number of at least 1")
+    last = plan if isinstance(plan, SlicePlan) else SlicePlan.from_mask(plan)
+    found: list[SlicePlan] = []
+    for number in range(1, rounds):
+        share = last.fraction_kept ** (number / rounds)
+        best = SlicePlan.from_gains(gains, share, score, scope)
+        if best.shape != last.shape:
+            raise InputError(f"gains are of shape {best.shape}, the plan of {last.shape}")
+        keep = best.keep | last.keep
+        if found:
+            keep &= found[-1].keep
+        found.append(replace(last, keep=keep))
+    return [*found, last]
+
+
+def as_rounds(plan: Any, refit: RefitCut | None) -> tuple[list[SlicePlan], RefitCut | None]:
+    """The plans of every round, and the refit of the first.
+
+    Raises:
+        InputError: none, something that is no plan, or one that is not inside the one before.
+    """
+    if isinstance(plan, RefitCut) and refit is None:
+        refit = plan
+    several = plan if isinstance(plan, list | tuple) else [plan]
+    if not several:
+        raise InputError("plan=[]: expected one plan or more")
+    plans: list[SlicePlan] = []
+    for one in several:
+        found = SlicePlan.from_mask(one) if isinstance(one, KeyMask | RefitCut) else one
+        if not isinstance(found, SlicePlan):
+            raise InputError(
+                f"plan={type(one).__name__}: expected a SlicePlan, KeyMask or RefitCut"
+            )
+        if plans and found.shape != plans[-1].shape:
+            raise InputError(
+                f"plan {len(plans) + 1} is of shape {found.shape}, the first of {plans[0].shape}"
+            )
+        if plans and bool((found.keep & ~plans[-1].keep).any()):
+            raise InputError(
+                f"plan {len(plans) + 1} keeps units that plan {len(plans)} has cut: expected each "
+                "plan inside the one before"
+            )
+        plans.append(found)
+    return plans, refit
+
+
+def split_steps(settings: Settings, rounds: int) -> list[Settings]:
+    """The settings of each round; the last ones get the steps that are left over.
+
+    Raises:
+        InputError: fewer steps than rounds.
+    """
+    if settings.steps < rounds:
+        raise InputError(f"steps={settings.steps}: expected one or more for each of {rounds} plans")
+    ends = [settings.steps * number // rounds for number in range(rounds + 1)]
+    return [replace(settings, steps=end - start) for start, end in itertools.pairwise(ends)]
+
+
+def round_file(checkpoint: str | Path | None, number: int, rounds: int) -> Path | None:
+    """The checkpoint of a round: the file itself for the last, which a run without rounds has."""
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    if number == rounds - 1:
+        return path
+    return path.with_name(f"{path.stem}.round-{number + 1}{path.suffix}")
+
+
+def follow(student: Student, plan: SlicePlan) -> Student:
+    """A student of the same intact weights with less active, and trained as far as ``student``."""
+    found = Student(student.model, plan, student.train, None, student.precision)
+    earlier = {part.name: part for part in student.slices}
+    for part in found.slices:
+        part.go_on_from(earlier[part.name])
+    return found
+
+
+def joined_curve(rounds: Sequence[Round]) -> list[dict[str, Any]]:
+    """One curve of all rounds; with several, every row names its round."""
+    if len(rounds) == 1:
+        return rounds[0].curve
+    rows: list[dict[str, Any]] = []
+    step = tokens = 0
+    for number, one in enumerate(rounds):
+        rows += [
+            {
+                **row,
+                "step": row["step"] + step,
+                "tokens": row["tokens"] + tokens,
+                "round": number + 1,
+            }
+            for row in one.curve
+        ]
+        step, tokens = rows[-1]["step"], rows[-1]["tokens"]
+    return rows
+
+
+def joined_facts(rounds: Sequence[Round], settings: Settings) -> dict[str, Any]:
+    """The facts of the last round, with the steps, tokens and seconds of all."""
+    facts = rounds[-1].facts
+    if len(rounds) == 1:
+        return facts
+    sums = {name: sum(one.facts[name] for one in rounds) for name in ("steps", "tokens", "seconds")}
+    rows = [
+        {
+            "fraction_kept": one.plan.fraction_kept,
+            **{name: one.facts[name] for name in ("steps", "tokens", "seconds", "stopped")},
+        }
+        for one in rounds
+    ]
+    return {**facts, **sums, "settings": settings.to_json(), "rounds": rows}
