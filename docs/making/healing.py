@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -94,7 +95,8 @@ def _published(rows: list[dict[str, Any]]) -> str:
         return ""
     said = "; ".join(
         f"{f['fraction_cut']:.0%} cut: the loss rises from {f['intact_loss']:.3f} by "
-        f"{f['verdict']['estimate']:.3f} ({f['verdict']['estimate'] / f['intact_loss']:.1%}) after "
+        f"{f['verdict']['estimate']:.3f} ({f['verdict']['estimate'] / f['intact_loss']:.1%} of the "
+        f"loss, {math.expm1(f['verdict']['estimate']):.1%} of the perplexity) after "
         f"{f['facts']['tokens']:,} tokens"
         for f in deep
     )

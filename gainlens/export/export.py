@@ -48,7 +48,8 @@ def export_model(
         engine: ``gainlens`` (any plan), ``transformers``, ``vllm`` or ``llama.cpp``.
         precision: of the weights, one of the engine's; its first (``f32``) by default.
         tokenizer: a transformers tokenizer to save beside; for ``llama.cpp`` the path of a GGUF
-            file of the original, whose vocabulary is copied.
+            file of the original, whose vocabulary is copied: llama.cpp loads a file without one,
+            and serves it not.
 
     Returns:
         The folder.

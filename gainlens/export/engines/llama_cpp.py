@@ -38,7 +38,7 @@ GLOBAL_NAMES = {
 
 
 class LlamaCppEngine(Engine):
-    """llama.cpp; ``tokenizer`` is a GGUF file whose vocabulary is copied, or None for none.
+    """llama.cpp; ``tokenizer`` is a GGUF file whose vocabulary is copied (it serves none without).
 
     Its CUDA flash attention takes heads of 40, 64, 72, 80, 96, 112, 128 and 256 dimensions; other
     widths run without it.
