@@ -122,16 +122,20 @@ def read_bandwidth(device: str) -> float:
 def products(a: torch.Tensor, b: torch.Tensor) -> dict[str, Callable[[], Any]]:
     """The matrix products that PyTorch brings: on some processors MKL's is not the fast one."""
     found: dict[str, Callable[[], Any]] = {"product": lambda: a @ b}
-    linear = (
-        getattr(torch.ops.mkldnn, "_linear_pointwise", None) if a.device.type == "cpu" else None
-    )
-    if linear is not None:
-        turned = b.T.contiguous()
-        try:
-            linear(a, turned, None, "none", [], "")
-        except RuntimeError:
-            return found
-        found["product by oneDNN"] = lambda: linear(a, turned, None, "none", [], "")
+    library = torch.ops.mkldnn
+    if a.device.type != "cpu" or not hasattr(library, "_linear_pointwise"):
+        return found
+    turned = b.T.contiguous()
+    weights = {"product by oneDNN": turned}
+    try:
+        weights["product by oneDNN, packed"] = library._reorder_linear_weight(turned, len(a))
+        for name, weight in weights.items():
+            found[name] = lambda weight=weight: library._linear_pointwise(
+                a, weight, None, "none", [], ""
+            )
+            found[name]()
+    except (AttributeError, RuntimeError):  # a release or processor without it
+        return {"product": found["product"]}
     return found
 
 
