@@ -61,6 +61,7 @@ def main() -> int:
         "largest_logit_difference": thin.gainlens_parity.difference,
         "identity_largest_logit_difference": full.gainlens_parity.difference,
         "largest_logit": float(thin.gainlens_parity.logits.abs().max()),
+        "rounding": rounding(args.model, baseline, tokens, gains),
     }
     del bridge
     found = ledger(
@@ -78,6 +79,45 @@ def main() -> int:
         print(json.dumps(row))
     print(found["twice_as_fast"]["verdict"])
     return 0
+
+
+def rounding(name: str, model: Any, tokens: torch.Tensor, gains: Any) -> list[dict[str, Any]]:
+    """Largest logit differences, and how much of them is float32: the same in float64.
+
+    The masked original and its slim model round differently, as do any two attentions. In float64
+    nothing of a real difference would go away.
+    """
+    wide = load_hf(name, dtype=torch.float64)
+    plans = {
+        "identity": SlicePlan.identity(model),
+        "half the keys": SlicePlan.from_gains(gains, 0.5),
+        "half the keys and values": SlicePlan.from_gains(gains, 0.5, values=0.5),
+        "the same, one shared set": SlicePlan.from_gains(gains, 0.5, scope="universal", values=0.5),
+    }
+    rows: list[dict[str, Any]] = []
+    for label, plan in plans.items():
+        thin, exact = slim(model, plan, tokens), slim(wide, plan, tokens)
+        text = thin.gainlens_parity.tokens
+        with torch.no_grad():
+            found, truth = thin(text).logits.double(), exact(text).logits
+        row = {
+            "plan": label,
+            "slim to masked, float32": thin.gainlens_parity.difference,
+            "slim to masked, float64": exact.gainlens_parity.difference,
+            "slim float32 to float64": float((found - truth).abs().max()),
+        }
+        if label == "identity":
+            for attention in ("sdpa", "eager"):
+                model.set_attn_implementation(attention)
+                with torch.no_grad():
+                    own = model(text).logits.double()
+                row[f"original with {attention}, float32 to float64"] = float(
+                    (own - truth).abs().max()
+                )
+            model.set_attn_implementation("sdpa")
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from making import api, claims, healing, ledgers, pictures, public, support
+from making import api, claims, healing, ledgers, pictures, public, scratch, support
 from making.markdown import ROOT
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -31,7 +31,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "engine ledger": ledgers.engines,
     "slim ledger": ledgers.slim,
     "healing ledger": healing.page,
-    "scratch ledger": ledgers.scratch,
+    "scratch ledger": scratch.page,
     "cost ledger": ledgers.cost,
     "api": api.api,
 }

@@ -1,4 +1,4 @@
-"""The ledger pages: kernels, engines, the slim model, healing, from scratch, cost of measuring."""
+"""The ledger pages: kernels, engines, the slim model and the cost of measuring."""
 
 from __future__ import annotations
 
@@ -136,11 +136,6 @@ def slim() -> str:
     return "\n\n".join(parts)
 
 
-def scratch() -> str:
-    """Every recorded run of training from scratch."""
-    return _all_of(("*scratch*.json",), "the runs from scratch", "make bench-train")
-
-
 def cost() -> str:
     """What probing and cutting cost beside the bare model."""
     commands = {
@@ -155,15 +150,6 @@ def cost() -> str:
         parts.append(f"## {title}")
         parts.append(not_yet(file, command) if facts is None else anything(facts, RESULTS / file))
     return "\n\n".join(parts)
-
-
-def _all_of(patterns: tuple[str, ...], what: str, command: str) -> str:
-    files = sorted({path for pattern in patterns for path in RESULTS.glob(pattern)})
-    if not files:
-        return not_yet(what, command)
-    return "\n\n".join(
-        f"## {path.stem.replace('_', ' ')}\n\n{anything(recorded(path), path)}" for path in files
-    )
 
 
 def anything(facts: Any, path: Path) -> str:

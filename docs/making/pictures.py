@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from making import healing
+from making import healing, scratch
 from making.markdown import RESULTS, ROOT, recorded
 
 FOLDER = ROOT / "docs/pictures"
@@ -150,4 +150,5 @@ PICTURES: dict[str, tuple[float, float, Callable[..., None], Callable[[], Any]]]
     "cosine": (9.5, 4, cosine, report),
     "gains": (7.5, 3.8, gains, report),
     "healing": (*healing.PICTURE, healing.runs),
+    "scratch": (*scratch.PICTURE, scratch.run),
 }
