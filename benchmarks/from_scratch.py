@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import gainlens as gl
 from gainlens.analysis.sequential import skew_interval
 from gainlens.environment import environment
+from gainlens.export.attention import ATTENTION
 from gainlens.files import read_json, write_json
 from gainlens.model.loading import load_tokenizer
 from gainlens.model.wrapping import to_bridge
@@ -264,14 +265,10 @@ def step_times(args: argparse.Namespace, data: dict[str, torch.Tensor]) -> dict[
 
     steppers["full"] = of_batch(loop(copy.deepcopy(full), chosen))
     thin = slim_of(full, plan)
-    for name in ("gainlens", "sdpa", "eager"):
-        try:
-            model = copy.deepcopy(thin)
-            model.set_attn_implementation(name)
-            steppers[f"born slim, {name}"] = of_batch(loop(model, chosen))
-            steppers[f"born slim, {name}"](0)
-        except (ValueError, gl.GainlensError):
-            steppers.pop(f"born slim, {name}", None)
+    for name in (ATTENTION, "sdpa", "eager"):
+        model = copy.deepcopy(thin)
+        model.set_attn_implementation(name)
+        steppers[f"born slim, {name}"] = of_batch(loop(model, chosen))
     student = Student(copy.deepcopy(full), plan, tuple(TRAINABLE))
     trainer = Trainer(student, Settings(**chosen), list(text[:256]), [], None, 4096)
     steppers["virtual"] = trainer.step
