@@ -104,6 +104,26 @@ def test_goes_on_after_an_interrupt(healed, tmp_path, monkeypatch, capsys):
         assert (out / name).read_bytes() == (healed / name).read_bytes()
 
 
+def test_cut_in_rounds(tmp_path):
+    """Two rounds: the plan of one round's run, and a record of both."""
+    out = tmp_path / "healed"
+    call = ["train", *SMALL, "--keep", "0.25", "--steps", "4", "--out", str(out)]
+    assert main([*call, "--rounds", "2"]) == 0
+    facts = read_json(out / "training.json")
+    assert [row["steps"] for row in facts["rounds"]] == [2, 2]
+    kept = [row["fraction_kept"] for row in facts["rounds"]]
+    assert kept == pytest.approx([0.5, 0.25], abs=0.05)  # a head always keeps a pair
+    assert gl.SlicePlan.load(out / "plan.json").fraction_kept == kept[1]
+    assert set(facts["untrained"]["validation"]) == {"cut"}
+    thin = gl.slim(load_hf(out), gl.SlicePlan.load(out / "plan.json"))
+    tokens = gl.load_tokens("sotu", gl.load_model("tiny"), n_docs=4, length=48, split="validation")
+    with torch.no_grad():
+        logits = thin(tokens).logits[:, :-1].log_softmax(-1)
+        intact = load_hf("tiny")(tokens).logits[:, :-1].log_softmax(-1)
+    rise = (intact - logits).gather(-1, tokens[:, 1:, None]).mean()
+    assert facts["verdict"]["estimate"] == pytest.approx(float(rise), abs=2e-5)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -111,6 +131,8 @@ def test_goes_on_after_an_interrupt(healed, tmp_path, monkeypatch, capsys):
         (["--plan", "nowhere.json"], "nowhere.json"),
         (["--margin", "0"], "--margin 0.0"),
         (["--judge", "1"], "--judge 1"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--rounds", "3", "--steps", "2"], "--rounds 3"),
         (["--train", "q,w"], "train="),
         (["--objective", "fun"], "objective='fun'"),
     ],

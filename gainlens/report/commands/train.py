@@ -18,9 +18,10 @@ from gainlens.files import check_writable, read_json, write_json
 from gainlens.model import load_tokens
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.loading import load_hf
+from gainlens.probes import probe_gains
 from gainlens.report.commands.common import add_text_arguments, open_model
 from gainlens.report.plots_training import plot_training
-from gainlens.training import TrainingRun, train_virtual_width
+from gainlens.training import TrainingRun, nested_plans, train_virtual_width
 from gainlens.training.folder import check_free
 from gainlens.training.processes import Processes
 from gainlens.training.run import rise_verdict, row_digests
@@ -30,6 +31,8 @@ from gainlens.training.student import Student
 HELP = "heal a cut: train what a plan keeps, judge it, write the trained model"
 OUT = "healed"
 FIGURE = "loss.png"
+WAY = "plan.{}.json"
+"""Plans of the rounds before the last, in the folder of an unfinished run."""
 SETTINGS = (
     "objective",
     "batch",
@@ -55,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refit-rounds", type=int, default=2, help="least-squares refit to start from; 0: none"
     )
-    parser.add_argument("--steps", type=int, default=200, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=200, help="optimiser steps, of all rounds")
+    parser.add_argument("--rounds", type=int, default=1, help="cut in so many, healing between")
     parser.add_argument("--train", default="q,k,v,o", help="q, k, v, o, mlp, norm, embedding")
     plain = Settings(steps=1)
     for name in SETTINGS:
@@ -94,10 +98,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     kept = part / "refit.safetensors"
     refit = RefitCut.load(kept) if kept.exists() else None
     model = load_hf(options.model, device=options.device)
-    before = _untrained(model, plan, refit, texts, options)
+    way = [*(SlicePlan.load(part / WAY.format(n)) for n in range(1, options.rounds)), plan]
+    before = _untrained(model, plan, refit if len(way) == 1 else None, texts, options)
     trained = train_virtual_width(
         model,
-        plan,
+        way,
         texts["training"],
         steps=options.steps,
         refit=refit,
@@ -137,6 +142,8 @@ def _check(options: argparse.Namespace, out: Path) -> None:
     for name in ("monitor", "judge"):
         if getattr(options, name) < 2:
             raise InputError(f"--{name} {getattr(options, name)}: expected at least 2 documents")
+    if options.rounds < 1 or options.rounds > max(1, options.steps):
+        raise InputError(f"--rounds {options.rounds}: expected 1 to --steps {options.steps}")
     if not options.margin > 0:
         raise InputError(f"--margin {options.margin}: expected a number of nats above 0")
     check_writable(out.absolute().parent)
@@ -201,16 +208,31 @@ def _cut(options: argparse.Namespace, model: Any, tokens: torch.Tensor, part: Pa
     """Plan and refit, from the options or from before the kill."""
     if (part / "plan.json").exists():
         return
-    rounds = options.refit_rounds
+    gains = None
+    if options.rounds > 1:
+        gains = probe_gains(model, tokens, scores=(options.score,))
+    rounds = options.refit_rounds if gains is None else 0
     refit: RefitCut | None
     if options.plan:
         plan = SlicePlan.load(options.plan)
         refit = refit_of(model, tokens, plan, rounds=rounds) if rounds else None
     else:
         plan, refit = training_free_cut(
-            model, tokens, options.keep, score=options.score, scope=options.scope, rounds=rounds
+            model,
+            tokens,
+            options.keep,
+            gains=gains,
+            score=options.score,
+            scope=options.scope,
+            rounds=rounds,
         )
         plan = replace(plan, fingerprint=model_fingerprint(model))
+    if gains is not None:
+        way = nested_plans(gains, plan, options.rounds, options.score, options.scope)
+        for number, one in enumerate(way[:-1], 1):
+            one.save(part / WAY.format(number))
+        if options.refit_rounds:
+            refit = refit_of(model, tokens, way[0], rounds=options.refit_rounds)
     if refit is not None:
         refit.save(part / "refit.safetensors")
     plan.save(part / "plan.json")  # last: where it lies, the cut is whole
