@@ -108,6 +108,19 @@ def write(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+def save(ledger: dict[str, Any], done: dict[str, Any], table: list[Shape], path: Path) -> None:
+    """Write the ledger and its page from the rows so far."""
+    order = {s.name: i for i, s in enumerate(table)}
+    ledger["rows"] = sorted(done.values(), key=lambda row: order.get(row["name"], 1 << 30))
+    ledger["date"] = datetime.date.today().isoformat()
+    ledger["summary"] = summarise(ledger["rows"], ledger["cache_bytes"])
+    if "call_cost_us" in ledger:
+        cost = ledger["call_cost_us"]
+        ledger["summary"]["one query, 16 keys: ours / sdpa"] = cost["ours"] / cost["sdpa"]
+    write(path, json.dumps(ledger, indent=1) + "\n")
+    write(path.with_suffix(".md"), markdown(ledger))
+
+
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -139,6 +152,7 @@ def main() -> int:
         widths = ((64, 64), (32, 64), (12, 64), (64, 128))
         wanted = [s for s in wanted if s.kv_heads == 8 and (s.d_qk, s.d_v) in widths]
     ceilings = {"read_bandwidth": read_bandwidth(device), "matmul_rate": matmul_rate(device)}
+    ledger["ceilings"], ledger["cache_bytes"] = ceilings, cache_bytes(device)
     if device == "cpu":
         ledger["call_cost_us"] = call_cost()
     for shape in tqdm([s for s in wanted if s.name not in done], file=sys.stderr, mininterval=5):
@@ -151,20 +165,12 @@ def main() -> int:
         if need > options.max_gb * 1e9:
             ledger["skipped"][shape.name] = f"needs {need / 1e9:.0f} GB with its rivals"
             continue
+        ledger["skipped"].pop(shape.name, None)
         done[shape.name] = run_row(shape, device, ceilings, options.flex)
+        save(ledger, done, table, path)
         gc.collect()
         torch.compiler.reset()
-    order = {s.name: i for i, s in enumerate(table)}
-    ledger["rows"] = sorted(done.values(), key=lambda row: order.get(row["name"], 1 << 30))
-    ledger["date"] = datetime.date.today().isoformat()
-    ledger["cache_bytes"] = cache_bytes(device)
-    ledger["ceilings"] = ceilings
-    ledger["summary"] = summarise(ledger["rows"], ledger["cache_bytes"])
-    if device == "cpu":
-        cost = ledger["call_cost_us"]
-        ledger["summary"]["one query, 16 keys: ours / sdpa"] = cost["ours"] / cost["sdpa"]
-    write(path, json.dumps(ledger, indent=1) + "\n")
-    write(path.with_suffix(".md"), markdown(ledger))
+    save(ledger, done, table, path)
     print(f"read bandwidth {ceilings['read_bandwidth'] / 1e9:.1f} GB/s, ", end="")
     print(f"matrix product {ceilings['matmul_rate'] / 1e9:.0f} GFLOP/s")
     for name, value in ledger["summary"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -58,7 +59,8 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Median, least and number of undisturbed samples per call, in turns.
 
-    Taking turns lets whatever changes on the machine hit all alike. A call that fails is
+    Taking turns lets whatever changes on the machine hit all alike; the order is drawn anew each
+    turn, since who follows the readers of the ceiling finds a cold cache. A call that fails is
     reported with its error; one far slower than the fastest is timed once or twice.
     """
     sample = sample_cuda if device == "cuda" else sample_cpu
@@ -74,11 +76,14 @@ def measure(
     fast = {n: t for n, t in first.items() if t < 20 * reference or "ceiling" in n}
     rounds = max(5, min(60, int(seconds / max(1e-6, sum(fast.values())))))
     taken: dict[str, list[tuple[float, bool]]] = {name: [] for name in first}
+    order, draw = list(first), random.Random(0)
     for turn in range(rounds):
-        for name in first:
+        draw.shuffle(order)
+        for name in order:
             if name in fast or (turn < 2 and first[name] < 1.0) or turn == 0:
                 if first[name] < 2e-3 and device == "cpu":
                     calls[name]()  # what fits the cache is timed there, whoever came before
+                    calls[name]()
                 taken[name].append(sample(calls[name]))
     for name, samples in taken.items():
         clean = [t for t, disturbed in samples if not disturbed]
