@@ -109,7 +109,7 @@ def read_bandwidth(device: str) -> float:
     readers: list[Callable[[], Any]] = [data.sum]
     if cpu.native is not None:
         native = cpu.native
-        for ahead in (0, 512, 2048):
+        for ahead in (0, 512, 2048, 4096):
             readers.append(
                 lambda ahead=ahead: native.read_floats(
                     data.data_ptr(), data.numel() - 4096, ahead, threads
@@ -159,9 +159,10 @@ def ceiling_calls() -> dict[str, Callable[[], Any]]:
     }
     if cpu.native is not None:
         native, threads = cpu.native, torch.get_num_threads()
-        calls["ceiling: read"] = lambda: native.read_floats(
-            data.data_ptr(), READ_FLOATS, 0, threads
-        )
+        for ahead in (0, 4096):
+            calls[f"ceiling: read, {ahead} ahead"] = lambda ahead=ahead: native.read_floats(
+                data.data_ptr(), READ_FLOATS - 4096, ahead, threads
+            )
     return calls
 
 

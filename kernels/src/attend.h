@@ -9,11 +9,11 @@ namespace {
 
 constexpr int64_t STREAM_ROWS = 8;  // up to here rows are few enough not to pack the keys
 
-// Keys of a block. Many rows: wide, to pay the softmax's fixed costs rarely. Few rows: the
-// block of keys and values stays in the first-level cache.
+// Keys of a block. Many rows: wide, to pay the softmax's fixed costs rarely. Few rows: this
+// block of keys and values and the next, which is on its way, stay in the second-level cache.
 static int64_t block_keys(const Problem &p, int64_t rows) {
   if (rows > 2 * MR) return 128;
-  const int64_t keys = 6144 / (p.d_qk + p.d_v) / NR * NR;
+  const int64_t keys = 12288 / (p.d_qk + p.d_v) / NR * NR;
   return max64(NR, min64(128, keys));
 }
 

@@ -26,7 +26,9 @@ GK_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
 GK_INLINE float hmax(vf a) { return _mm512_reduce_max_ps(a); }
 GK_INLINE float hsum(vf a) { return _mm512_reduce_add_ps(a); }
 GK_INLINE float lane0(vf a) { return _mm512_cvtss_f32(a); }
-GK_INLINE void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+// Into the second-level cache: what is in use fills the first, and waiting for a place there
+// stalls the loads.
+GK_INLINE void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T1); }
 
 GK_INLINE vf load(const float *p) { return _mm512_loadu_ps(p); }
 GK_INLINE vf load(const bf16 *p) {

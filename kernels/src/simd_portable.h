@@ -37,7 +37,9 @@ GK_INLINE float hmax(vf a) {
 }
 GK_INLINE float hsum(vf a) { return (a.x[0] + a.x[1]) + (a.x[2] + a.x[3]); }
 GK_INLINE float lane0(vf a) { return a.x[0]; }
-GK_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
+// Into the second-level cache: what is in use fills the first, and waiting for a place there
+// stalls the loads.
+GK_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 template <class T>
 GK_INLINE vf load(const T *p) {
