@@ -12,9 +12,6 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +36,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="*", default=[*CONTEXTS[:2], 8192, 16384])
     parser.add_argument("--decode-tokens", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--lock", type=Path, help="a file locked while a time is taken")
     parser.add_argument("--size-check", action="store_true")
     parser.add_argument("--out", type=Path, default=None)
     return parser.parse_args()
@@ -71,7 +67,6 @@ def main() -> int:
         contexts=args.contexts,
         decode_tokens=args.decode_tokens,
         repeats=args.repeats,
-        guard=partial(locked, args.lock),
     )
     found.update(name=args.model, text=args.text, seed=0, parity=parity)
     write_json(args.out or RESULTS / "slim_ledger.json", found)
@@ -118,19 +113,6 @@ def rounding(name: str, model: Any, tokens: torch.Tensor, gains: Any) -> list[di
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
-
-
-@contextmanager
-def locked(file: Path | None) -> Iterator[None]:
-    """Hold an exclusive lock, so that several people can share a machine and still time things."""
-    if file is None:
-        yield
-        return
-    import fcntl
-
-    with file.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def size_check(out: Path) -> int:

@@ -9,20 +9,17 @@ from __future__ import annotations
 import copy
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
 
 from gainlens.errors import InputError
+from gainlens.export import timing
 from gainlens.export.attention import ATTENTION
-from gainlens.export.cache import GrowingLayer, use_growing_layer
 from gainlens.export.modeling import SlimAttention, family_of, plan_of
+from gainlens.export.timing import Contender
 
 CONTEXTS = (512, 4096, 16384)
 
@@ -104,7 +101,6 @@ def ledger(
     decode_tokens: int = 12,
     repeats: int = 3,
     measure: bool = True,
-    guard: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
     """Before and after, JSON-ready.
 
@@ -117,18 +113,18 @@ def ledger(
         decode_tokens: steps whose median is taken.
         repeats: prefills whose best is taken (one above 4,096 tokens).
         measure: False for the counted and predicted figures alone.
-        guard: entered around each measurement (a lock that keeps the machine quiet, say).
 
     Raises:
         InputError: not slim models.
     """
     plan = plan_of(slim.config)
     before, after = sizes(full), sizes(slim)
-    models = {"full": full, "slim": slim}
-    rivals: dict[str, Any] = {}
+    contenders = [Contender("full", full), Contender("slim", slim)]
     if baseline is not None:
         for setting in ("sdpa", "eager"):
-            rivals[f"transformers {setting}"] = setting
+            for cache in ("dynamic", "static"):
+                name = f"transformers {setting}, {cache} cache"
+                contenders.append(Contender(name, baseline, setting, cache == "static"))
     rows = []
     for context in contexts:
         row: dict[str, Any] = {
@@ -141,25 +137,11 @@ def ledger(
             },
         }
         if measure:
-            timed = {}
-            for name, model in models.items():
-                with guard():
-                    timed[name] = _time(model, context, batch, decode_tokens, repeats)
-            for name, setting in rivals.items():
-                if setting == "eager" and context > 4096:
-                    continue  # a float per pair of positions and head
-                assert baseline is not None
-                baseline.set_attn_implementation(setting)
-                for cache in ("dynamic", "static"):
-                    static = cache == "static"
-                    with guard():
-                        timed[f"{name}, {cache} cache"] = _time(
-                            baseline, context, batch, decode_tokens, repeats, static
-                        )
+            timed = timing.measure(contenders, context, batch, decode_tokens, repeats)
             row["measured"] = timed
             row["decode_ratio"] = _ratio(timed, "decode_tokens_per_second", "full")
             row["prefill_ratio"] = _ratio(timed, "prefill_tokens_per_second", "full")
-            if rivals:
+            if baseline is not None:
                 best = max(
                     (n for n in timed if n.startswith("transformers")),
                     key=lambda n: float(timed[n]["decode_tokens_per_second"]),
@@ -226,58 +208,6 @@ def verdict_on_doubling(before: Sizes, after: Sizes, batch: int) -> dict[str, An
             "outweighs the weights"
         )
     return {"limit": limit, "from_context": context, "verdict": claim}
-
-
-@torch.inference_mode()
-def _time(
-    model: Any, context: int, batch: int, decode_tokens: int, repeats: int, static: bool = False
-) -> dict[str, float]:
-    """Prefill ``context`` tokens; decode with that many in the cache, at random."""
-    from transformers import DynamicCache, StaticCache
-
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = int(model.config.vocab_size)
-    device = next(model.parameters()).device
-    room = context + decode_tokens + 2
-    tokens: Int[torch.Tensor, "batch pos"] = torch.randint(
-        0, vocabulary, (batch, room), generator=generator
-    ).to(device)
-
-    def fresh() -> Any:
-        config = model.config
-        return (
-            StaticCache(config=config, max_cache_len=room)
-            if static
-            else DynamicCache(config=config)
-        )
-
-    prefill = []
-    runs = repeats if context <= 4096 else min(repeats, 1)
-    for _ in range(0 if static else runs):
-        start = time.perf_counter()
-        model(tokens[:, :context], past_key_values=fresh(), logits_to_keep=1)
-        prefill.append(time.perf_counter() - start)
-    shapes = DynamicCache(config=model.config)
-    model(tokens[:, :1], past_key_values=shapes)
-    cache = fresh()
-    for number, layer in enumerate(shapes.layers):
-        if isinstance(layer, GrowingLayer):
-            use_growing_layer(cache, number)
-        filling = (
-            torch.randn(*t.shape[:2], context, t.shape[3], generator=generator).to(t)
-            for t in (layer.keys, layer.values)
-        )
-        cache.update(*filling, number)
-    steps = []
-    for step in range(decode_tokens + 2):
-        one = tokens[:, context + step : context + step + 1]
-        start = time.perf_counter()
-        model(one, past_key_values=cache, logits_to_keep=1)
-        steps.append(time.perf_counter() - start)
-    found = {"decode_tokens_per_second": batch / statistics.median(steps[2:])}
-    if prefill:
-        found["prefill_tokens_per_second"] = batch * context / min(prefill)
-    return found
 
 
 def _ratio(timed: dict[str, dict[str, float]], what: str, before: str) -> float:
