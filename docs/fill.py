@@ -13,12 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from making import api, claims, healing, ledgers, pictures, public, scratch, support
+from making import api, claims, healing, ledgers, pictures, public, scratch, support, worth
 from making.markdown import ROOT
 
 PARTS: dict[str, Callable[[], str]] = {
     "claims": claims.claims,
     "cuts": claims.cuts,
+    "worth": worth.worth,
     "surgery": claims.surgery,
     "similarity": claims.similarity,
     "price": claims.price,
