@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float, Int
 from transformers.pytorch_utils import Conv1D
 
 from gainlens.ablation.refit import RefitCut
 from gainlens.errors import InputError, UnsupportedModelError
+from gainlens.export.building import parameters_on_meta
 from gainlens.export.families import SlimFamily
 from gainlens.export.plan import SlicePlan
 from gainlens.training.slices import Layout, Place, Slice, from_rows, module_at, places_of, to_rows
@@ -65,17 +67,18 @@ def find_slices(
     names = {id(p): n for n, p in root.named_parameters()}
     by_parameter: dict[int, list[tuple[int, Part]]] = {}
     outputs: set[int] = set()
+    done = _added_biases(root, family, config) if kind == "hooked" else set()
     n_heads = int(config.num_attention_heads)
     for layer in range(plan.shape[0]):
         for part in _parts(root, kind, family, layer, n_heads, plan.shape):
+            if id(part.parameter) in done:
+                continue
             by_parameter.setdefault(id(part.parameter), []).append((layer, part))
         outputs |= _outputs(root, kind, family, layer)
     slices: list[Slice] = []
     for key, parts in by_parameter.items():
-        found = _attention_slice(parts, plan, train, refit, family.norm, names[key], places[key])
-        if found is not None:
-            slices.append(found)
-    done = set(by_parameter)
+        slices += _attention_slices(parts, plan, train, refit, family.norm, names[key], places[key])
+    done |= set(by_parameter)
     for name, parameter in root.named_parameters():
         if id(parameter) in done or "qkv." in name:  # a bridge's unused copy of a joint matrix
             continue
@@ -97,7 +100,7 @@ def check_train(train: tuple[str, ...]) -> None:
         )
 
 
-def _attention_slice(
+def _attention_slices(
     parts: list[tuple[int, Part]],
     plan: SlicePlan,
     train: tuple[str, ...],
@@ -105,19 +108,20 @@ def _attention_slice(
     norm: bool,
     name: str,
     places: list[Place],
-) -> Slice | None:
+) -> list[Slice]:
+    """The slice of a parameter; two where values share it, which have a learning rate of theirs."""
     first = parts[0][1]
     stored, layout = first.parameter, first.layout
     device = stored.device
     rows = to_rows(stored.detach(), layout).clone()
     trained: list[torch.Tensor] = []
     written: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
     for layer, part in parts:
         order = part.rows.to(device)
         if part.letter == "v":
             if "v" in train:
-                trained.append(order.flatten())
-                written.append(order.flatten())
+                values.append(order.flatten())
             continue
         keep = plan.keep[layer].to(device)
         group = len(order) // len(keep)
@@ -132,26 +136,32 @@ def _attention_slice(
         written.append(active)
         if part.letter in train:
             trained.append(active)
-    if not written:
-        return None
-    group_name = "other" if all(part.letter == "v" for _, part in parts) else "qk"
-    none = torch.zeros(0, dtype=torch.long, device=device)
-    index = torch.cat(trained).sort().values if trained else none
-    if len(index) == len(rows):
-        values = from_rows(rows, stored.shape, layout)
-        return Slice(name, group_name, stored, places, layout, leaf=_leaf(values))
-    rest = rows.index_fill(0, index, 0)
-    return Slice(
-        name,
-        group_name,
-        stored,
-        places,
-        layout,
-        index,
-        _leaf(rows[index]) if len(index) else None,
-        rest if bool(rest.any()) else None,
-        torch.cat(written).sort().values,
-    )
+    found: list[Slice] = []
+    for group_name, some, change in (("qk", trained, written), ("other", values, values)):
+        if not change:
+            continue
+        none = torch.zeros(0, dtype=torch.long, device=device)
+        index = torch.cat(some).sort().values if some else none
+        if len(index) == len(rows):
+            whole = _leaf(from_rows(rows, stored.shape, layout))
+            return [Slice(name, group_name, stored, places, layout, leaf=whole)]
+        below = found[-1] if found else None
+        rest = rows.index_fill(0, index, 0) if below is None else None
+        found.append(
+            Slice(
+                name if below is None else f"{name} (values)",
+                group_name,
+                stored,
+                places,
+                layout,
+                index,
+                _leaf(rows[index]) if len(index) else None,
+                rest if rest is not None and bool(rest.any()) else None,
+                torch.cat(change).sort().values,
+                below,
+            )
+        )
+    return found
 
 
 def _leaf(values: Float[torch.Tensor, "..."]) -> Float[torch.Tensor, "..."]:
@@ -217,6 +227,32 @@ def _parts(
         layout: Layout = "columns" if isinstance(owner, Conv1D) else "rows"
         for parameter in owner.parameters():
             yield Part(letter, parameter, layout, torch.arange(heads * d).reshape(heads, d))
+
+
+def _added_biases(root: Any, family: SlimFamily, config: Any) -> set[int]:
+    """Biases of a HookedTransformer that its family has not: zeros, which stay.
+
+    Trained, they would make a model that no checkpoint of the family holds.
+    """
+    with parameters_on_meta():
+        whole = getattr(transformers, family.model_class)(config)
+    held = [name for name, _ in whole.named_parameters() if name.endswith("bias")]
+    attention = family.attention.format(0)
+    own = {letter: f"{attention}.{letter}_proj.bias" for letter in "qkv"}
+    own["o"] = f"{attention}.{family.output}.bias"
+    joint = f"{attention}.{family.key_site}.bias" in held
+    missing = {f"attn.b_{n.upper()}" for n, name in own.items() if name not in held}
+    if joint:
+        missing -= {f"attn.b_{n}" for n in "QKV"}
+    if not any(".mlp." in name for name in held):
+        missing |= {f"mlp.b_{n}" for n in ("in", "out", "gate")}
+    missing.add("unembed.b_U")
+    return {
+        id(parameter)
+        for name, parameter in root.named_parameters()
+        if ".".join(name.replace("._b_", ".b_").rsplit(".", 2)[-2:]) in missing
+        and not bool(parameter.detach().any())
+    }
 
 
 def _outputs(root: Any, kind: str, family: SlimFamily, layer: int) -> set[int]:

@@ -19,7 +19,12 @@ PLAN, FACTS = "plan.json", "training.json"
 
 
 def save_folder(
-    folder: str | Path, model: Any, plan: SlicePlan, facts: Mapping[str, Any], tokenizer: Any
+    folder: str | Path,
+    model: Any,
+    plan: SlicePlan,
+    facts: Mapping[str, Any],
+    tokenizer: Any,
+    files: Mapping[str, Path] | None = None,
 ) -> Path:
     """Write checkpoint, ``plan.json`` and ``training.json`` beside ``folder`` and rename.
 
@@ -29,6 +34,7 @@ def save_folder(
         plan: with the trained model's fingerprint.
         facts: for ``training.json``.
         tokenizer: saved with the checkpoint; None for none.
+        files: more of them to copy into the folder, by name.
 
     Raises:
         InputError: the folder holds something or can't be written, the disk is full.
@@ -44,6 +50,8 @@ def save_folder(
             tokenizer.save_pretrained(beside)
         plan.save(beside / PLAN)
         write_json(beside / FACTS, {**facts, **environment()})
+        for name, file in (files or {}).items():
+            shutil.copyfile(file, beside / name)
         beside.chmod(0o755)
         for file in beside.iterdir():  # safetensors makes files that only their owner reads
             file.chmod(0o644)

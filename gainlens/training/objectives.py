@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,35 +74,59 @@ def get_objective(name: str) -> Objective:
 
 
 def attention_divergence(
-    student: QueriesKeys, teacher: QueriesKeys, scales: list[float]
+    student: QueriesKeys,
+    teacher: QueriesKeys,
+    scales: Sequence[float],
+    windows: Sequence[int | None] | None = None,
 ) -> Float[torch.Tensor, ""]:
     """Divergence of the attention from the intact model's: mean over layers, heads, queries.
 
-    Computed from queries and keys under a plain causal mask; each layer is recomputed in the
-    backward pass, so that only one layer's attention is held at a time.
+    Computed from queries and keys under a causal mask; each layer is recomputed in the backward
+    pass, so that only one layer's attention is held at a time.
+
+    Args:
+        student, teacher: queries and keys of every layer.
+        scales: what a layer's query-key products are multiplied by.
+        windows: how many positions, its own among them, a layer's query sees; None for all before
+            it.
     """
     from torch.utils.checkpoint import checkpoint
 
     total = student[0][0].new_zeros((), dtype=torch.float32)
-    for (q, k), (wanted_q, wanted_k), scale in zip(student, teacher, scales, strict=True):
-        found = checkpoint(_layer_divergence, q, k, wanted_q, wanted_k, scale, use_reentrant=False)
+    seen: Sequence[int | None] = [None] * len(scales) if windows is None else windows
+    for (q, k), (wanted_q, wanted_k), scale, window in zip(
+        student, teacher, scales, seen, strict=True
+    ):
+        found = checkpoint(
+            _layer_divergence, q, k, wanted_q, wanted_k, scale, window, use_reentrant=False
+        )
         total = total + found
     return total / len(student)
 
 
 def _layer_divergence(
-    q: torch.Tensor, k: torch.Tensor, wanted_q: torch.Tensor, wanted_k: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    wanted_q: torch.Tensor,
+    wanted_k: torch.Tensor,
+    scale: float,
+    window: int | None,
 ) -> torch.Tensor:
-    wanted, got = _log_attention(wanted_q, wanted_k, scale), _log_attention(q, k, scale)
-    # Future positions weigh exactly nothing; their -inf - -inf must not turn into NaN.
+    wanted = _log_attention(wanted_q, wanted_k, scale, window)
+    got = _log_attention(q, k, scale, window)
+    # Positions out of sight weigh exactly nothing; their -inf - -inf must not turn into NaN.
     difference = (wanted - got).masked_fill(wanted == -torch.inf, 0.0)
     return (wanted.exp() * difference).sum(-1).mean()
 
 
-def _log_attention(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+def _log_attention(
+    q: torch.Tensor, k: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k = q.to(wide).transpose(1, 2), k.to(wide).transpose(1, 2)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     logits = scale * q @ k.transpose(-1, -2)
-    causal = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    return logits.masked_fill(~causal, -torch.inf).log_softmax(-1)
+    sight = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if window is not None:
+        sight = sight.triu(1 - window)
+    return logits.masked_fill(~sight, -torch.inf).log_softmax(-1)

@@ -54,9 +54,20 @@ class Processes:
         return list(items[self.rank :: self.count])
 
     def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replace each tensor by its sum over all processes."""
-        if self.count > 1:
-            for tensor in tensors:
+        """Replace each tensor by its sum over all processes.
+
+        Between GPUs nothing but their own memory is summed; what lies on the CPU goes there and
+        back.
+        """
+        if self.count == 1:
+            return
+        graphic = str(dist.get_backend()) == "nccl"
+        for tensor in tensors:
+            if graphic and not tensor.is_cuda:
+                there = tensor.cuda()
+                dist.all_reduce(there)
+                tensor.copy_(there)
+            else:
                 dist.all_reduce(tensor)
 
     def gathered(self, value: Any) -> list[Any]:

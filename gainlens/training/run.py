@@ -91,6 +91,7 @@ class TrainingRun:
         folder: str | Path,
         tokenizer: Any | None = None,
         facts: Mapping[str, Any] | None = None,
+        files: Mapping[str, Path] | None = None,
     ) -> Path:
         """Write the trained model: a plain checkpoint, ``plan.json``, ``training.json``.
 
@@ -101,6 +102,7 @@ class TrainingRun:
             folder: a new or an empty one; written beside and renamed.
             tokenizer: a transformers tokenizer; the model's own by default.
             facts: more for ``training.json``, such as verdicts.
+            files: more of them to copy into the folder, by name.
 
         Returns:
             The folder.
@@ -112,7 +114,7 @@ class TrainingRun:
         """
         chosen = getattr(self.model, "tokenizer", None) if tokenizer is None else tokenizer
         about = {**self.facts, "curve": self.curve, **(facts or {})}
-        return save_folder(folder, self.model, self.plan, about, chosen)
+        return save_folder(folder, self.model, self.plan, about, chosen, files)
 
     def to_dataframe(self) -> Any:
         """The curve, one row per step.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -58,18 +59,30 @@ class Settings:
         ):
             if value not in table:
                 raise InputError(f"{name}={value!r} is not one of {', '.join(table)}")
-        for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("check_every", 1)):
+        for name, least in (
+            ("steps", 1),
+            ("batch", 1),
+            ("warmup", 0),
+            ("check_every", 1),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name}={value!r}: expected a whole number of at least {least}")
         for name in ("lr", "other_lr", "clip", "stop_margin"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is None and name != "lr":
+                continue
+            if not _is_number(value) or value <= 0:
                 raise InputError(f"{name}={value!r}: expected a number above 0")
         for name in ("weight_decay", "momentum", "attention"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if not _is_number(value) or value < 0:
                 raise InputError(f"{name}={value!r}: expected a number of 0 or above")
+        betas = tuple(self.betas) if isinstance(self.betas, list | tuple) else ()
+        if len(betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
+            raise InputError(f"betas={self.betas!r}: expected two numbers from 0 to below 1")
+        object.__setattr__(self, "betas", betas)
 
     def share_at(self, step: int) -> float:
         """The learning rate of ``step`` (from 0) as a share of the highest."""
@@ -101,3 +114,7 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {**asdict(self), "train": list(self.train), "betas": list(self.betas)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -60,6 +60,7 @@ class Slice:
         rest: all rows, for those that are not trained: ghosts zero, refitted rows with their new
             values; None where every other row is zero.
         written: rows that ``write`` puts into the parameter.
+        below: another slice of the same parameter, whose rows this one leaves as they are.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Slice:
     leaf: Float[torch.Tensor, "..."] | None = None
     rest: Float[torch.Tensor, "..."] | None = None
     written: Int[torch.Tensor, " written"] | None = None
+    below: Slice | None = None
     before: Float[torch.Tensor, "..."] | None = field(default=None, repr=False)
 
     def full(self) -> Float[torch.Tensor, "..."]:
@@ -84,6 +86,8 @@ class Slice:
         return from_rows(rows, self.stored.shape, self.layout)
 
     def _rest(self) -> torch.Tensor:
+        if self.below is not None:
+            return to_rows(self.below.full(), self.layout)
         if self.rest is not None:
             return self.rest
         shape = to_rows(self.stored.detach(), self.layout).shape
@@ -129,7 +133,8 @@ class Slice:
             return self.stored.detach()
         if self.written is None:
             return self.before
-        rows = to_rows(self.stored.detach(), self.layout).clone()
+        present = self.stored.detach() if self.below is None else self.below.intact()
+        rows = to_rows(present, self.layout).clone()
         rows[self.written] = self.before
         return from_rows(rows, self.stored.shape, self.layout)
 
@@ -169,6 +174,24 @@ def frozen(root: torch.nn.Module) -> Iterator[None]:
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def evaluating(root: torch.nn.Module) -> Iterator[None]:
+    """No module trains (drops out) inside the ``with``; after it each is as it was."""
+    training = [module for module in root.modules() if module.training]
+    root.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def shown(slices: list[Slice]) -> list[Slice]:
+    """Those that stand in for their parameters, without the ones that others are made of."""
+    below = {id(part.below) for part in slices}
+    return [part for part in slices if id(part) not in below]
 
 
 def leaves(slices: list[Slice]) -> list[torch.Tensor]:

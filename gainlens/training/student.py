@@ -26,7 +26,14 @@ from gainlens.model.rotation import rotate
 from gainlens.model.sites import key_sites
 from gainlens.model.twin import Twin, build_twin
 from gainlens.training.find import find_slices
-from gainlens.training.slices import Slice, frozen, leaves, swapped
+from gainlens.training.slices import (
+    Slice,
+    evaluating,
+    frozen,
+    leaves,
+    shown,
+    swapped,
+)
 
 SAME_LOGITS = 1e-3
 """Largest difference from the model's own logits at which its twin is used, in float32."""
@@ -86,6 +93,11 @@ class Student:
         self.device = source.device
         lens = hasattr(model, "hook_dict")
         bridge = lens and hasattr(model, "original_model")
+        self._longest: int | None = None
+        if lens and not bridge:
+            self._longest = int(model.cfg.n_ctx)
+        elif not self.family.rotary_dim(self.config):
+            self._longest = int(self.config.max_position_embeddings)
         # A bridge trains its own parts of a joint matrix, which a twin does not run.
         joint = bridge and source.family.key_site in ("query_key_value", "c_attn")
         self.twin = None if joint or (lens and not bridge) else self._verified_twin(bridge)
@@ -117,10 +129,8 @@ class Student:
         length = min(12, int(getattr(self.config, "max_position_embeddings", 12)))
         tokens = torch.randint(0, self.vocabulary, (2, length), generator=generator)
         tokens = tokens.to(self.device)
-        was_training = self.model.training
-        self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(self.model):
                 own = (
                     self.model(tokens, return_type="logits")
                     if bridge
@@ -129,8 +139,6 @@ class Student:
                 got = twin.logits(twin.hidden(tokens))
         except Exception:  # a family that can't be run this way; the model itself does the work
             return None
-        finally:
-            self.model.train(was_training)
         size = float(own.abs().max().clamp_min(1.0))
         tolerance = SAME_LOGITS if twin.exact else 5e-2
         return twin if float((own - got).abs().max()) <= tolerance * size else None
@@ -142,11 +150,11 @@ class Student:
 
     def full(self) -> list[tuple[Slice, torch.Tensor]]:
         """Full-width tensors of the present weights, part of the graph where grad is enabled."""
-        return [(part, part.full()) for part in self.slices]
+        return [(part, part.full()) for part in shown(self.slices)]
 
     def intact(self) -> list[tuple[Slice, torch.Tensor]]:
         """The weights before training; nothing needs to stand in before they are written."""
-        return [(part, part.intact()) for part in self.slices if part.before is not None]
+        return [(part, part.intact()) for part in shown(self.slices) if part.before is not None]
 
     def write(self) -> None:
         """Put the active rows into the model's own parameters."""
@@ -156,13 +164,8 @@ class Student:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Around all forward passes of a run: no stored parameter takes a gradient."""
-        was_training = self.root.training
-        self.root.eval()
-        try:
-            with frozen(self.root):
-                yield
-        finally:
-            self.root.train(was_training)
+        with evaluating(self.root), frozen(self.root):
+            yield
 
     def hidden(
         self,
@@ -217,11 +220,31 @@ class Student:
         losses: Float[np.ndarray, " document"] = found.double().mean(1).cpu().numpy()
         return losses
 
+    def batches(
+        self, tokens: Tokens, name: str = "tokens"
+    ) -> Iterator[Int[torch.Tensor, "document pos"]]:
+        """Checked batches of a text.
+
+        Args:
+            tokens: documents of any length.
+            name: what an error calls them.
+
+        Raises:
+            InputError: see ``gainlens.model.batches``; a document beyond learned positions.
+        """
+        for batch in batches(tokens, self.vocabulary):
+            if self._longest is not None and batch.shape[1] > self._longest:
+                raise InputError(
+                    f"{name} holds a document of {batch.shape[1]} tokens: this model reads at "
+                    f"most {self._longest}"
+                )
+            yield batch
+
     def document_losses(
         self, tokens: Tokens, *, intact: bool = False
     ) -> Float[np.ndarray, " document"]:
         """As ``losses``, of any number of documents of any length."""
-        found = [self.losses(b, intact=intact) for b in batches(tokens, self.vocabulary)]
+        found = [self.losses(batch, intact=intact) for batch in self.batches(tokens)]
         return np.concatenate(found)
 
     @contextmanager

@@ -12,7 +12,7 @@ from gainlens.ablation.refit import RefitCut
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.files import check_writable
-from gainlens.model.batches import TOKENS_PER_BATCH, Tokens, as_documents, batches
+from gainlens.model.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.training.rounds import (
     Round,
@@ -25,7 +25,7 @@ from gainlens.training.rounds import (
 )
 from gainlens.training.run import TrainingRun, row_digests
 from gainlens.training.settings import Settings
-from gainlens.training.student import Student
+from gainlens.training.student import Student, check_plan
 from gainlens.training.trainer import Trainer
 
 
@@ -91,9 +91,10 @@ def train_virtual_width(
         ``save``.
 
     Raises:
-        InputError: nothing active, a document shorter than two tokens, monitored documents that
-            are trained on, a setting out of range, a plan that is not inside the one before, a
-            checkpoint of another run.
+        InputError: nothing active, a document shorter than two tokens or longer than the model
+            reads, ids that it does not know, ``stop_margin`` without ``monitor``, documents that
+            are monitored and trained on, a setting out of range, a plan of another model or not
+            inside the one before, a checkpoint of another run, a folder that can't be written.
         UnsupportedModelError: a family that can't be made slim.
         TrainingError: a loss or a gradient that is not finite; names the step.
     """
@@ -105,11 +106,20 @@ def train_virtual_width(
     parts = split_steps(chosen, len(plans))
     if checkpoint is not None:
         check_writable(Path(checkpoint).absolute().parent)
-    if save_every < 1:
-        raise InputError(f"save_every={save_every!r}: expected at least 1")
+    if isinstance(save_every, bool) or not isinstance(save_every, int) or save_every < 1:
+        raise InputError(f"save_every={save_every!r}: expected a whole number of at least 1")
     student = Student(model, plans[0], chosen.train, refit, chosen.precision)
-    documents = as_documents(tokens, student.vocabulary)
-    watched = [] if monitor is None else list(batches(monitor, student.vocabulary))
+    documents = [row for batch in student.batches(tokens) for row in batch]
+    watched = [] if monitor is None else list(student.batches(monitor, "monitor"))
+    if chosen.stop_margin is not None and sum(len(batch) for batch in watched) < 2:
+        raise InputError(
+            f"stop_margin={chosen.stop_margin!r} without monitor: expected two or more documents "
+            "whose loss says when to stop"
+        )
+    for later in plans[1:]:
+        check_plan(later)
+        later.check_model(plans[0].shape, student.fingerprint, student.architecture)
+        later.check_pairs(student.family.rotary_dim(student.config))
     both = row_digests(documents) & row_digests([row for batch in watched for row in batch])
     if both:
         raise InputError(

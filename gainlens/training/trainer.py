@@ -23,6 +23,8 @@ from gainlens.training.processes import Processes
 from gainlens.training.settings import Settings
 from gainlens.training.student import QueriesKeys, Student
 
+CHECKED = 256
+"""Tokens on which weights are checked before they are kept."""
 HEAD_ROWS = 128
 """Positions whose logits are held at a time."""
 
@@ -120,7 +122,7 @@ class Trainer:
             self.stopped, self.bytes = str(found["stopped"]), dict(found["bytes"])
         settings = self.settings
         if not self.curve:
-            self.curve.append({"step": 0, "tokens": 0, "loss": None, **self._watch()})
+            self.curve.append({"step": 0, "tokens": 0, "loss": None, **self._watch(first)})
         with tqdm(
             total=settings.steps,
             initial=first,
@@ -137,7 +139,7 @@ class Trainer:
                 row: dict[str, Any] = {"step": step + 1, "tokens": self.n_tokens, "loss": loss}
                 last = step + 1 == settings.steps
                 if last or (step + 1) % settings.check_every == 0:
-                    row |= self._watch()
+                    row |= self._watch(step + 1)
                     limit = settings.stop_margin
                     interval = row.get("interval")
                     if limit is not None and interval is not None and interval[1] < limit:
@@ -145,9 +147,11 @@ class Trainer:
                 self.curve.append(row)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.4f}", **self._last_rise())
-                done = last or self.stopped == "margin"
-                if checkpoint is not None and (done or (step + 1) % save_every == 0):
-                    self._save(checkpoint, step + 1)
+                saving = checkpoint is not None and (step + 1) % save_every == 0
+                if last or saving or self.stopped == "margin":
+                    self._check_good(step + 1)
+                    if checkpoint is not None:
+                        self._save(checkpoint, step + 1)
         self.processes.wait()
 
     def step(self, step: int) -> float:
@@ -177,9 +181,7 @@ class Trainer:
         loss = float(total)
         if not np.isfinite(loss) or not bool(torch.isfinite(norm)):
             raise TrainingError(
-                f"step {step + 1}: loss {loss} and gradient norm {float(norm)}, expected finite "
-                "numbers; the model and the last checkpoint are as they were (a lower lr, or "
-                "precision='float32', may help)"
+                _not_finite(step + 1, f"loss {loss} and gradient norm {float(norm)}")
             )
         share = self.settings.share_at(step)
         for group in self.optimizer.param_groups:
@@ -247,23 +249,47 @@ class Trainer:
             total += float(loss.detach())
         roots, gradients = [flat], [ends.grad]
         if seen is not None and wanted is not None:
-            scales = [student.family.scaling(student.config, n) for n in range(len(seen))]
-            loss = settings.attention * share * attention_divergence(seen, wanted, scales)
+            family, config, layers = student.family, student.config, range(len(seen))
+            divergence = attention_divergence(
+                seen,
+                wanted,
+                [family.scaling(config, layer) for layer in layers],
+                [family.window(config, layer) for layer in layers],
+            )
+            loss = settings.attention * share * divergence
             roots.append(loss)
             gradients.append(torch.ones_like(loss))
             total += float(loss.detach())
         torch.autograd.backward(roots, gradients)
         return total
 
-    def _watch(self) -> dict[str, Any]:
-        """Rise of the loss on the monitored documents, with its interval."""
+    def _check_good(self, step: int) -> None:
+        """What replaces the last good checkpoint, or the model's weights, must be good itself.
+
+        The last step's loss was that of the weights before it.
+
+        Raises:
+            TrainingError: a weight, or a loss with it, is not finite.
+        """
+        some = self.documents[0][None, :CHECKED]
+        finite = _all_finite(self.leaves) and bool(np.isfinite(self.student.losses(some)).all())
+        if finite:
+            hidden = self.student.hidden(some, self.student.full(), cut=True)
+            finite = _all_finite(torch.autograd.grad(hidden.sum(), self.leaves, allow_unused=True))
+        if not finite:
+            raise TrainingError(
+                _not_finite(step, "the weights after it give no finite loss and gradient")
+            )
+
+    def _watch(self, step: int) -> dict[str, Any]:
+        """Rise of the loss on the monitored documents after ``step``, with its interval."""
         if not self.watched:
             return {}
         if self._intact is None:
             self._intact = self._watched_losses(intact=True)
         differences = self._watched_losses(intact=False) - self._intact
         if not np.isfinite(differences).all():
-            return {"rise": None, "interval": None}
+            raise TrainingError(_not_finite(step, "the monitored loss after it is not finite"))
         interval = skew_interval(differences, 0.95)
         plain = list(interval) if np.isfinite(interval).all() else None
         return {"rise": float(differences.mean()), "interval": plain}
@@ -315,3 +341,14 @@ class Trainer:
                 },
             )
         self.processes.wait()
+
+
+def _not_finite(step: int, what: str) -> str:
+    return (
+        f"step {step}: {what}, expected finite numbers; the model and the last good checkpoint "
+        "are as they were (a lower lr, or precision='float32', may help)"
+    )
+
+
+def _all_finite(tensors: Sequence[torch.Tensor | None]) -> bool:
+    return all(t is None or bool(torch.isfinite(t).all()) for t in tensors)

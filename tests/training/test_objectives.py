@@ -49,7 +49,8 @@ def test_next_token_is_minus_the_log_probability():
     assert float(next_token(logits, None, targets)) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_attention_divergence_position_by_position():
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_attention_divergence_position_by_position(window):
     batch, pos, heads, kv_heads, width, scale = 2, 5, 4, 2, 6, 0.3
     made = [
         [(random(batch, pos, heads, width, seed=s), random(batch, pos, kv_heads, width, seed=s + 9))
@@ -62,11 +63,12 @@ def test_attention_divergence_position_by_position():
         for b in range(batch):
             for h in range(heads):
                 for i in range(pos):
-                    got = (scale * k[b, : i + 1, h // 2] @ q[b, i, h]).softmax(-1)
-                    wanted = (scale * wanted_k[b, : i + 1, h // 2] @ wanted_q[b, i, h]).softmax(-1)
+                    sight = slice(0 if window is None else max(0, i + 1 - window), i + 1)
+                    got = (scale * k[b, sight, h // 2] @ q[b, i, h]).softmax(-1)
+                    wanted = (scale * wanted_k[b, sight, h // 2] @ wanted_q[b, i, h]).softmax(-1)
                     total += float((wanted * (wanted / got).log()).sum())
                     count += 1
-    found = attention_divergence(student, teacher, [scale, scale])
+    found = attention_divergence(student, teacher, [scale, scale], [window, window])
     assert float(found) == pytest.approx(total / count, rel=1e-6)  # held in float32 and wider
     assert float(attention_divergence(teacher, teacher, [scale, scale])) == 0
 

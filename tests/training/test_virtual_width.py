@@ -135,6 +135,71 @@ def rows_of(model):
     return [source.attention(layer) for layer in range(source.n_layers)]
 
 
+KINDS = [("bridge", name) for name in ("llama", "mistral", "qwen2", "qwen3", "neox", "gpt2")]
+if HAS_HOOKED:
+    KINDS += [("hooked", name) for name in ("llama", "mistral", "qwen2", "qwen3")]
+
+
+def of_kind(name, kind):
+    from gainlens.model.wrapping import to_bridge, to_hooked
+
+    model = wide_model(name)
+    return {"bridge": to_bridge, "hooked": to_hooked}[kind](model, name, None)
+
+
+@pytest.mark.parametrize("kind, name", KINDS)
+def test_every_kind_trains_as_the_transformers_model_does(kind, name):
+    """All weights, each at its own rate: nothing that one kind has beside the others is trained."""
+    tokens, plain, model = text(), wide_model(name), of_kind(name, kind)
+    plan = plan_for(plain, name)
+    settings = dict(
+        steps=3, batch=3, lr=0.2, other_lr=0.05, optimizer="sgd", momentum=0.9, weight_decay=0.05,
+        train=("q", "k", "v", "o", "mlp", "norm"), objective="next_token", **STEADY,
+    )  # fmt: skip
+    ghosts = [
+        [None if t is None else t.clone() for t in (w.q, w.k, w.q_bias, w.k_bias)]
+        for w in rows_of(model)
+    ]
+    run, wanted = (train_virtual_width(m, plan, tokens, **settings) for m in (model, plain))
+    rounding = 1e-6 if kind == "hooked" else 1e-10  # a HookedTransformer turns in float32
+    for step in (1, 2, 3):
+        assert run.curve[step]["loss"] == pytest.approx(wanted.curve[step]["loss"], abs=rounding)
+    got = dict(gl.slim(model, run.plan).named_parameters())
+    for key, parameter in gl.slim(plain, wanted.plan).named_parameters():
+        torch.testing.assert_close(got[key], parameter, rtol=0, atol=10 * rounding, msg=key)
+    for keep, weights, before in zip(plan.keep, rows_of(model), ghosts, strict=True):
+        after = (weights.q, weights.k, weights.q_bias, weights.k_bias)
+        for one, other in zip(after, before, strict=True):
+            if other is not None:
+                cut = ~keep.repeat_interleave(len(other) // len(keep), 0)
+                assert torch.equal(one[cut], other[cut]) and not torch.equal(one[~cut], other[~cut])
+
+
+@pytest.mark.one_env
+@pytest.mark.parametrize("name", ["neox", "gpt2"])
+def test_values_in_a_joint_matrix_have_the_other_rate(name):
+    """At the same rate for all, and at another for values alone, beside plain PyTorch."""
+    tokens, model, oracle = text(), wide_model(name), wide_model(name)
+    plan = gl.SlicePlan.identity(model)
+    found = {n: p for n, p in oracle.named_parameters() if "query_key_value" in n or "c_attn" in n}
+    logits = oracle(tokens).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    gradients = torch.autograd.grad(loss, list(found.values()))
+    train_virtual_width(
+        model, plan, tokens, steps=1, batch=3, objective="next_token", optimizer="sgd", lr=0.3,
+        other_lr=0.1, train=("q", "k", "v"), **STEADY,
+    )  # fmt: skip
+    d_head, n_heads = 8, 4
+    for (key, before), gradient in zip(found.items(), gradients, strict=True):
+        if name == "gpt2":  # queries, keys, values along the last axis
+            rate = torch.tensor([0.3, 0.3, 0.1]).repeat_interleave(n_heads * d_head)
+        else:  # head by head along the first
+            rate = torch.tensor([0.3, 0.3, 0.1]).repeat_interleave(d_head).repeat(n_heads)
+            rate = rate.reshape(-1, *[1] * (before.ndim - 1))
+        wanted = before.detach() - rate.double() * gradient
+        torch.testing.assert_close(model.get_parameter(key).detach(), wanted, rtol=0, atol=1e-8)
+
+
 def test_ghosts_and_all_other_weights_stay_bit_for_bit(any_tiny, tiny_gains):
     import copy
 
