@@ -14,6 +14,7 @@ looked at while learning rate and weights were chosen, so they do not judge.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 
 import numpy as np
@@ -26,7 +27,7 @@ from gainlens.model.fingerprint import text_fingerprint
 from gainlens.model.loading import load_hf
 from gainlens.model.zoo.cache import cache_root
 from gainlens.training import train_virtual_width
-from gainlens.training.run import rise_verdict
+from gainlens.training.run import rise_verdict, row_digests
 from gainlens.training.student import Student
 
 RUNS = {
@@ -59,8 +60,8 @@ def main() -> None:
     args = parser.parse_args()
     scope, fraction = RUNS[args.run]
     cache = cache_root() / "healing"
-    cut, speeches = prepare(args.model, scope, fraction, args.length, cache)
-    training, monitor, validation = speeches
+    cut, texts = prepare(args.model, scope, fraction, args.length, cache)
+    training, monitor, validation = texts["training"], texts["monitor"], texts["validation"]
     train = tuple(args.train.split(","))
     name = f"{args.run}_{''.join(train)}_{args.steps}x{args.batch}_{args.lr:g}_{args.other_lr:g}"
     model = load_hf(args.model)
@@ -71,7 +72,7 @@ def main() -> None:
     }
     intact = untrained["zeroed"].document_losses(validation, intact=True)
     before = {
-        label: verdict_of(student.document_losses(validation) - intact, fraction)
+        label: verdict_of(student.document_losses(validation) - intact, fraction, trained=False)
         for label, student in untrained.items()
     }
     del untrained
@@ -133,7 +134,8 @@ def main() -> None:
 
 
 def prepare(model_name: str, scope: str, fraction: float, length: int, cache):
-    """The refitted cut, and training, monitor and validation speeches."""
+    """The refitted cut, and the four texts by name."""
+    cache = cache / f"{model_name.replace('/', '_')}_{length}"
     kept = cache / f"refit_{scope}_{fraction:g}.safetensors"
     started = time.time()
     model = gl.load_model(model_name)
@@ -166,7 +168,22 @@ def prepare(model_name: str, scope: str, fraction: float, length: int, cache):
         cut = gl.refit(model, calibration[:CALIBRATION], plan.mask, rounds=4)
         cut.save(kept)
     print(f"{time.time() - started:.0f} s: {cut!r}", flush=True)
-    return cut, (training, calibration[CALIBRATION:], validation)
+    texts = {
+        "calibration": calibration[:CALIBRATION],
+        "monitor": calibration[CALIBRATION:],
+        "training": training,
+        "validation": validation,
+    }
+    check_disjoint(texts)
+    return cut, texts
+
+
+def check_disjoint(texts: dict[str, torch.Tensor]) -> None:
+    """Stop unless no row of a text is one of another: what judges was seen by nothing else."""
+    digests = {name: row_digests(rows) for name, rows in texts.items()}
+    for one, other in itertools.combinations(digests, 2):
+        if shared := digests[one] & digests[other]:
+            raise SystemExit(f"{one} and {other} share {len(shared)} rows")
 
 
 def likeness_of(student: Student, validation: torch.Tensor) -> dict:
@@ -189,9 +206,9 @@ def likeness_of(student: Student, validation: torch.Tensor) -> dict:
     }
 
 
-def verdict_of(rise: np.ndarray, fraction: float) -> dict:
+def verdict_of(rise: np.ndarray, fraction: float, *, trained: bool = True) -> dict:
     """The verdict at the margin, as plain values."""
-    return rise_verdict(rise, fraction, MARGIN).to_json()
+    return rise_verdict(rise, fraction, MARGIN, trained=trained).to_json()
 
 
 if __name__ == "__main__":
