@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 4096])
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/engines.json")
-    parser.add_argument("--under", default="", help="put before an engine's command (a lock, say)")
+    parser.add_argument("--turns", type=int, default=3, help="full and slim, so often in turn")
     parser.add_argument(
         "--reuse", action="store_true", help="take the checkpoints that an earlier run left"
     )
@@ -82,12 +83,14 @@ def main() -> int:
     results: dict[str, Any] = {}
     failed = []
     for engine in ENVIRONMENTS:
-        runs = {
-            kind: run(engine, folders[engine, kind], job, kind, args.under)
-            for kind in ("full", "slim")
-        }
-        found = compare(expected, runs["slim"]["rows"])
-        found["version"] = runs["slim"]["engine"]
+        runs: dict[str, list[dict[str, Any]]] = {"full": [], "slim": []}
+        for turn in range(args.turns):
+            for kind, done in runs.items():
+                compared = kind == "slim" and turn == 0
+                asked = job if compared else {**job, "prompts": job["prompts"][:1]}
+                done.append(run(engine, folders[engine, kind], asked))
+        found = compare(expected, runs["slim"][0]["rows"])
+        found["version"] = runs["slim"][0]["engine"]
         found["decode"] = ratios(runs, whole, thin)
         results[engine] = found
         if found["largest_logprob_difference"] > LOGPROB_TARGET or found["different_rows"]:
@@ -155,25 +158,22 @@ def transformers_rows(model: Any, prompts: torch.Tensor, new: int) -> list[dict[
     return rows
 
 
-def run(engine: str, folder: Path, job: dict[str, Any], kind: str, under: str) -> dict[str, Any]:
+def run(engine: str, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Run a job in an engine's own environment."""
     model = folder / "model.gguf" if engine == "llama.cpp" else folder
     question, answer = folder / "job.json", folder / "answer.json"
-    asked = {**job, "model": str(model)}
-    if kind == "full":
-        asked["prompts"] = job["prompts"][:1]
-    question.write_text(json.dumps(asked))
+    question.write_text(json.dumps({**job, "model": str(model)}))
     python = ENVIRONMENTS[engine] / "bin/python"
     script = Path(__file__).parent / SCRIPTS[engine]
     log = folder / "log.txt"
     with log.open("w") as out:
         done = subprocess.run(
-            [*under.split(), str(python), str(script), str(question), str(answer)],
+            [str(python), str(script), str(question), str(answer)],
             stdout=out, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
     if done.returncode:
         tail = log.read_text()[-3000:]
-        raise SystemExit(f"{engine} failed ({kind}):\n{tail}")
+        raise SystemExit(f"{engine} failed on {folder.name}:\n{tail}")
     found: dict[str, Any] = json.loads(answer.read_text())
     return found
 
@@ -205,18 +205,22 @@ def compare(expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> dict[s
     }
 
 
-def ratios(runs: dict[str, Any], whole: Any, thin: Any) -> list[dict[str, Any]]:
-    """Decode times before and after beside what bytes predict."""
+def ratios(runs: dict[str, list[dict[str, Any]]], whole: Any, thin: Any) -> list[dict[str, Any]]:
+    """Decode times before and after, medians over the turns, beside what bytes predict."""
     rows = []
-    for before, after in zip(runs["full"]["times"], runs["slim"]["times"], strict=True):
-        context = before["context"]
+    for number, first in enumerate(runs["full"][0]["times"]):
+        turns = {
+            kind: [one["times"][number]["decode_ms"] for one in done] for kind, done in runs.items()
+        }
+        full, slim_ms = (statistics.median(turns[kind]) for kind in ("full", "slim"))
         rows.append(
             {
-                "context": context,
-                "full_ms": before["decode_ms"],
-                "slim_ms": after["decode_ms"],
-                "measured_ratio": before["decode_ms"] / after["decode_ms"],
-                "predicted_ratio": predict_decode(whole, thin, context),
+                "context": first["context"],
+                "full_ms": full,
+                "slim_ms": slim_ms,
+                "measured_ratio": full / slim_ms,
+                "predicted_ratio": predict_decode(whole, thin, first["context"]),
+                "turns": turns,
             }
         )
     return rows
