@@ -137,4 +137,4 @@ def picture(figure: Any, rows: list[dict[str, Any]]) -> None:
     ax.legend(fontsize=7, loc="upper right")
 
 
-PICTURE: tuple[float, float, Callable[..., None]] = (7.5, 4.6, picture)
+PICTURE: tuple[float, float, Callable[..., None]] = (5.8, 4.6, picture)

@@ -156,7 +156,9 @@ def anything(facts: Any, path: Path) -> str:
     """A recorded run of any format: its scalars, then each list of rows as a table."""
     parts = []
     if isinstance(facts.get("what"), str):
-        parts.append(facts["what"][:1].upper() + facts["what"][1:] + ".")
+        what = facts["what"]
+        # A name of the code keeps its small letter.
+        parts.append((what if "." in what.split()[0] else what[:1].upper() + what[1:]) + ".")
     known = {"what", "versions", "machine", "seed", "command"}
     scalars, tables = _flatten({k: v for k, v in facts.items() if k not in known})
     if scalars:

@@ -32,7 +32,7 @@ def draw() -> None:
             made(figure, facts_of())
             figure.savefig(
                 FOLDER / f"{name}.svg",
-                metadata={"Date": None, "Source": _digest(made, facts_of())},
+                metadata={"Date": None, "Source": _digest(name, facts_of())},
                 transparent=False,
                 dpi=100,
             )
@@ -49,10 +49,10 @@ def stale() -> list[str]:
 def stale_names() -> list[str]:
     """Names of those that are missing, or of other records; none where nothing is recorded."""
     found = []
-    for name, (_, _, made, facts_of) in PICTURES.items():
+    for name, (_, _, _, facts_of) in PICTURES.items():
         path, facts = FOLDER / f"{name}.svg", facts_of()
         if facts and not (
-            path.is_file() and _digest(made, facts) in path.read_text(encoding="utf-8")
+            path.is_file() and _digest(name, facts) in path.read_text(encoding="utf-8")
         ):
             found.append(name)
     return found
@@ -66,8 +66,9 @@ def report() -> dict[str, Any]:
     return {key: facts[key] for key in ("made", "surgery", "map")}
 
 
-def _digest(made: Callable[..., None], facts: Any) -> str:
-    return hashlib.sha256(json.dumps([made.__name__, facts]).encode()).hexdigest()
+def _digest(name: str, facts: Any) -> str:
+    width, height, made, _ = PICTURES[name]
+    return hashlib.sha256(json.dumps([made.__name__, width, height, facts]).encode()).hexdigest()
 
 
 def surgery(figure: Any, facts: dict[str, Any]) -> None:
@@ -106,26 +107,37 @@ def surgery(figure: Any, facts: dict[str, Any]) -> None:
 
 
 def cosine(figure: Any, facts: dict[str, Any]) -> None:
-    """The cosine between layers, and what is left of it above chance."""
-    from gainlens.report.plots_common import DIVERGING, SEQUENTIAL, whole_numbers
+    """The cosine between layers."""
+    from gainlens.report.plots_common import SEQUENTIAL
 
-    left, right = figure.subplots(1, 2)
     found = np.array(facts["map"]["cosine"])
-    above = found - np.array(facts["map"]["band_null_cosine"])
+    _by_layer(figure, found, SEQUENTIAL, 0, 1, "cosine", "looks shared: cosine between layers")
+
+
+def above_null(figure: Any, facts: dict[str, Any]) -> None:
+    """What is left of the cosine above what shuffles within a band of frequencies give."""
+    from gainlens.report.plots_common import DIVERGING
+
+    above = np.array(facts["map"]["cosine"]) - np.array(facts["map"]["band_null_cosine"])
     np.fill_diagonal(above, np.nan)
-    width = float(np.nanmax(np.abs(above)))
-    images = (
-        (left, found, SEQUENTIAL, 0, 1, "cosine", "looks shared: cosine between layers"),
-        (right, above, DIVERGING, -width, width, "cosine less its null",
-         "less what frequencies alone give"),
-    )  # fmt: skip
-    for ax, values, colours, low, high, label, title in images:
-        image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
-        figure.colorbar(image, ax=ax, label=label, shrink=0.8)
-        ax.set_xlabel("layer")
-        ax.set_ylabel("layer")
-        ax.set_title(title, fontsize=10)
-        whole_numbers(ax, "x", "y")
+    end = float(np.nanmax(np.abs(above)))
+    _by_layer(
+        figure, above, DIVERGING, -end, end, "cosine less its null", "less what frequencies give"
+    )
+
+
+def _by_layer(
+    figure: Any, values: Any, colours: str, low: float, high: float, label: str, title: str
+) -> None:
+    from gainlens.report.plots_common import whole_numbers
+
+    ax = figure.subplots()
+    image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+    figure.colorbar(image, ax=ax, label=label, shrink=0.9)
+    ax.set_xlabel("layer")
+    ax.set_ylabel("layer")
+    ax.set_title(title, fontsize=10)
+    whole_numbers(ax, "x", "y")
 
 
 def gains(figure: Any, facts: dict[str, Any]) -> None:
@@ -145,10 +157,12 @@ def gains(figure: Any, facts: dict[str, Any]) -> None:
     whole_numbers(ax, "x", "y")
 
 
+# Inches: small, so that the words can be read on a phone.
 PICTURES: dict[str, tuple[float, float, Callable[..., None], Callable[[], Any]]] = {
-    "surgery": (7, 4, surgery, report),
-    "cosine": (9.5, 4, cosine, report),
-    "gains": (7.5, 3.8, gains, report),
+    "surgery": (5.4, 3.8, surgery, report),
+    "cosine": (4.4, 3.6, cosine, report),
+    "above_null": (4.4, 3.6, above_null, report),
+    "gains": (5.4, 3.6, gains, report),
     "healing": (*healing.PICTURE, healing.runs),
     "scratch": (*scratch.PICTURE, scratch.run),
 }

@@ -118,4 +118,4 @@ def picture(figure: Any, facts: dict[str, Any]) -> None:
     ax.legend(fontsize=8)
 
 
-PICTURE: tuple[float, float, Callable[..., None]] = (7.0, 4.0, picture)
+PICTURE: tuple[float, float, Callable[..., None]] = (5.8, 4.0, picture)
