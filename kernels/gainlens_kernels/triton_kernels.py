@@ -179,8 +179,8 @@ def _attend(
     mask = row_valid[:, None] & (c_v < D_V)[None, :]
     if SPLIT:
         # Partial results [pair, split, row, 2 + D_V]: maximum, sum, unnormalised values.
-        total = tq.to(tl.int64) * group
-        base = out_ptr + ((pair.to(tl.int64) * splits + split) * total + rows) * (2 + D_V)
+        part = (pair.to(tl.int64) * splits + split) * tq * group + rows
+        base = out_ptr + part * (2 + D_V)
         tl.store(base, m, mask=row_valid)
         tl.store(base + 1, norm, mask=row_valid)
         tl.store(base[:, None] + 2 + c_v[None, :], acc, mask=mask)
@@ -200,7 +200,6 @@ def _merge(
     row = tl.program_id(0)
     pair = tl.program_id(1)
     batch = (pair // kv_heads).to(tl.int64)
-    total = tq.to(tl.int64) * group
     position = (row // group).to(tl.int64)
     head = (pair % kv_heads).to(tl.int64) * group + row % group
     columns = tl.arange(0, P_V)
@@ -218,7 +217,7 @@ def _merge(
     norm = tl.zeros((), tl.float32)
     acc = tl.zeros((P_V,), tl.float32)
     for split in range(splits):
-        base = partial_ptr + ((pair.to(tl.int64) * splits + split) * total + row) * (2 + D_V)
+        base = partial_ptr + ((pair.to(tl.int64) * splits + split) * tq * group + row) * (2 + D_V)
         m_part = tl.load(base)
         norm_part = tl.load(base + 1)
         part = tl.load(base + 2 + columns, mask=columns < D_V, other=0.0)

@@ -1,4 +1,7 @@
-"""Runs triton_cases.py: on the GPU where there is one, else in Triton's interpreter."""
+"""Runs triton_cases.py: on the GPU where there is one, else in Triton's interpreter.
+
+And triton_compiles.py, which compiles the kernels for a GPU that need not be there.
+"""
 
 import os
 import subprocess
@@ -8,16 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.one_env
+pytestmark = [
+    pytest.mark.one_env,
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton has no wheel for this system"),
+]
+HERE = Path(__file__).parent
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton has no wheel for this system")
-def test_triton_kernels():
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
-    cases = Path(__file__).parent / "triton_cases.py"
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:xdist", str(cases)]
-    environment["PYTHONPATH"] = os.pathsep.join([str(cases.parent), *filter(None, sys.path)])
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def run(cases, **changes):
+    environment = {**os.environ, **changes}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:xdist"]
+    done = subprocess.run(
+        [*command, str(HERE / cases)], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_triton_kernels():
+    run("triton_cases.py", **({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}))
+
+
+def test_triton_kernels_compile_for_a_gpu(tmp_path):
+    run("triton_compiles.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
