@@ -45,7 +45,7 @@ def attention_backward(
         d_v += p.mT @ g
         d_p = g @ v.mT
         d_s = p * (d_p - (p * d_p).sum(-1, keepdim=True)) * scale
-        d_q[:, :, rows] = (d_s @ k).view(batch, heads, -1, q.shape[3])
+        d_q[:, :, rows] = (d_s @ k).view_as(q[:, :, rows])
         d_k += d_s.mT @ x
     return (
         d_q.contiguous().to(inputs[0]),

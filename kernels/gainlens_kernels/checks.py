@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from numbers import Real
 
 import torch
 
@@ -27,8 +27,9 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise SlicedAttentionError(f"{name} is a {type(x).__name__}, expected a tensor")
-        if x.layout is not torch.strided:
-            raise SlicedAttentionError(f"{name} has layout {x.layout}, expected a strided tensor")
+        if x.layout is not torch.strided or x.is_nested:
+            kind = "is a nested tensor" if x.is_nested else f"has layout {x.layout}"
+            raise SlicedAttentionError(f"{name} {kind}, expected a strided tensor")
         if x.dim() != 4:
             axes = "[batch, heads, tq, d_qk]" if name == "q" else "[batch, kv_heads, tk, width]"
             raise SlicedAttentionError(f"{name} has shape {_shape(x)}, expected 4 axes {axes}")
@@ -73,9 +74,9 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 def check_scale(scale: float) -> float:
     """Return the scale as a float, or raise if it is no finite number."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, Real)):
         raise SlicedAttentionError(f"scale is {scale!r}, expected a finite number")
-    if not math.isfinite(scale) or abs(scale) > 1e38:
+    if not abs(scale) <= 1e38:  # an integer may be too large to be made a float
         raise SlicedAttentionError(f"scale is {scale!r}, expected a finite float32 number")
     return float(scale)
 

@@ -76,9 +76,11 @@ def warn_once() -> None:
 
 
 def _bounds(values: torch.Tensor | None) -> torch.Tensor | None:
-    if values is None or (values.dtype == torch.int64 and values.is_contiguous()):
+    if values is None or (
+        values.dtype == torch.int64 and values.is_contiguous() and not values.is_neg()
+    ):
         return values
-    return values.to(torch.int64).contiguous()
+    return values.resolve_neg().to(torch.int64).contiguous()
 
 
 def attend(
@@ -93,17 +95,28 @@ def attend(
     """Run the compiled kernels on CPU tensors that passed the checks."""
     assert native is not None
     shape = q.shape
-    out = torch.empty((shape[0], shape[1], shape[2], v.shape[3]), dtype=q.dtype)
+    out_shape = (shape[0], shape[1], shape[2], v.shape[3])
+    try:
+        out = torch.empty(out_shape, dtype=q.dtype)
+    except RuntimeError as error:
+        raise MemoryError(
+            f"sliced_attention: no memory for the output {list(out_shape)} that the shapes of q "
+            "and v ask for"
+        ) from error
     lengths, starts = _bounds(lengths), _bounds(starts)
+    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+    if not all(addresses) and out.numel():
+        name = "qkv"[addresses.index(0)]
+        raise SlicedAttentionError(f"{name} has no memory behind it, expected data")
     status = native.attend(
         _CODES[q.dtype],
-        q.data_ptr(),
+        addresses[0],
         shape,
         q.stride(),
-        k.data_ptr(),
+        addresses[1],
         k.shape,
         k.stride(),
-        v.data_ptr(),
+        addresses[2],
         v.shape,
         v.stride(),
         out.data_ptr(),

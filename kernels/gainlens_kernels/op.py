@@ -92,7 +92,14 @@ def _autograd(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return d_q, d_k, d_v, None, None, None, None
 
 
+def _no_second_gradient(ctx: Any, *_: Any) -> Any:
+    raise NotImplementedError(
+        "sliced_attention has no second gradient; use reference(), which PyTorch can derive twice"
+    )
+
+
 _operator.register_autograd(_autograd, setup_context=_setup_context)
+_backward_operator.register_autograd(_no_second_gradient)
 _dispatch: Callable[..., torch.Tensor] = _operator
 
 
@@ -188,6 +195,7 @@ def sliced_attention(
         type(q) is type(k) is type(v) is torch.Tensor
         and _is_plain()
         and cpu.supports(q)
+        and not (q.is_neg() or k.is_neg() or v.is_neg())  # negated views: read with another sign
         and not (
             torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         )

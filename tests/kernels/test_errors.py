@@ -1,9 +1,11 @@
 """Bad input: an error that names the argument, from operator and reference alike."""
 
+import warnings
+
 import gainlens_kernels
 import pytest
 import torch
-from gainlens_kernels import SlicedAttentionError, reference, sliced_attention
+from gainlens_kernels import SlicedAttentionError, cpu, reference, sliced_attention
 
 pytestmark = pytest.mark.one_env
 
@@ -15,6 +17,12 @@ def good():
         "v": torch.randn(2, 2, 5, 6),
         "scale": 0.5,
     }
+
+
+def nested():
+    with warnings.catch_warnings():  # PyTorch calls them a prototype
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.randn(4, 3, 8), torch.randn(4, 2, 8)])
 
 
 BAD = {
@@ -39,9 +47,11 @@ BAD = {
     "q is a list": {"q": [1.0]},
     "k is a ndarray": {"k": torch.randn(2, 2, 5, 8).numpy()},
     "q has layout torch.sparse_coo": {"q": torch.randn(2, 4, 3, 8).to_sparse()},
+    "q is a nested tensor": {"q": nested()},
     "scale is nan": {"scale": float("nan")},
     "scale is inf": {"scale": float("inf")},
     "scale is 1e\\+60": {"scale": 1e60},
+    "scale is 1000": {"scale": 10**400},
     "scale is None": {"scale": None},
     "scale is True": {"scale": True},
     "scale is 'a'": {"scale": "a"},
@@ -81,6 +91,27 @@ def test_bounds_are_checked_with_gradients_too():
     arguments["q"].requires_grad_()
     with pytest.raises(SlicedAttentionError, match=r"lengths\[1\] is 9"):
         sliced_attention(**arguments, lengths=torch.tensor([1, 9]))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_tensor_whose_memory_was_freed(name):
+    # As sharded training does between uses; reading it would end the process.
+    if cpu.native is None:
+        pytest.skip("PyTorch's own operators do not look")
+    arguments = good()
+    arguments[name].untyped_storage().resize_(0)
+    with pytest.raises(SlicedAttentionError, match=f"{name} has no memory behind it"):
+        sliced_attention(**arguments)
+
+
+@pytest.mark.parametrize("positions", [2**44, 2**56])
+def test_an_output_larger_than_memory(positions):
+    arguments = good()
+    arguments["q"] = torch.zeros(2, 4, 1, 8).expand(2, 4, positions, 8)
+    if cpu.native is None:
+        pytest.skip("the reference makes its output elsewhere")
+    with pytest.raises(MemoryError, match=rf"output \[2, 4, {positions}, 6\] .* of q and v"):
+        sliced_attention(**arguments)
 
 
 def test_a_width_of_one_may_have_any_last_stride():

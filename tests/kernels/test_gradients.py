@@ -86,3 +86,21 @@ def test_no_gradient_where_none_is_asked():
     assert v.grad is not None
     with torch.no_grad():
         assert not sliced_attention(q, k, v, scale=0.5).requires_grad
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("tq", [0, 3])
+def test_of_nothing(batch, tq):
+    shapes = ((batch, 4, tq, 8), (batch, 2, 5, 8), (batch, 2, 5, 6))
+    inputs = [torch.zeros(s).requires_grad_() for s in shapes]
+    sliced_attention(*inputs, scale=0.5).sum().backward()
+    assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
+
+
+def test_a_second_gradient_is_refused():
+    q, k, v = (draw((1, 1, 4, 8), torch.float64, s).requires_grad_() for s in (1, 2, 3))
+    (first,) = torch.autograd.grad(
+        sliced_attention(q, k, v, scale=0.5).square().sum(), q, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="no second gradient"):
+        first.sum().backward()

@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from gainlens_kernels import reference, sliced_attention
@@ -130,6 +131,22 @@ def test_scales(instruction_set, scale):
     assert_close(sliced_attention(q, k, v, scale=scale), oracle(q, k, v, scale=scale))
 
 
+def test_a_scale_from_numpy():
+    q, k, v = (draw((1, 1, 3, 8), torch.float32, s) for s in (1, 2, 3))
+    expected = sliced_attention(q, k, v, scale=0.25)
+    assert torch.equal(sliced_attention(q, k, v, scale=np.float32(0.25)), expected)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_views_that_negate(which):
+    # PyTorch keeps the sign of such a view apart from its memory.
+    tensors = [draw((1, 1, 5, 8), torch.float32, s) for s in (1, 2, 3)]
+    expected = [-x if i == which else x for i, x in enumerate(tensors)]
+    tensors[which] = torch._neg_view(tensors[which])
+    out = sliced_attention(*tensors, scale=0.3)
+    assert torch.equal(out, sliced_attention(*expected, scale=0.3))
+
+
 @pytest.mark.parametrize("tq", [1, 20])
 def test_large_scores_do_not_overflow(instruction_set, tq):
     q, k, v = (draw((1, 1, n, 8), torch.float32, s) for n, s in ((tq, 1), (300, 2), (300, 3)))
@@ -159,6 +176,15 @@ def test_strides_beyond_32_bits(instruction_set):
     q, v = draw((1, 1, 2, 8), torch.bfloat16, 1), draw((1, 1, 3, 4), torch.bfloat16, 2)
     k.copy_(draw((1, 1, 3, 8), torch.bfloat16, 3))
     assert_close(sliced_attention(q, k, v, scale=0.3), oracle(q, k, v, scale=0.3))
+
+
+def test_more_keys_than_32_bits_count(instruction_set):
+    # One row of memory, expanded; five of the keys are valid.
+    q, k, v = (draw((1, 1, n, 256), torch.float32, n) for n in (3, 1, 1))
+    keys, values = k.expand(1, 1, 2**40, 256), v.expand(1, 1, 2**40, 256)
+    options = {"scale": 0.1, "causal": False, "lengths": torch.tensor([5])}
+    out = sliced_attention(q, keys, values, **options)
+    torch.testing.assert_close(out, v.expand_as(out))
 
 
 def test_empty_batch_and_empty_queries():
