@@ -85,10 +85,30 @@ def flex(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale:
     return lambda: compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa)
 
 
-def rivals(
-    shape: Shape, data: tuple[torch.Tensor, ...], scale: float, with_flex: bool
+def _flash_package(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, decode: bool
 ) -> dict[str, Call]:
-    """Name and call of each rival; those named ``full: …`` do the full model's work."""
+    """FlashAttention's own package where it is installed: its split-KV kernel in decode."""
+    try:
+        from flash_attn import flash_attn_func, flash_attn_with_kvcache
+    except ImportError:
+        return {}
+    attend = flash_attn_with_kvcache if decode else flash_attn_func
+    turned = [x.transpose(1, 2) for x in (q, k, v)]
+    return {
+        "full: flash-attn package": lambda: attend(
+            *turned, softmax_scale=scale, causal=not decode
+        ).transpose(1, 2)
+    }
+
+
+def rivals(
+    shape: Shape, data: tuple[torch.Tensor, ...], scale: float, with_flex: bool, repeat: bool
+) -> dict[str, Call]:
+    """Name and call of each rival; those named ``full: …`` do the full model's work.
+
+    Without ``repeat`` none repeats keys and values, for want of memory.
+    """
     q, k, v, q_full, k_full = data
     decode = shape.kind == "decode"
     gqa = shape.heads != shape.kv_heads
@@ -100,7 +120,7 @@ def rivals(
         calls[f"{prefix}: enable_gqa"] = lambda: sdpa(
             q, k, v, is_causal=not decode, scale=scale, enable_gqa=gqa
         )
-        if gqa:
+        if gqa and repeat:
             calls[f"{prefix}: repeated keys"] = lambda: sdpa(
                 q,
                 k.repeat_interleave(group, 1),
@@ -108,8 +128,8 @@ def rivals(
                 is_causal=not decode,
                 scale=scale,
             )
-            if decode:
-                calls[f"{prefix}: group in rows"] = lambda: _fold(q, k, v, scale)
+        if gqa and decode:
+            calls[f"{prefix}: group in rows"] = lambda: _fold(q, k, v, scale)
 
     add("full", q_full, k_full)
     if shape.d_qk != shape.d_v:
@@ -137,15 +157,10 @@ def rivals(
     if q.is_cuda:
         for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
             calls[f"full: {name.lower()}"] = _with_backend(name, calls["full: enable_gqa"])
-        try:
-            from flash_attn import flash_attn_func
-
-            turned = [x.transpose(1, 2) for x in (q_full, k_full, v)]
-            calls["full: flash-attn package"] = lambda: flash_attn_func(
-                *turned, softmax_scale=scale, causal=not decode
-            )
-        except ImportError:
-            pass
+        if shape.d_qk != shape.d_v:
+            thin = calls["thin: enable_gqa"]
+            calls["thin: cudnn_attention"] = _with_backend("CUDNN_ATTENTION", thin)
+        calls.update(_flash_package(q_full, k_full, v, scale, decode))
     if with_flex:
         calls["thin: flex"] = flex(shape, q, k, v, scale)
     return calls

@@ -23,7 +23,15 @@ from gainlens_kernels import backend, sliced_attention
 from rivals import rivals, tensors
 from shapes import Shape, cpu_table, gpu_table
 from summary import markdown, summarise
-from timing import READ_FLOATS, call_cost, ceiling_calls, matmul_rate, measure, read_bandwidth
+from timing import (
+    READ_FLOATS,
+    call_cost,
+    ceiling_calls,
+    matmul_rate,
+    measure,
+    read_bandwidth,
+    sample_cuda,
+)
 from tqdm import tqdm
 
 FLEX_WIDTHS = ((64, 64), (32, 64), (64, 128))
@@ -57,22 +65,48 @@ def cache_bytes(device: str) -> int:
     return max((int(p.read_text().strip().rstrip("K")) << 10 for p in sizes), default=32 << 20)
 
 
+def measured_ceilings(device: str) -> dict[str, float]:
+    """Bytes, operations and (on a GPU) exponentials per second that the machine reaches."""
+    found = {"read_bandwidth": read_bandwidth(device), "matmul_rate": matmul_rate(device)}
+    if device == "cuda":
+        from exponentials import exponential_rate
+
+        found["exponential_rate"] = exponential_rate(sample_cuda)
+    return found
+
+
+def room_gb(device: str) -> float:
+    """What a row with its rivals may take by default: half of a GPU's memory, 5 GB elsewhere."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory / 2e9
+    return 5.0
+
+
+def needed_gb(shape: Shape, device: str) -> float:
+    """Keys and values of a row: thin, at full width and padded."""
+    wide = 2 * shape.d_v + shape.d_qk + (shape.d_v if shape.d_qk < shape.d_v else 0)
+    element = 2 if device == "cuda" else 4
+    return shape.batch * shape.kv_heads * shape.keys * wide * element / 1e9
+
+
 def wants_flex(shape: Shape, choice: str) -> bool:
-    """FlexAttention is compiled per shape, half a minute each: by default a few shapes only."""
+    """FlexAttention is compiled per shape, half a minute each on a CPU: there a few shapes only."""
     if choice != "some":
         return choice == "all"
     few = (shape.heads, shape.kv_heads) == (32, 8) and shape.keys in (1024, 8192)
     return few and shape.batch == 1 and (shape.d_qk, shape.d_v) in FLEX_WIDTHS
 
 
-def run_row(shape: Shape, device: str, ceilings: dict[str, float], flex: str) -> dict[str, Any]:
+def run_row(
+    shape: Shape, device: str, ceilings: dict[str, float], flex: str, repeat: bool
+) -> dict[str, Any]:
     """Time one shape, ours and every rival, in turns."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     data = tensors(shape, dtype, device)
     scale = shape.d_v**-0.5
     q, k, v = data[:3]
     calls: dict[str, Any] = {"ours": lambda: sliced_attention(q, k, v, scale=scale)}
-    calls.update(rivals(shape, data, scale, wants_flex(shape, flex)))
+    calls.update(rivals(shape, data, scale, wants_flex(shape, flex), repeat))
     if device == "cpu":
         # In turns with the row: a virtual machine's bandwidth changes within minutes.
         calls.update(ceiling_calls())
@@ -87,17 +121,23 @@ def run_row(shape: Shape, device: str, ceilings: dict[str, float], flex: str) ->
             "matmul_rate": 2 * 1024**3 / (product * 1e-6),
         }
     moved, flops = shape.bytes(q.element_size()), shape.flops()
-    return {
+    seconds = ours["median_us"] * 1e-6
+    row = {
         "name": shape.name,
         **vars(shape),
         "bytes": moved,
         "flops": flops,
         "ours": ours,
         "rivals": times,
-        "share_of_bandwidth": moved / (ours["median_us"] * 1e-6) / ceilings["read_bandwidth"],
-        "share_of_matmul": flops / (ours["median_us"] * 1e-6) / ceilings["matmul_rate"],
+        "share_of_bandwidth": moved / seconds / ceilings["read_bandwidth"],
+        "share_of_matmul": flops / seconds / ceilings["matmul_rate"],
         "ceilings": ceilings,
     }
+    if "exponential_rate" in ceilings:
+        row["exponentials"] = shape.pairs()
+        row["share_of_exponentials"] = row["exponentials"] / seconds / ceilings["exponential_rate"]
+        row["share_of_tighter"] = max(row["share_of_matmul"], row["share_of_exponentials"])
+    return row
 
 
 def write(path: Path, text: str) -> None:
@@ -128,8 +168,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="heads 32/8, four pairs of widths")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after about this long")
-    parser.add_argument("--max-gb", type=float, default=5.0, help="skip rows that need more memory")
-    parser.add_argument("--flex", choices=("all", "some", "none"), default="some")
+    parser.add_argument(
+        "--max-gb", type=float, help="skip rows that need more memory (5, or half of a GPU's)"
+    )
+    parser.add_argument("--flex", choices=("all", "some", "none"), help="all on a GPU, else some")
     parser.add_argument("--fresh", action="store_true", help="forget rows measured before")
     parser.add_argument("--out", type=Path, default=Path("docs/ledgers"))
     options = parser.parse_args()
@@ -137,6 +179,8 @@ def main() -> int:
     started = time.monotonic()
 
     device = options.device
+    room = options.max_gb or room_gb(device)
+    flex = options.flex or ("all" if device == "cuda" else "some")
     path = options.out / f"kernels_{device}.json"
     here = machine(device)
     ledger: dict[str, Any] = {"machine": here, "rows": [], "skipped": {}}
@@ -151,22 +195,20 @@ def main() -> int:
     if options.quick:
         widths = ((64, 64), (32, 64), (12, 64), (64, 128))
         wanted = [s for s in wanted if s.kv_heads == 8 and (s.d_qk, s.d_v) in widths]
-    ceilings = {"read_bandwidth": read_bandwidth(device), "matmul_rate": matmul_rate(device)}
+    ceilings = measured_ceilings(device)
     ledger["ceilings"], ledger["cache_bytes"] = ceilings, cache_bytes(device)
     if device == "cpu":
         ledger["call_cost_us"] = call_cost()
     for shape in tqdm([s for s in wanted if s.name not in done], file=sys.stderr, mininterval=5):
         if time.monotonic() - started > options.minutes * 60:
             break
-        wide = 2 * shape.d_v + shape.d_qk + (shape.d_v if shape.d_qk < shape.d_v else 0)
-        need = shape.batch * shape.kv_heads * shape.keys * wide * (2 if device == "cuda" else 4)
-        group = shape.heads // shape.kv_heads
-        need += need * (group - 1) if group > 1 and need * group < options.max_gb * 1e9 else 0
-        if need > options.max_gb * 1e9:
-            ledger["skipped"][shape.name] = f"needs {need / 1e9:.0f} GB with its rivals"
+        need = needed_gb(shape, device)
+        if need > room:
+            ledger["skipped"][shape.name] = f"needs {need:.0f} GB with its rivals"
             continue
         ledger["skipped"].pop(shape.name, None)
-        done[shape.name] = run_row(shape, device, ceilings, options.flex)
+        repeat = need * shape.heads / shape.kv_heads <= room
+        done[shape.name] = run_row(shape, device, ceilings, flex, repeat)
         save(ledger, done, table, path)
         gc.collect()
         torch.compiler.reset()

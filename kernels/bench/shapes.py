@@ -37,10 +37,14 @@ class Shape:
         rest = self.heads * self.queries * (self.d_qk + self.d_v)
         return self.batch * (kv + rest) * element
 
+    def pairs(self) -> int:
+        """Visible (causal) pairs of a query and a key, over all heads."""
+        one = self.queries * self.keys - self.queries * (self.queries - 1) // 2
+        return self.batch * self.heads * one
+
     def flops(self) -> int:
-        """Multiplications and additions of the visible (causal) query-key pairs."""
-        pairs = self.queries * self.keys - self.queries * (self.queries - 1) // 2
-        return 2 * self.batch * self.heads * pairs * (self.d_qk + self.d_v)
+        """Multiplications and additions of the visible pairs."""
+        return 2 * self.pairs() * (self.d_qk + self.d_v)
 
 
 def cpu_table() -> list[Shape]:
