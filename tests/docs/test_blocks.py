@@ -107,6 +107,10 @@ def test_shell_blocks_are_commands_that_exist(page):
                 case ["python", "-m", "pytest", *rest]:
                     for path in [word for word in rest if word.startswith("tests")]:
                         assert (ROOT / path).exists(), line
+                case ["pip", "install", *wanted]:
+                    known = (ROOT / "pyproject.toml").read_text(encoding="utf-8") + make
+                    for word in wanted:
+                        assert word in (".", "--no-deps") or word in known, line
                 case ["python", script, *_]:
                     assert (ROOT / script).is_file(), line
                 case _:
