@@ -22,6 +22,7 @@ def save_gains(gains: KeyGains, path: str | Path) -> None:
         "n_tokens": gains.n_tokens,
         "n_documents": gains.n_documents,
         "texts": list(gains.texts),
+        "documents": list(gains.documents),
     }
     save_tensors(path, "gains", {**gains.sums, "frequencies": gains.frequencies}, facts)
 
@@ -39,6 +40,7 @@ def load_gains(path: str | Path) -> KeyGains:
             n_tokens=int(facts["n_tokens"]),
             n_documents=int(facts["n_documents"]),
             texts=tuple(facts["texts"]),
+            documents=tuple(facts.get("documents", ())),
             frequencies=frequencies,
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -74,6 +74,7 @@ class KeyGains:
         n_tokens, n_documents: how much text went in.
         texts: fingerprints of the texts that went in, one per probe.
         frequencies: radians per token of each rotary pair, ``[layer, rotary_pair]``.
+        documents: short hashes of the longer documents (``gainlens.probes.marks``), where known.
     """
 
     model: ModelCard
@@ -82,6 +83,7 @@ class KeyGains:
     n_documents: int
     texts: tuple[str, ...]
     frequencies: Float[torch.Tensor, "layer rotary_pair"]
+    documents: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         m = self.model
@@ -179,6 +181,7 @@ class KeyGains:
             n_tokens=self.n_tokens + other.n_tokens,
             n_documents=self.n_documents + other.n_documents,
             texts=self.texts + other.texts,
+            documents=self.documents + other.documents,
         )
 
     @property
@@ -268,4 +271,13 @@ def check_same_model(a: ModelCard, b: ModelCard, what: str) -> None:
         raise InputError(
             f"{what}: they belong to different models ({a.architecture} {a.shape}, weights "
             f"{a.fingerprint[:12]}; {b.architecture} {b.shape}, weights {b.fingerprint[:12]})"
+        )
+
+
+def check_same_weights(card: ModelCard, fingerprint: str) -> None:
+    """Raise unless gains with this card are of the model whose ``model_fingerprint`` is given."""
+    if fingerprint != card.fingerprint:
+        raise InputError(
+            f"gains were gathered on other weights ({card.architecture}, "
+            f"{card.fingerprint[:12]}) than this model's ({fingerprint[:12]})"
         )

@@ -14,10 +14,11 @@ from gainlens.errors import InputError, SilentSiteError
 from gainlens.model.batches import TOKENS_PER_BATCH, Tokens, batches
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import TextHasher, forward_layers
-from gainlens.model.hooks import Hook, attached
+from gainlens.model.hooks import Hook, HookFn, attached
 from gainlens.model.sites import key_sites
 from gainlens.probes.backward import forward_backward
 from gainlens.probes.gains import KeyGains, ModelCard
+from gainlens.probes.marks import document_marks
 from gainlens.probes.scores import get_score
 from gainlens.probes.statistics import STATISTICS
 
@@ -61,6 +62,9 @@ class KeyGainProbe:
         self._documents = 0
         self._stack = ExitStack()
         self._texts: list[str] = []
+        self._marks: list[str] = []
+        self._names: list[str] = []
+        self._fires: list[int] = []
 
     @property
     def needs_backward(self) -> bool:
@@ -75,7 +79,16 @@ class KeyGainProbe:
         ]
         for statistic in self._statistics:
             found += statistic.hooks(self.sites, self._sums)
-        return found
+        self._names = [name for name, _ in found]
+        self._fires = self._fires or [0] * len(found)
+        return [
+            (name, partial(self._fired, run=fn, index=index))
+            for index, (name, fn) in enumerate(found)
+        ]
+
+    def _fired(self, x: torch.Tensor, hook: Any, *, run: HookFn, index: int) -> torch.Tensor | None:
+        self._fires[index] += 1
+        return run(x, hook=hook)
 
     def _count(self, keys: torch.Tensor, hook: Any, *, layer: int) -> None:
         self._tokens[layer] += keys.shape[0] * keys.shape[1]
@@ -91,9 +104,15 @@ class KeyGainProbe:
         if kind is None:
             self._check_fired()
 
-    def note_text(self, fingerprint: str) -> None:
-        """Remember the fingerprint of a text that was run, to be stored with the gains."""
+    def note_text(self, fingerprint: str, marks: Sequence[str] = ()) -> None:
+        """Remember the text that was run, to be stored with the gains.
+
+        Args:
+            fingerprint: of the text as a whole.
+            marks: of its documents, see ``gainlens.probes.marks``.
+        """
         self._texts.append(fingerprint)
+        self._marks += marks
 
     def _check_fired(self) -> None:
         expected = max(self._tokens)
@@ -103,6 +122,14 @@ class KeyGainProbe:
                 f"the key hooks of layer(s) {silent} saw fewer tokens than the others "
                 f"({min(self._tokens)} of {expected}); was a full forward pass run inside the "
                 "probe, without stop_at_layer and without reset_hooks?"
+            )
+        quiet = sorted(
+            {n for n, c in zip(self._names, self._fires, strict=True) if c < max(self._fires)}
+        )
+        if quiet:
+            raise SilentSiteError(
+                f"hook(s) {', '.join(quiet[:3])} fired less often than the others, so the scores "
+                "that need them would be made of nothing; was a full forward pass run?"
             )
 
     def _check_backward(self) -> None:
@@ -138,6 +165,7 @@ class KeyGainProbe:
             n_tokens=self._tokens[0],
             n_documents=self._documents,
             texts=tuple(self._texts),
+            documents=tuple(self._marks),
             frequencies=self.sites.frequencies.clone(),
         )
 
@@ -170,14 +198,15 @@ def probe_gains(
         probe = KeyGainProbe(model, scores)
         vocabulary = int(model.cfg.d_vocab)
         total = len(tokens) if isinstance(tokens, Sequence | torch.Tensor) else None
-        hasher = TextHasher()
+        hasher, marks = TextHasher(), list[str]()
         with probe, tqdm(total=total, desc="probe", unit="doc", disable=not progress) as bar:
             for batch in batches(tokens, vocabulary, tokens_per_batch):
                 hasher.update(batch)
+                marks += document_marks([batch])
                 if probe.needs_backward:
                     forward_backward(model, batch)
                 else:
                     forward_layers(model, batch)
                 bar.update(len(batch))
-        probe.note_text(hasher.hexdigest())
+        probe.note_text(hasher.hexdigest(), marks)
         return probe.gains()

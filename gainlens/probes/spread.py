@@ -63,6 +63,9 @@ def logit_spread(
     squares, crosses = [], []
     for head in range(keys.shape[2]):
         k = keys[:, None, :, head]
+        # A variance does not see a constant, but its float32 difference of squares would: keys with
+        # a large bias (Qwen2's) have one of hundreds.
+        k = k - k.mean(2, keepdim=True)
         weights = pattern[:, head * group : (head + 1) * group]
         q = queries[:, :, head * group : (head + 1) * group].transpose(1, 2)
         mean = weights @ k

@@ -183,3 +183,33 @@ def test_save_and_load_costly_scores(tiny, tiny_calibration, tmp_path):
     again = gl.KeyGains.load(tmp_path / "g.safetensors")
     for score in ("logit_std", "fisher"):
         assert torch.equal(again.score(score), gains.score(score))
+
+
+@pytest.mark.parametrize("bias", [30.0, 300.0])
+def test_a_large_constant_in_the_keys_is_not_taken_for_spread(bias):
+    """Qwen2's key biases reach hundreds; the difference of float32 squares would drown in them."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 12, 2, 4, generator=generator)
+    queries = torch.randn(2, 12, 4, 4, generator=generator)
+    pattern = torch.rand(2, 4, 12, 12, generator=generator).tril()
+    pattern = pattern / pattern.sum(-1, keepdim=True)
+    partner = torch.tensor([2, 3, 0, 1])
+    wanted = logit_spread(queries.double(), keys.double(), pattern.double(), partner)
+    got = logit_spread(queries, keys + bias, pattern, partner)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_a_pattern_hook_that_stays_silent_is_an_error(tiny, tiny_calibration):
+    """Its sums would be zero, and every unit the quietest."""
+    from gainlens.model.hooks import hook_point
+
+    with (
+        pytest.raises(gl.SilentSiteError, match="hook_pattern"),
+        gl.KeyGainProbe(tiny, ("logit_std",)) as probe,
+    ):
+        hook_point(tiny, "blocks.1.attn.hook_pattern").remove_hooks()
+        with torch.inference_mode():
+            tiny(tiny_calibration[:1, :16])
+    with pytest.raises(gl.SilentSiteError, match="hook_pattern"):
+        probe.gains()
