@@ -161,6 +161,14 @@ def plan_cut(
             f"cache was read at stage={cache.stage!r}: this cut acts at {wanted!r}, expected the "
             "same"
         )
+    if cache is not None:
+        shapes = {tuple(keys.shape[2:]) for keys in cache.keys}
+        if len(cache.keys) != sites.n_layers or shapes != {sites.shape[1:]}:
+            raise InputError(
+                f"cache is of another model: it holds {len(cache.keys)} layers of [kv_head, d_head]"
+                f" = {sorted(shapes)}, this model ({sites.architecture}) has {sites.n_layers} of "
+                f"{sites.shape[1:]}"
+            )
     replacement = row.replacement(Context(sites, wanted, gains, cache, seed))
     return PlannedCut(sites, mask, wanted, replacement)
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.errors import InputError, SilentSiteError
-from gainlens.model.batches import as_documents
+from gainlens.model.batches import Tokens, as_documents
 from gainlens.model.forward import forward_layers
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.rotation import rotate
@@ -40,21 +40,19 @@ class KeyCache:
         return self.keys[0].shape[1]
 
     @classmethod
-    def run(
-        cls, model: Any, tokens: Int[torch.Tensor, "document pos"], stage: Stage = "rotated"
-    ) -> KeyCache:
+    def run(cls, model: Any, tokens: Tokens, stage: Stage = "rotated") -> KeyCache:
         """Run ``model`` on ``tokens`` and keep its keys.
 
         Where the model fires no hook after its rotation the rotation is computed here.
 
         Raises:
-            InputError: tokens that are not ``[document, position]``, an unknown stage.
+            InputError: documents of unequal length, an unknown stage.
             SilentSiteError: a layer's hook did not fire.
         """
         if stage not in STAGES:
             raise InputError(f"stage={stage!r} is not one of {', '.join(STAGES)}")
         sites = key_sites(model)
-        batch = torch.stack(as_documents(tokens, int(model.cfg.d_vocab)))
+        batch = one_length(tokens, int(model.cfg.d_vocab), "tokens")
         found: dict[int, torch.Tensor] = {}
         with attached(model, _recorders(sites, stage, found)):
             forward_layers(model, batch)
@@ -62,6 +60,26 @@ class KeyCache:
         if silent:
             raise SilentSiteError(f"the key hooks of layer(s) {silent} stayed silent")
         return cls([found[layer] for layer in range(sites.n_layers)], stage)
+
+
+def one_length(tokens: Tokens, vocabulary: int, name: str) -> Int[torch.Tensor, "document pos"]:
+    """Tokens as one batch.
+
+    Args:
+        tokens: documents, checked as ``batches`` does.
+        vocabulary: number of token ids of the model.
+        name: of the argument, for the message.
+
+    Raises:
+        InputError: documents of unequal length.
+    """
+    documents = as_documents(tokens, vocabulary)
+    lengths = sorted({len(document) for document in documents})
+    if len(lengths) > 1:
+        raise InputError(
+            f"{name} has documents of {lengths[0]} to {lengths[-1]} tokens: expected one length"
+        )
+    return torch.stack(documents)
 
 
 def _recorders(sites: KeySites, stage: Stage, found: dict[int, torch.Tensor]) -> list[Hook]:

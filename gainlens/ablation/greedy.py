@@ -7,7 +7,14 @@ from typing import Any
 import torch
 
 from gainlens.ablation.ablate import ablate
-from gainlens.ablation.mask import KeyMask, Scope, keep_by_order
+from gainlens.ablation.mask import (
+    KeyMask,
+    Scope,
+    check_fraction,
+    check_something_stays,
+    keep_by_order,
+    share,
+)
 from gainlens.errors import InputError
 from gainlens.model.batches import TOKENS_PER_BATCH, Tokens, as_documents
 from gainlens.model.sites import key_sites
@@ -46,7 +53,8 @@ def greedy_mask(
         InputError: a fraction that cuts nothing or everything, fewer than one round, an unknown
             score, scope or unit.
     """
-    if isinstance(fraction, bool) or not 0 < fraction < 1:
+    check_fraction(fraction)
+    if not 0 < fraction < 1:
         raise InputError(f"fraction={fraction!r}: expected above 0 and below 1")
     if rounds < 1:
         raise InputError(f"rounds={rounds!r}: expected at least 1")
@@ -61,11 +69,17 @@ def greedy_mask(
             )
         texts |= set(gains.texts)
         values = gains.score(score, unit=unit).double()
+        shared = scope == "universal"
+        if shared:  # shares of what is left, before those that went are put below all others
+            values = share(values.masked_fill(~mask.keep, 0.0))
         values = torch.where(mask.keep, values, values.min() - 1.0)
-        keep = keep_by_order(values, fraction * number / rounds, scope, unit, partner)
+        target = fraction * number / rounds
+        keep = keep_by_order(values, target, scope, unit, partner, shared=shared)
         mask = KeyMask(keep & mask.keep)
+        check_something_stays(mask, fraction)
     return KeyMask(
         mask.keep,
         {"order": "greedy", "score": score, "scope": scope, "unit": unit, "fraction": fraction,
-         "rounds": rounds, "texts": sorted(texts), "fingerprint": gains.model.fingerprint},
+         "rounds": rounds, "texts": sorted(texts), "documents": list(gains.documents),
+         "fingerprint": gains.model.fingerprint},
     )  # fmt: skip

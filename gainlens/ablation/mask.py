@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from gainlens.probes.gains import UNITS, KeyGains
 
 Scope = Literal["head", "layer", "model", "universal"]
 SCOPES: tuple[Scope, ...] = ("head", "layer", "model", "universal")
+PROVENANCE = ("fingerprint", "texts", "documents")
+"""Facts of a mask that say where it comes from: hashes, not for people."""
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -53,7 +56,7 @@ class KeyMask(Kept):
         object.__setattr__(self, "facts", dict(facts or {}))
 
     def __repr__(self) -> str:
-        made = ", ".join(f"{k}={v}" for k, v in self.facts.items() if k != "fingerprint")
+        made = ", ".join(f"{k}={v}" for k, v in self.facts.items() if k not in PROVENANCE)
         return (
             f"KeyMask({tuple(self.keep.shape)}, keeps {self.fraction_kept:.1%}"
             f"{', ' + made if made else ''})"
@@ -74,7 +77,7 @@ class KeyMask(Kept):
     @property
     def fraction_kept(self) -> float:
         """Share of dimensions that stay, 0 to 1."""
-        return float(self.keep.float().mean())
+        return int(self.keep.sum()) / self.keep.numel()
 
     def whole_pairs(self, partner: Int[torch.Tensor, " d_head"]) -> bool:
         """Whether no pair of a dimension and its ``partner`` (``KeySites.partner``) is split."""
@@ -165,7 +168,7 @@ class KeyMask(Kept):
         return cls(
             keep,
             {"order": "random", "scope": scope, "unit": unit, "fraction": fraction, "seed": seed,
-             **_origin(like)},
+             "fingerprint": like.model.fingerprint},
         )  # fmt: skip
 
     @classmethod
@@ -184,7 +187,8 @@ class KeyMask(Kept):
         its advantage is the choice of units within a frequency. Arguments as for ``quietest``.
 
         Raises:
-            InputError: scope ``universal``, where every head has the same cut already.
+            InputError: scope ``universal``, where every head has the same cut already, or a model
+                with one key head in all.
         """
         if scope == "universal":
             raise InputError(
@@ -192,6 +196,11 @@ class KeyMask(Kept):
             )
         keep = cls.quietest(gains, fraction, score, scope, unit).keep
         heads = keep.flatten(0, 1)
+        if len(heads) < 2:
+            raise InputError(
+                "gains are of one key head in all: a frequency-matched control takes another "
+                "head's cut, so it needs two or more"
+            )
         order = torch.randperm(len(heads), generator=torch.Generator().manual_seed(seed))
         # In the cycle ``order`` each head takes over from the one before: none keeps its own.
         moved = torch.empty_like(heads)
@@ -216,7 +225,7 @@ class KeyMask(Kept):
         second = gains.model.partner < torch.arange(gains.shape[-1])
         shared = scope == "universal"
         if shared:
-            values = _share(values)
+            values = share(values)
         values = values + second * (values.max() - values.min() + 1.0)
         keep = keep_by_order(values, fraction, scope, "dim", gains.model.partner, shared=shared)
         return cls(
@@ -240,13 +249,30 @@ class KeyMask(Kept):
         return cls(tensors["keep"], facts)
 
 
-def _origin(gains: KeyGains) -> dict[str, str]:
-    """Whose gains these were, so that a plan made of the mask fits that model alone."""
-    return {"fingerprint": gains.model.fingerprint}
+def _origin(gains: KeyGains) -> dict[str, Any]:
+    """Whose gains these were: a plan made of the mask fits that model, other text has to judge."""
+    return {"fingerprint": gains.model.fingerprint, "texts": list(gains.texts)}
 
 
-def _share(values: torch.Tensor) -> torch.Tensor:
+def share(values: torch.Tensor) -> torch.Tensor:
+    """What each unit has of its head's sum, so that loud heads do not outvote quiet ones."""
     return values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def check_fraction(fraction: Any) -> None:
+    """Raise ``InputError`` unless ``fraction`` is a number from 0 to 1."""
+    number = isinstance(fraction, Real) and not isinstance(fraction, bool)
+    if not number or not 0 <= fraction <= 1:
+        raise InputError(f"fraction={fraction!r} is outside 0..1")
+
+
+def check_something_stays(mask: KeyMask, fraction: float) -> None:
+    """Raise ``InputError`` where ``fraction``, rounded to whole units, left nothing at all."""
+    if not bool(mask.keep.any()):
+        raise InputError(
+            f"fraction={fraction!r} cuts everything: rounded to whole units none of the "
+            f"{mask.shape[-1]} dimensions of a head is left; expected less"
+        )
 
 
 def keep_by_order(
@@ -271,8 +297,7 @@ def keep_by_order(
     Raises:
         InputError: a fraction outside 0..1, NaN in the values, an unknown scope or unit.
     """
-    if isinstance(fraction, bool) or not 0 <= fraction <= 1:
-        raise InputError(f"fraction={fraction!r} is outside 0..1")
+    check_fraction(fraction)
     if scope not in SCOPES:
         raise InputError(f"scope={scope!r} is not one of {', '.join(SCOPES)}")
     if unit not in UNITS:
@@ -286,7 +311,7 @@ def keep_by_order(
     units = values[..., first].double()
     size = torch.where(partner[first] != first, 2, 1) if unit == "pair" else torch.ones_like(first)
     if scope == "universal":
-        merged = units if shared else _share(units)
+        merged = units if shared else share(units)
         flat = merged.mean((0, 1))[None]
     elif scope == "head":
         flat = units.flatten(0, 1)

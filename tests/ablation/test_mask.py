@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -93,7 +95,7 @@ def test_masks_from_arrays(unchecked):
             gl.KeyMask(bad)
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan"), True])
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan"), True, "0.5", None])
 def test_bad_fractions(unchecked, tiny_gains, fraction):
     with pytest.raises(gl.InputError, match=r"outside 0\.\.1"):
         gl.KeyMask.quietest(tiny_gains, fraction)
@@ -122,3 +124,30 @@ def test_partial_rotary_units():
     values = torch.tensor([9, 9, 1, 9, 9, 1, 2, 9, 9, 9, 9, 9.0])[None, None]
     keep = keep_by_order(values, 0.25, "head", "pair", partner)
     assert (~keep[0, 0]).nonzero().flatten().tolist() == [2, 5, 6]
+
+
+def one_head(gains):
+    """Gains of the first key head alone."""
+    card = replace(gains.model, n_layers=1, n_kv_heads=1, n_heads=1)
+    sums = {name: value[:1, :1].clone() for name, value in gains.sums.items()}
+    return replace(gains, model=card, sums=sums, frequencies=gains.frequencies[:1])
+
+
+def test_one_head_in_all_has_no_matched_control(tiny_gains):
+    """It would be given its own cut: the quietest, under the name of a control."""
+    with pytest.raises(gl.InputError, match="one key head"):
+        gl.KeyMask.matched(one_head(tiny_gains), 0.5)
+
+
+@pytest.mark.parametrize("cut", [0.1, 0.2, 0.3, 0.6, 0.7])
+def test_the_share_kept_is_exact(cut):
+    """float32 would make 0.30000001 of 0.3, which no verdict(0.3, …) then finds."""
+    keep = torch.arange(10) >= round(10 * cut)
+    assert 1 - gl.KeyMask(keep.expand(3, 7, 10)).fraction_kept == pytest.approx(cut, abs=1e-12)
+
+
+def test_where_it_comes_from_is_kept_but_not_shown(tiny_gains):
+    mask = gl.KeyMask.quietest(tiny_gains, 0.5)
+    assert mask.facts["texts"] == list(tiny_gains.texts)
+    assert tiny_gains.texts[0] not in repr(mask)
+    assert "texts" not in gl.KeyMask.random(tiny_gains, 0.5).facts  # no text chose it

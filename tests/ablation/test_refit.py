@@ -132,3 +132,17 @@ def test_bad_input(tiny, tiny_calibration, tiny_gains):
     finally:
         with torch.no_grad():
             capped.blocks[0].attn.q.weight.div_(30)
+
+
+def test_bfloat16_is_rounding_and_not_another_attention():
+    """Its attention weights are some hundredths off, which is no window and no soft cap."""
+    from families import hugging_face
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    name = "LlamaForCausalLM"
+    hf = hugging_face(name).to(torch.bfloat16)
+    model = build_bridge_from_module(hf, name, hf_config=hf.config)
+    gains = gl.probe_gains(model, family_tokens(), progress=False)
+    mask = gl.KeyMask.quietest(gains, 0.5)
+    cut = gl.refit(model, family_tokens(rows=6), mask, rounds=1, iterations=4, progress=False)
+    assert cut.facts["misfit_after"] < cut.facts["misfit_before"]

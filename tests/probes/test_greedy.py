@@ -60,3 +60,31 @@ def test_bad_input(tiny, tiny_calibration, bad):
     arguments = {"fraction": 0.5, "rounds": 1, "progress": False} | bad
     with pytest.raises(gl.InputError):
         gl.greedy_mask(tiny, tiny_calibration, **arguments)
+
+
+def test_universal_rounds_rank_by_shares_of_what_is_left(tiny, tiny_calibration):
+    """By hand: the second round's shares leave out what the first one cut."""
+    tokens, partner = tiny_calibration[:2, :32], gl.key_sites(tiny).partner
+    settings = {"score": "qk", "scope": "universal", "progress": False}
+    first = gl.greedy_mask(tiny, tokens, 0.25, rounds=1, **settings)
+    both = gl.greedy_mask(tiny, tokens, 0.5, rounds=2, **settings)
+    assert both.fraction_kept == 0.5
+    assert (both.keep == both.keep[:1, :1]).all()
+    assert not (both.keep & ~first.keep).any()
+    with gl.ablate(tiny, first):
+        gains = gl.probe_gains(tiny, tokens, ("qk",), progress=False)
+    values = gains.score("qk", unit="pair").double() * first.keep
+    shares = (values / values.sum(-1, keepdim=True)).mean((0, 1))
+    left = first.keep[0, 0].nonzero().flatten()
+    left = left[left < partner[left]]
+    more = left[shares[left].argsort()[: len(partner) // 8]]
+    wanted = first.keep[0, 0].clone()
+    wanted[more], wanted[partner[more]] = False, False
+    assert torch.equal(both.keep[0, 0], wanted)
+
+
+def test_a_fraction_that_leaves_nothing(tiny, tiny_calibration):
+    with pytest.raises(gl.InputError, match="cuts everything"):
+        gl.greedy_mask(
+            tiny, tiny_calibration[:2, :16], 0.98, score="qk", scope="head", progress=False
+        )
