@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gainlens.analysis.intervals import bootstrap_interval, documents_to_decide, t_interval
+from gainlens.analysis.intervals import (
+    bootstrap_interval,
+    documents_by_scaling,
+    documents_to_decide,
+    t_interval,
+)
 from gainlens.analysis.points import Point
 from gainlens.analysis.sequential import StoppingRule
 from gainlens.analysis.verdict import Verdict, non_inferiority
@@ -163,9 +168,9 @@ class SurgeryCurve:
         ``margin`` (nats per token), ``level``, ``method`` and errors as for ``verdict``.
         """
         point, delta = self.points[index], self.deltas(index)
-        if not margin > 0:
+        if not margin > 0 or not math.isfinite(margin):
             raise InputError(
-                f"margin={margin!r} is not above 0: no finite text can show zero damage"
+                f"margin={margin!r} is not a number above 0: no finite text can show zero damage"
             )
         made = ", ".join(
             str(v) for v in (point.label, point.score, point.scope, point.unit, point.mode) if v
@@ -175,22 +180,23 @@ class SurgeryCurve:
             f"{point.fraction:.0%} of the {kind}key dimensions can be cut ({made}) at less than "
             f"{margin:g} nats"
         )
-        note, more = "", documents_to_decide(delta, margin, level)
+        interval, mean = self.interval(index, level, method), float(delta.mean())
+        status = non_inferiority(claim, mean, interval, margin, len(delta)).status
+        more: int | None = 0
+        if status == "undecided" and method == "t" and self.stopping is None:
+            more = documents_to_decide(delta, margin, level)
+        elif status == "undecided":
+            more = documents_by_scaling(interval, mean, margin, len(delta))
+        notes = []
         if self.stopping is not None:
-            note = f"stopped early; interval over {len(self.stopping.looks)} planned looks"
-            status = non_inferiority("", 0.0, self.interval(index), margin, len(delta)).status
-            more = (more or 1) if status == "undecided" else 0
+            looks = f"interval over {len(self.stopping.looks)} planned looks"
+            early = len(delta) < self.n_documents
+            notes.append(f"stopped early; {looks}" if early else f"run to the end; {looks}")
         if more:
-            note = (note + "; " if note else "") + f"some {more} more documents would decide it"
-        return non_inferiority(
-            claim,
-            float(delta.mean()),
-            self.interval(index, level, method),
-            margin,
-            len(delta),
-            note,
-            more,
-        )
+            notes.append(f"some {more} more documents would decide it")
+        elif status == "undecided":
+            notes.append("how many more documents would decide it can't be said")
+        return non_inferiority(claim, mean, interval, margin, len(delta), "; ".join(notes), more)
 
     def to_dataframe(self) -> Any:
         """The rows of ``table``; the 95% interval as ``low`` and ``high``, nats per token.

@@ -128,3 +128,27 @@ def documents_to_decide(
         middle = (low + high) // 2
         low, high = (low, middle) if decided(middle) else (middle, high)
     return high - n
+
+
+def documents_by_scaling(
+    interval: tuple[float, float], estimate: float, margin: float, n_documents: int
+) -> int | None:
+    """As ``documents_to_decide`` for an undecided claim and an interval of any kind.
+
+    Its ends are taken to close in on the estimate as 1/sqrt(n).
+
+    Args:
+        interval: around the estimate, holding the margin.
+        estimate: mean so far, in nats.
+        margin: the bound set beforehand.
+        n_documents: that gave the interval.
+
+    Returns:
+        One or more; None where it can't be said, or a million would not do.
+    """
+    gap = abs(estimate - margin)
+    reach = interval[1] - estimate if estimate < margin else estimate - interval[0]
+    if gap == 0 or not math.isfinite(reach):
+        return None
+    total = n_documents * (reach / gap) ** 2
+    return max(1, math.ceil(total) - n_documents) if total < 1_000_000 else None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from planted import planted
 
 import gainlens as gl
+from gainlens.analysis.intervals import t_interval
+from gainlens.analysis.sequential import StoppingRule
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +71,27 @@ def test_verdict_says_how_many_more(both):
 def test_bad_margin(margin, tiny, tiny_validation, tiny_gains):
     with pytest.raises(gl.InputError, match="margin"):
         gl.surgery(tiny, tiny_validation, tiny_gains, stop_margin=margin, progress=False)
+
+
+def test_a_sweep_that_ran_out_undecided_says_how_many_more(both):
+    """Student's plain interval would decide this claim; the one over all looks does not."""
+    _, stopped = both
+    rule = StoppingRule(0.02, (4, 8, 12, 16))
+    values = np.tile([1.0, -1.0], 8)
+    wide = np.subtract(*t_interval(values)[::-1]) / 2
+    own = rule.interval(values)[1]
+    assert own > wide
+    delta = 0.01 + values * 0.01 / ((own + wide) / 2)
+    curve = replace(
+        stopped,
+        points=stopped.points[:1],
+        losses=3 + delta[None],
+        baseline=np.full(16, 3.0),
+        stopping=rule,
+    )
+    assert t_interval(delta)[1] < 0.02
+    verdict = curve.verdict_at(0, 0.02)
+    assert verdict.status == "undecided"
+    assert verdict.more_documents >= 1
+    assert "run to the end" in verdict.note
+    assert f"{verdict.more_documents} more" in verdict.note

@@ -7,7 +7,12 @@ import pytest
 from scipy import stats
 
 import gainlens as gl
-from gainlens.analysis.intervals import bootstrap_interval, documents_to_decide, t_interval
+from gainlens.analysis.intervals import (
+    bootstrap_interval,
+    documents_by_scaling,
+    documents_to_decide,
+    t_interval,
+)
 from gainlens.analysis.sequential import StoppingRule
 
 pytestmark = pytest.mark.one_env
@@ -149,3 +154,33 @@ def test_errors_of_all_looks_add_up():
 def test_bad_rules(bad):
     with pytest.raises(gl.InputError):
         StoppingRule(*bad)
+
+
+def test_scaling_an_interval_gives_students_count():
+    """For a symmetric interval the two counts differ by the quantile's own change alone."""
+    values = np.random.default_rng(7).normal(0.0, 1.0, 400)
+    values = 0.01 + 0.2 * (values - values.mean()) / values.std(ddof=1)
+    exact = documents_to_decide(values, 0.02)
+    scaled = documents_by_scaling(t_interval(values), float(values.mean()), 0.02, 400)
+    assert scaled == pytest.approx(exact, rel=0.01)
+    assert documents_by_scaling((0.0, 0.03), 0.02, 0.02, 8) is None
+    assert documents_by_scaling((-np.inf, np.inf), 0.0, 0.02, 1) is None
+    assert documents_by_scaling((0.0, 0.5), 0.25, 0.375, 4) == 4 * 2**2 - 4
+
+
+def test_more_documents_of_the_same_kind_do_decide():
+    """The promise kept: simulated documents, as many more as were said, decide most claims."""
+    rng = np.random.default_rng(8)
+    decided = asked = 0
+    for _ in range(200):
+        first = rng.normal(0.01, 0.02, 8)
+        more = documents_to_decide(first, 0.02)
+        if not more or more > 400:
+            continue
+        asked += 1
+        mean, spread = first.mean(), first.std(ddof=1)
+        again = np.concatenate([first, rng.normal(mean, spread, 2 * more)])
+        low, high = t_interval(again)
+        decided += not low < 0.02 < high
+    assert asked > 50
+    assert decided > 0.6 * asked
