@@ -14,15 +14,17 @@ import torch
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
-from gainlens.ablation.mask import KeyMask, Scope
+from gainlens.ablation.mask import KeyMask, Scope, check_something_stays
 from gainlens.ablation.refit import RefitCut
 from gainlens.analysis.evaluate import Evaluator
+from gainlens.analysis.judge import check_judge
 from gainlens.analysis.points import Point, check_fractions
 from gainlens.errors import InputError
 from gainlens.files import FORMAT
 from gainlens.frames import data_frame
 from gainlens.model.batches import Tokens, as_documents
-from gainlens.probes.gains import KeyGains
+from gainlens.model.fingerprint import model_fingerprint
+from gainlens.probes.gains import KeyGains, check_same_weights
 
 CANDIDATES = 8
 """A copied value is told from seven other tokens of the prompt, so chance is 1/8."""
@@ -33,12 +35,13 @@ class BehaviourRow:
     """One figure.
 
     Attributes:
-        behaviour: ``induction``, ``copying``, ``agreement`` (shares, 0 to 1) or ``kl`` (nats).
+        behaviour: ``induction``, ``copying``, ``agreement`` (shares, 0 to 1), ``kl`` or ``loss``
+            (nats per token), the last for comparison.
         fraction: of key dimensions cut; 0 is the intact model.
         order: of the cut, as in a sweep; ``given`` for cuts passed in.
         seed: of a random order, else None.
         distance: tokens between the pair and its second key (``copying`` only).
-        value: the figure; for ``kl`` lower is better, else higher.
+        value: the figure; for ``kl`` and ``loss`` lower is better, else higher.
         standard_error: over sequences or documents, in the same units.
         chance: what a model without the behaviour would score.
         label: of a given cut, else None.
@@ -136,7 +139,7 @@ def behaviours(
 
     Args:
         model: a TransformerBridge or HookedTransformer.
-        tokens: validation text, for agreement and KL, and as the pool that random tokens come
+        tokens: validation text, for loss, agreement and KL, and the pool that random tokens come
             from.
         gains: calibration gains, which choose what is cut.
         fractions: of key dimensions, below 1; the intact model is always measured.
@@ -150,11 +153,13 @@ def behaviours(
         progress: show a progress bar over cuts.
 
     Raises:
-        InputError: fractions or sizes out of range, prompts beyond the context, a text with too
-            few different tokens.
+        InputError: fractions or sizes out of range, prompts beyond the context, gains of another
+            model, text that also chose the cut or has too few different tokens.
     """
     check_fractions(tuple(fractions))
     documents = as_documents(tokens, int(model.cfg.d_vocab))
+    check_same_weights(gains.model, model_fingerprint(model))
+    check_judge(documents, gains, (cuts or {}).values())
     pool = torch.unique(torch.cat(documents))
     longest = max(2 * repeat, max(distances, default=2) + CANDIDATES + 2)
     context = int(getattr(model.cfg, "n_ctx", longest) or longest)
@@ -178,12 +183,15 @@ def behaviours(
         for fraction in fractions:
             drawn = seed if order in ("random", "matched") else None
             point = Point(score, scope, "pair", "zero", order, fraction, drawn)
-            todo.append((point, point.mask(gains)))
+            mask = point.mask(gains)
+            check_something_stays(mask, fraction)
+            todo.append((point, mask))
     for name, cut in (cuts or {}).items():
         mask = cut.mask if isinstance(cut, RefitCut) else cut
         fraction = 1 - mask.fraction_kept
+        check_fractions((fraction,))
         todo.append((Point("given", "given", "pair", "zero", "given", fraction, None, name), cut))
-    chance = _chances(reference, len(pool))
+    chance = _chances(reference, documents, len(pool))
     rows: list[BehaviourRow] = []
     for at, cut in tqdm(todo, desc="behaviours", unit="cut", disable=not progress):
 
@@ -206,13 +214,15 @@ def behaviours(
         for n, (prompt, candidates) in prompts.items():
             last = evaluator.logits(prompt, cut)[:, -1]
             add("copying", copying_score(last, candidates), 1 / CANDIDATES, n)
-        same, divergence = [], []
+        same, divergence, losses = [], [], []
         for document, wanted in zip(documents, reference, strict=True):
             got = evaluator.logits(document[None], cut)[0].log_softmax(-1)
             same.append((got.argmax(-1) == wanted.argmax(-1)).double().mean())
             divergence.append((wanted.exp() * (wanted - got)).sum(-1).double().mean())
+            losses.append(_loss(got, document))
         add("agreement", torch.stack(same), chance["agreement"])
         add("kl", torch.stack(divergence), chance["kl"])
+        add("loss", torch.stack(losses), chance["loss"])
     facts = {
         "model": gains.model.fingerprint,
         "seed": seed,
@@ -261,15 +271,26 @@ def copying_score(
     return (last.gather(1, candidates).argmax(1) == 0).float()
 
 
-def _chances(reference: list[torch.Tensor], n_pool: int) -> dict[str, float]:
-    """Agreement and KL of the intact model with itself at other positions of the text."""
-    same, divergence = [], []
-    for logp in reference:
+def _loss(
+    logp: Float[torch.Tensor, "pos vocab"], document: Int[torch.Tensor, " pos"]
+) -> torch.Tensor:
+    """Mean next-token loss in nats, from log-probabilities."""
+    return -logp[:-1].gather(1, document[1:, None].to(logp.device)).double().mean()
+
+
+def _chances(
+    reference: list[torch.Tensor], documents: list[torch.Tensor], n_pool: int
+) -> dict[str, float]:
+    """Agreement, KL and loss of the intact model's predictions for other positions of the text."""
+    same, divergence, losses = [], [], []
+    for logp, document in zip(reference, documents, strict=True):
         other = logp.roll(max(1, len(logp) // 2), 0)
         same.append((logp.argmax(-1) == other.argmax(-1)).double().mean())
         divergence.append((logp.exp() * (logp - other)).sum(-1).double().mean())
+        losses.append(_loss(other, document))
     return {
         "token": 1 / n_pool,
         "agreement": float(torch.stack(same).mean()),
         "kl": float(torch.stack(divergence).mean()),
+        "loss": float(torch.stack(losses).mean()),
     }

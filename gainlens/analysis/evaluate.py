@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,11 +84,15 @@ class Evaluator:
         mode: str = "zero",
         gains: KeyGains | None = None,
         seed: int = 0,
+        donors: torch.Tensor | None = None,
     ) -> Float[torch.Tensor, "document next_pos"]:
-        """Next-token losses in nats of a batch; ``resample`` takes donors from the batch."""
+        """Next-token losses in nats of a batch.
+
+        ``resample`` takes keys from the batch, or from ``donors`` ``[document, pos]`` where given.
+        """
         if self.twin is not None:
-            return twin_losses(self.twin, batch, self._edit(batch, cut, mode, gains, seed))
-        with self._hooked(batch, cut, mode, gains, seed):
+            return twin_losses(self.twin, batch, self._edit(batch, cut, mode, gains, seed, donors))
+        with self._hooked(batch, cut, mode, gains, seed, donors):
             return token_losses(self.model, batch)
 
     def residuals(
@@ -121,7 +125,7 @@ class Evaluator:
         if self.twin is None or residuals is None:
             return self.tokens(batch, cut)
         batch = batch.to(self.twin.device)
-        edit = self._edit(batch, cut, "zero", None, 0)
+        edit = self._edit(batch, cut, "zero", None, 0, None)
         with torch.inference_mode(), self.twin.edited(edit):
             hidden = self.twin.hidden_from(layer, residuals[layer], batch)
             if not self.twin.complete_from(layer):
@@ -135,18 +139,26 @@ class Evaluator:
         mode: str = "zero",
         gains: KeyGains | None = None,
         seed: int = 0,
+        donors: torch.Tensor | None = None,
     ) -> Float[torch.Tensor, "document pos vocab"]:
         """Logits of a (small) batch, float32 on the CPU."""
         if self.twin is not None:
             with (
                 torch.inference_mode(),
-                self.twin.edited(self._edit(batch, cut, mode, gains, seed)),
+                self.twin.edited(self._edit(batch, cut, mode, gains, seed, donors)),
             ):
                 found = self.twin.logits(self.twin.hidden(batch.to(self.twin.device)))
             return found.float().cpu()
         device = next(self.model.parameters()).device
-        with torch.inference_mode(), self._hooked(batch, cut, mode, gains, seed):
+        with torch.inference_mode(), self._hooked(batch, cut, mode, gains, seed, donors):
             return self.model(batch.to(device), return_type="logits").float().cpu()  # type: ignore[no-any-return]
+
+    def _cache(
+        self, batch: torch.Tensor, mode: str, donors: torch.Tensor | None
+    ) -> KeyCache | None:
+        if mode != "resample":
+            return None
+        return KeyCache.run(self.model, batch if donors is None else donors)
 
     def _edit(
         self,
@@ -155,13 +167,14 @@ class Evaluator:
         mode: str,
         gains: KeyGains | None,
         seed: int,
+        donors: torch.Tensor | None,
     ) -> Edit | None:
         assert self.twin is not None
         if cut is None:
             return None
         if isinstance(cut, RefitCut):
             return cut.edit(self.sites, batch.shape[1])
-        cache = KeyCache.run(self.model, batch) if mode == "resample" else None
+        cache = self._cache(batch, mode, donors)
         planned = plan_cut(self.model, cut, mode, gains=gains, cache=cache, seed=seed)
         return planned.edit(self.twin.device)
 
@@ -173,6 +186,7 @@ class Evaluator:
         mode: str,
         gains: KeyGains | None,
         seed: int,
+        donors: torch.Tensor | None,
     ) -> Iterator[None]:
         if cut is None:
             yield
@@ -180,7 +194,7 @@ class Evaluator:
             with attached(self.model, cut.hooks(self.model)):
                 yield
         else:
-            cache = KeyCache.run(self.model, batch) if mode == "resample" else None
+            cache = self._cache(batch, mode, donors)
             with ablate(self.model, cut, mode, gains=gains, cache=cache, seed=seed):
                 yield
 
@@ -191,13 +205,14 @@ class Evaluator:
         mode: str = "zero",
         gains: KeyGains | None = None,
         seed: int = 0,
+        donors: torch.Tensor | None = None,
     ) -> Float[np.ndarray, " document"]:
-        """Mean next-token loss of each document of a batch, nats per token.
+        """Mean next-token loss of each document of a batch, nats per token; see ``tokens``.
 
         Raises:
             InputError: a loss that is not finite.
         """
-        per_token = self.tokens(batch, cut, mode, gains, seed)
+        per_token = self.tokens(batch, cut, mode, gains, seed, donors)
         losses: Float[np.ndarray, " document"] = per_token.double().mean(1).numpy()
         if not np.isfinite(losses).all():
             first = int(np.flatnonzero(~np.isfinite(losses))[0])
@@ -206,6 +221,33 @@ class Evaluator:
                 "NaN or infinity"
             )
         return losses
+
+
+def resample_donors(documents: Sequence[torch.Tensor], most: int = 3) -> list[torch.Tensor]:
+    """For each batch ``[document, pos]`` the documents among which ``resample`` looks for keys.
+
+    A batch of several documents serves itself. One of a single document gets up to ``most`` more
+    from the batches after (and before) it, cut to its length.
+
+    Raises:
+        InputError: a document to which no other can give keys at all of its positions.
+    """
+    rows = [(number, row) for number, batch in enumerate(documents) for row in batch]
+    donors = []
+    for number, batch in enumerate(documents):
+        length = batch.shape[1]
+        if len(batch) > 1:
+            donors.append(batch)
+            continue
+        later = [row for at, row in rows if at > number and len(row) >= length]
+        others = later + [row for at, row in rows if at < number and len(row) >= length]
+        if not others:
+            raise InputError(
+                f"mode='resample' takes keys from another document at the same position: no other "
+                f"document of tokens has the {length} positions of the longest one"
+            )
+        donors.append(torch.stack([batch[0], *(row[:length] for row in others[:most])]))
+    return donors
 
 
 def _has_hooks(model: Any) -> bool:

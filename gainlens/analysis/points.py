@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
-from gainlens.ablation.mask import KeyMask, Scope
+from gainlens.ablation.mask import KeyMask, Scope, check_fraction
 from gainlens.errors import InputError
 from gainlens.probes.gains import KeyGains
 
@@ -106,8 +106,7 @@ def get_order(name: str) -> Order:
 def check_fractions(fractions: tuple[float, ...]) -> None:
     """Raise ``InputError`` for a fraction outside 0..1, or one that cuts everything."""
     for fraction in fractions:
-        if isinstance(fraction, bool) or not 0 <= fraction <= 1:
-            raise InputError(f"fraction={fraction!r} is outside 0..1")
+        check_fraction(fraction)
         if fraction == 1:
             raise InputError("fraction=1 cuts everything: expected less than 1")
 

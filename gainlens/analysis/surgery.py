@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,20 @@ import torch
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
-from gainlens.ablation.mask import KeyMask, Scope
+from gainlens.ablation.mask import Scope, check_something_stays
+from gainlens.ablation.modes import get_mode
 from gainlens.ablation.refit import RefitCut
 from gainlens.analysis.curve import SurgeryCurve
-from gainlens.analysis.evaluate import Evaluator
+from gainlens.analysis.evaluate import Evaluator, resample_donors
+from gainlens.analysis.judge import Cut, check_judge, text_fingerprint
 from gainlens.analysis.points import ORDERS, Point, check_fractions, sweep_points
 from gainlens.analysis.sequential import StoppingRule
 from gainlens.analysis.sweep_file import SweepFile
+from gainlens.analysis.sweep_header import sweep_header
 from gainlens.errors import InputError
 from gainlens.model.batches import TOKENS_PER_BATCH, Tokens, batches
 from gainlens.model.fingerprint import model_fingerprint
-from gainlens.model.forward import TextHasher
-from gainlens.probes.gains import KeyGains
-
-Cut = KeyMask | RefitCut
+from gainlens.probes.gains import KeyGains, check_same_weights
 
 
 def document_losses(
@@ -93,6 +91,7 @@ def surgery(
             of another sweep.
         FileFormatError: ``out`` is there and damaged.
     """
+    get_mode(mode)
     if mode == "patch":
         raise InputError("mode='patch' needs a cached run of one prompt: see patch_keys")
     points: list[Point] = []
@@ -106,24 +105,27 @@ def surgery(
             unit,
             mode,
         )
-    todo: list[tuple[Point, Cut]] = [(point, point.mask(gains)) for point in points]
+    todo: list[tuple[Point, Cut]] = []
+    for point in points:
+        mask = point.mask(gains)
+        check_something_stays(mask, point.fraction)
+        todo.append((point, mask))
     todo += [(_given_point(name, cut), cut) for name, cut in (cuts or {}).items()]
-    fingerprint = model_fingerprint(model)
-    if fingerprint != gains.model.fingerprint:
-        raise InputError(
-            f"gains were gathered on other weights ({gains.model.architecture}, "
-            f"{gains.model.fingerprint[:12]}) than this model's ({fingerprint[:12]})"
-        )
+    check_same_weights(gains.model, model_fingerprint(model))
     documents = list(batches(tokens, int(model.cfg.d_vocab), tokens_per_batch))
-    text = _text(documents)
-    _check_judge(text, gains, cuts or {})
+    text = text_fingerprint(documents)
+    check_judge(documents, gains, (cuts or {}).values())
     sizes = [len(batch) for batch in documents]
     rule = None if stop_margin is None else StoppingRule.after_batches(sizes, stop_margin, level)
+    donors = resample_donors(documents) if mode == "resample" else documents
     evaluator = Evaluator(model, fast=fast)
     file = None
     if out is not None:
-        header = _header(gains, text, todo, sizes, rule, evaluator)
+        header = sweep_header(
+            model, gains, text, todo, sizes, rule, fused=evaluator.twin is not None
+        )
         file = SweepFile(out, header)
+        file.check_lengths(len(todo) + 1, sum(sizes), () if rule is None else rule.looks)
     losses: list[Float[np.ndarray, " document"]] = [] if file is None else list(file.done)
     with tqdm(
         total=len(todo) + 1, initial=len(losses), desc="surgery", unit="point", disable=not progress
@@ -133,7 +135,7 @@ def surgery(
                 found = np.concatenate([evaluator.documents(batch) for batch in documents])
             else:
                 point, cut = todo[index - 1]
-                found = _run_point(evaluator, documents, point, cut, gains, losses[0], rule)
+                found = _run_point(evaluator, documents, donors, point, cut, gains, losses[0], rule)
             losses.append(found)
             if file is not None:
                 file.add(found)
@@ -150,6 +152,7 @@ def surgery(
 def _run_point(
     evaluator: Evaluator,
     documents: Sequence[torch.Tensor],
+    donors: Sequence[torch.Tensor],
     point: Point,
     cut: Cut,
     gains: KeyGains,
@@ -158,8 +161,8 @@ def _run_point(
 ) -> Float[np.ndarray, " run"]:
     """Losses of a point: of all documents, or of as many as decide it."""
     found: Float[np.ndarray, " run"] = np.empty(0)
-    for batch in documents:
-        more = evaluator.documents(batch, cut, point.mode, gains, point.seed or 0)
+    for batch, others in zip(documents, donors, strict=True):
+        more = evaluator.documents(batch, cut, point.mode, gains, point.seed or 0, others)
         found = np.concatenate([found, more])
         if rule is not None and rule.status(found - baseline[: len(found)]) != "undecided":
             break
@@ -180,54 +183,3 @@ def _given_point(name: str, cut: Cut) -> Point:
         fraction=fraction,
         label=name,
     )
-
-
-def _text(documents: Sequence[torch.Tensor]) -> str:
-    hasher = TextHasher()
-    for batch in documents:
-        hasher.update(batch)
-    return hasher.hexdigest()
-
-
-def _check_judge(text: str, gains: KeyGains, cuts: Mapping[str, Cut]) -> None:
-    chose = set(gains.texts)
-    for cut in cuts.values():
-        for facts in (cut.facts, cut.mask.facts if isinstance(cut, RefitCut) else {}):
-            chose |= {facts["text"]} if "text" in facts else set()
-            chose |= set(facts.get("texts", ()))
-    if text in chose:
-        raise InputError(
-            "tokens are the text that the gains were gathered on: text that chose a cut can't "
-            "judge it (load_tokens(..., split='validation') gives other documents)"
-        )
-
-
-def _header(
-    gains: KeyGains,
-    text: str,
-    todo: Sequence[tuple[Point, Cut]],
-    sizes: Sequence[int],
-    rule: StoppingRule | None,
-    evaluator: Evaluator,
-) -> dict[str, Any]:
-    """What must be the same for a sweep to go on; the first difference is what a user is told."""
-    cuts = hashlib.sha256()
-    for _, cut in todo:
-        tensors = (
-            (cut.mask.keep, cut.query_maps, cut.key_maps)
-            if isinstance(cut, RefitCut)
-            else (cut.keep,)
-        )
-        for tensor in tensors:
-            cuts.update(tensor.contiguous().numpy().tobytes())
-    return {
-        "model": gains.model.fingerprint,
-        "text": text,
-        "seeds": sorted({p.seed for p, _ in todo if p.seed is not None}),
-        "points": [asdict(p) for p, _ in todo],
-        "cuts": cuts.hexdigest(),
-        "gains": list(gains.texts),
-        "batches": list(sizes),
-        "stopping": None if rule is None else asdict(rule),
-        "attention": "hooks" if evaluator.twin is None else "fused",
-    }

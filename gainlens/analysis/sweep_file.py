@@ -94,6 +94,25 @@ class SweepFile:
             raise FileFormatError(f"{self.path} is damaged in line {index + 2}: {error}") from None
         return losses
 
+    def check_lengths(self, n_lines: int, n_documents: int, looks: tuple[int, ...] = ()) -> None:
+        """Check that every line holds the losses of all documents, or of those up to a look.
+
+        Args:
+            n_lines: points of the sweep, the intact model included.
+            n_documents: of the validation text.
+            looks: after how many documents a point may have stopped.
+
+        Raises:
+            FileFormatError: naming the line.
+        """
+        for index, losses in enumerate(self.done):
+            fits = len(losses) == n_documents or (index > 0 and len(losses) in looks)
+            if not fits or index >= n_lines:
+                raise FileFormatError(
+                    f"{self.path} is damaged in line {index + 2}: it holds {len(losses)} losses of "
+                    f"point {index + 1}, expected {n_documents} of each of {n_lines} points"
+                )
+
     def add(self, losses: Float[np.ndarray, " document"]) -> None:
         """Write the next point; on return it is on the disk."""
         self._append({"index": len(self.done), "losses": losses.tolist()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, bridge, family_tokens
@@ -125,3 +126,45 @@ def test_bad_caches(tiny, tiny_calibration):
     projected = gl.KeyCache.run(tiny, tiny_calibration[:2, :16], stage="projected")
     with pytest.raises(gl.InputError, match="stage"):
         gl.ablation_hooks(tiny, mask, "patch", cache=projected)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_document_alone_in_its_batch_is_given_keys_too(
+    fast, tiny, tiny_calibration, tiny_validation
+):
+    """The last of five, or every one that fills a batch: donors come from the other batches."""
+    tokens = [*tiny_validation[:2, :30], tiny_validation[2, :20], tiny_validation[3, :40]]
+    tokens += [tiny_validation[4, :40]]
+    gains = gl.probe_gains(tiny, tiny_calibration, progress=False)
+    curve = gl.surgery(
+        tiny, tokens, gains, (0.5,), orders=("quietest",), mode="resample", fast=fast,
+        tokens_per_batch=64, progress=False,
+    )  # fmt: skip
+    mask = gl.KeyMask.quietest(gains, 0.5)
+    # Document 2 is alone: its first donor is the next that is long enough, document 3.
+    alone, donor = tokens[2][None], tokens[3][None, :20]
+    found = by_hand(tiny, alone, mask, donor)[0, :-1].log_softmax(-1)
+    wanted = -found.gather(1, alone[0, 1:, None]).mean()
+    assert curve.losses[0, 2] == pytest.approx(float(wanted), abs=1e-5)
+    assert np.isfinite(curve.losses).all()
+
+
+def test_a_document_that_nobody_can_give_to(tiny, tiny_validation, tiny_gains):
+    tokens = [tiny_validation[0, :20], tiny_validation[1, :40]]
+    with pytest.raises(gl.InputError, match="no other document"):
+        gl.surgery(tiny, tokens, tiny_gains, (0.5,), mode="resample", progress=False)
+    # Before anything is run, not in the middle of a sweep.
+    with pytest.raises(gl.InputError, match="'x'"):
+        gl.surgery(tiny, tokens, tiny_gains, (0.5,), mode="x", progress=False)
+
+
+@pytest.mark.parametrize("mode", ["patch", "resample"])
+def test_a_cache_of_another_model(mode, tiny, tiny_calibration):
+    cache = gl.KeyCache.run(bridge("LlamaForCausalLM"), family_tokens())
+    with pytest.raises(gl.InputError, match="another model"):
+        gl.ablation_hooks(tiny, random_mask(tiny), mode, cache=cache)
+    own = gl.KeyCache.run(tiny, tiny_calibration[:2, :12])
+    with pytest.raises(gl.InputError, match="another model"):
+        gl.ablation_hooks(tiny, random_mask(tiny), mode, cache=gl.KeyCache(own.keys[:2]))
+    with pytest.raises(gl.InputError, match="12 to 16 tokens"):
+        gl.KeyCache.run(tiny, [tiny_calibration[0, :12], tiny_calibration[1, :16]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,13 +59,13 @@ def result(tiny, tiny_validation, tiny_gains):
 def test_every_figure_is_there_with_its_chance(result):
     kinds = {(r.behaviour, r.distance) for r in result.rows}
     expected = {("induction", None), ("copying", 2), ("copying", 8), ("agreement", None)}
-    assert kinds == expected | {("kl", None)}
+    assert kinds == expected | {("kl", None), ("loss", None)}
     orders = {(r.order, r.label) for r in result.rows}
     assert orders == {("intact", None), ("quietest", None), ("random", None), ("given", "one dim")}
-    assert len(result.rows) == 4 * 5
+    assert len(result.rows) == 4 * 6
     for row in result.rows:
         assert row.chance >= 0
-        if row.behaviour != "kl":
+        if row.behaviour not in ("kl", "loss"):
             assert 0 <= row.value <= 1
     assert result.find(behaviour="copying")[0].chance == 1 / 8
 
@@ -91,3 +92,25 @@ def test_bad_input(tiny, tiny_validation, tiny_gains, bad):
         gl.behaviours(tiny, tiny_validation[:2], tiny_gains, progress=False, **bad)
     with pytest.raises(gl.InputError, match="cuts everything"):
         gl.behaviours(tiny, tiny_validation[:2], tiny_gains, (1,), progress=False)
+
+
+def test_the_loss_stands_beside_them(result, tiny, tiny_validation, tiny_gains):
+    """The same figures as the surgery's, and a chance level that is far above the intact loss."""
+    curve = gl.surgery(
+        tiny, tiny_validation[:3], tiny_gains, (0.5,), orders=("quietest",), progress=False
+    )
+    (intact,) = result.find(behaviour="loss", order="intact")
+    (cut,) = result.find(behaviour="loss", order="quietest")
+    assert intact.value == pytest.approx(curve.baseline.mean(), abs=1e-4)
+    assert cut.value == pytest.approx(curve.losses[0].mean(), abs=1e-4)
+    assert intact.chance > intact.value + 1
+    axes = result.plot()
+    assert [ax.get_ylabel() for ax in axes][-1] == "nats per token"
+
+
+def test_gains_and_text_are_checked(tiny, tiny_calibration, tiny_validation, tiny_gains):
+    with pytest.raises(gl.InputError, match="chose a cut"):
+        gl.behaviours(tiny, tiny_calibration[:2], tiny_gains, progress=False)
+    other = replace(tiny_gains, model=replace(tiny_gains.model, fingerprint="0" * 64))
+    with pytest.raises(gl.InputError, match="other weights"):
+        gl.behaviours(tiny, tiny_validation[:2], other, progress=False)

@@ -9,8 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 import gainlens as gl
 
@@ -152,3 +155,49 @@ def test_each_line_is_plain_json(sweep):
     assert rows[0]["kind"] == "surgery-sweep"
     assert len(rows) == 2 + len(curve.points)
     assert rows[2]["losses"] == curve.losses[0].tolist()
+
+
+@pytest.mark.parametrize("part", ["mlp", "norm", "type"])
+def test_any_other_weight_is_another_model(part, sweep, tiny_gains, tiny_validation):
+    """Gains belong to attention weights; losses, and so a sweep file, to all of them."""
+    sweep()
+    other = gl.load_model("tiny")
+    named = dict(other.named_parameters())
+    if part == "type":
+        other.to(torch.float64)
+    else:
+        names = [n for n in named if ("mlp" in n if part == "mlp" else named[n].ndim == 1)]
+        named[names[0]].data.mul_(1.01)
+    with pytest.raises(gl.InputError, match="another model"):
+        sweep(model=other)
+
+
+def test_a_line_with_too_few_losses_is_damage(sweep):
+    """Not a point that stopped early: this sweep stops none."""
+    sweep()
+    lines = sweep.path.read_text().splitlines(keepends=True)
+    row = json.loads(lines[2])
+    for losses in (row["losses"][:4], row["losses"] * 2):
+        short = json.dumps({**row, "losses": losses}) + "\n"
+        sweep.path.write_text("".join([*lines[:2], short, *lines[3:]]))
+        with pytest.raises(gl.FileFormatError, match="line 3"):
+            sweep()
+    extra = json.dumps({**row, "index": len(lines) - 1}) + "\n"
+    sweep.path.write_text("".join([*lines, extra]))
+    with pytest.raises(gl.FileFormatError, match="points"):
+        sweep()
+
+
+def test_a_point_that_stopped_early_is_read_back(sweep):
+    settings = {"stop_margin": 50.0, "tokens_per_batch": 64, "fractions": (0.25,)}
+    first = sweep(**settings)
+    assert np.isnan(first.losses).any()
+    assert np.array_equal(sweep(**settings).losses, first.losses, equal_nan=True)
+
+
+def test_other_means_are_another_cut(sweep, tiny_gains):
+    """In mode mean the gains are part of what is put in, also where they rank alike."""
+    sweep(mode="mean")
+    sums = {n: v * 1.5 if n.startswith("k_sum") else v for n, v in tiny_gains.sums.items()}
+    with pytest.raises(gl.InputError, match="another cuts"):
+        sweep(mode="mean", gains=replace(tiny_gains, sums=sums))

@@ -111,3 +111,82 @@ def test_documents_of_unequal_length_weigh_the_same(tiny, tiny_validation, tiny_
         for doc in ragged
     ]
     assert np.allclose(both.losses[0], alone, atol=1e-5)
+
+
+def test_a_fraction_that_cuts_everything_once_rounded(tiny, tiny_validation, tiny_gains):
+    """0.98 of 32 dimensions is 31.36: in whole pairs all of them, so attention would be uniform."""
+    for call in (gl.surgery, gl.behaviours):
+        with pytest.raises(gl.InputError, match="cuts everything"):
+            call(tiny, tiny_validation, tiny_gains, (0.98,), progress=False)
+    empty = gl.KeyMask(torch.zeros(tiny_gains.shape, dtype=torch.bool))
+    with pytest.raises(gl.InputError, match="cuts everything"):
+        gl.surgery(tiny, tiny_validation, tiny_gains, (), cuts={"all": empty}, progress=False)
+
+
+def test_a_given_cut_is_found_by_its_fraction(tiny, tiny_validation, tiny_gains):
+    keep = torch.ones(tiny_gains.shape, dtype=torch.bool).flatten()
+    keep[: round(0.3 * 256) - 1] = False
+    share = 1 - keep.sum().item() / keep.numel()
+    cuts = {"by hand": gl.KeyMask(keep.view(tiny_gains.shape))}
+    curve = gl.surgery(tiny, tiny_validation, tiny_gains, (), cuts=cuts, progress=False)
+    assert curve.verdict(share, 0.02, order="given").n_documents == 6
+
+
+@pytest.mark.parametrize("way", ["gains", "quietest", "greedy", "refit"])
+def test_text_that_shares_documents_is_refused(
+    way, tiny, tiny_calibration, tiny_validation, tiny_gains
+):
+    """Not the same text, but half of its documents: the hash of the whole would not show it."""
+    mixed = torch.cat([tiny_calibration[:2], tiny_validation[3:]])
+    settings = {"progress": False, "fractions": (0.5,), "orders": ("quietest",)}
+    gains, cuts = tiny_gains, {}
+    if way == "gains":
+        gains = gl.probe_gains(tiny, mixed, progress=False)
+    elif way == "quietest":  # the whole text is known of a mask, its documents are not
+        mine = gl.probe_gains(tiny, tiny_validation, progress=False)
+        cuts = {"x": gl.KeyMask.quietest(mine, 0.5)}
+    elif way == "greedy":
+        cuts = {"x": gl.greedy_mask(tiny, mixed, 0.5, score="qk", rounds=1, progress=False)}
+    else:
+        mask = gl.KeyMask.quietest(tiny_gains, 0.5)
+        cuts = {"x": gl.refit(tiny, mixed, mask, rounds=1, iterations=1, progress=False)}
+    with pytest.raises(gl.InputError, match="chose a cut"):
+        gl.surgery(tiny, tiny_validation, gains, cuts=cuts, **settings)
+    if way == "quietest":
+        return
+    rest = tiny_validation[:3]
+    assert gl.surgery(tiny, rest, gains, cuts=cuts, **settings).n_documents == 3
+    with pytest.warns(UserWarning, match="1 of 4 documents"):
+        gl.surgery(tiny, tiny_validation[:4], gains, cuts=cuts, **settings)
+
+
+def test_marks_of_documents_are_kept(tiny, tiny_calibration, tmp_path):
+    parts = [gl.probe_gains(tiny, t, progress=False) for t in tiny_calibration.split(3)]
+    whole = gl.probe_gains(tiny, tiny_calibration, progress=False)
+    assert (parts[0] + parts[1]).documents == whole.documents
+    assert len(set(whole.documents)) == 6
+    whole.save(tmp_path / "g")
+    assert gl.KeyGains.load(tmp_path / "g").documents == whole.documents
+    # The first words of two speeches are often the same: short pieces say nothing.
+    assert gl.probe_gains(tiny, tiny_calibration[:, :16], progress=False).documents == ()
+
+
+@pytest.mark.parametrize("margin", [0, -1, float("nan"), float("inf")])
+def test_margins_that_are_none(curve, margin):
+    with pytest.raises(gl.InputError, match="margin"):
+        curve.verdict(0.5, margin)
+
+
+@pytest.mark.parametrize("method", ["t", "bootstrap"])
+def test_undecided_always_says_how_many_more(curve, method):
+    """Also where Student's interval would have decided and the one asked for did not."""
+    (index,) = curve.find(order="loudest", fraction=0.5)
+    low, high = curve.interval(index, method=method)
+    mean = float(curve.deltas(index).mean())
+    margins = [mean + share * (end - mean) for share in (0.2, 0.9, 0.99) for end in (low, high)]
+    assert min(margins) > 0
+    for margin in margins:
+        verdict = curve.verdict_at(index, margin, method=method)
+        assert verdict.status == "undecided"
+        assert verdict.more_documents >= 1
+        assert str(verdict.more_documents) in verdict.note
