@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from gainlens.ablation.cache import KeyCache
+from gainlens.ablation.cache import KeyCache, one_length
 from gainlens.analysis.evaluate import Evaluator
+from gainlens.analysis.prefix import Prefix
 from gainlens.errors import InputError
 from gainlens.frames import data_frame
-from gainlens.model.batches import TOKENS_PER_BATCH, as_documents
+from gainlens.model.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.rotation import rotate
 from gainlens.model.sites import KeySites, key_sites
@@ -64,8 +65,12 @@ class PatchEffects:
         """Share of the gap between corrupted (0) and clean (1) that each unit restores.
 
         Raises:
-            InputError: the metric is the same on both prompts.
+            InputError: the metric is the same on both prompts, or not known on the clean one.
         """
+        if not np.isfinite(self.clean):
+            raise InputError(
+                "clean was given as a KeyCache, so its metric is not known: give tokens"
+            )
         if self.clean == self.corrupted:
             raise InputError(
                 f"metric is {self.clean!r} on both prompts: there is no gap to take a share of"
@@ -141,8 +146,8 @@ def unit_dims(sites: KeySites, unit: str) -> list[list[int]]:
 
 def patch_keys(
     model: Any,
-    clean: Int[torch.Tensor, "clean_document clean_pos"] | KeyCache,
-    corrupted: Int[torch.Tensor, "document pos"],
+    clean: Tokens | KeyCache,
+    corrupted: Tokens,
     *,
     metric: Metric,
     units: str = "pair",
@@ -154,8 +159,9 @@ def patch_keys(
 
     Args:
         model: a TransformerBridge or HookedTransformer.
-        clean: tokens, or their ``KeyCache`` (then ``PatchEffects.clean`` is NaN).
-        corrupted: tokens of the same shape.
+        clean: tokens ``[document, pos]``, or their ``KeyCache`` (``PatchEffects.clean`` is then
+            NaN).
+        corrupted: tokens ``[document, pos]`` of the same shape.
         metric: from logits ``[document, pos, vocab]`` to one number.
         units: ``pair`` (both dimensions of a rotary pair at once) or ``dim``.
         layers: which layers; by default all.
@@ -168,7 +174,9 @@ def patch_keys(
     """
     sites = key_sites(model)
     groups = unit_dims(sites, units)
-    prompt = torch.stack(as_documents(corrupted, int(model.cfg.d_vocab)))
+    prompt = one_length(corrupted, int(model.cfg.d_vocab), "corrupted")
+    if not isinstance(clean, KeyCache):
+        clean = one_length(clean, int(model.cfg.d_vocab), "clean")
     cache = clean if isinstance(clean, KeyCache) else KeyCache.run(model, clean)
     _check_cache(cache, prompt, sites)
     wanted = _layer_list(layers, sites)
@@ -200,8 +208,8 @@ def patch_keys(
 
 def attribution_patching(
     model: Any,
-    clean: Int[torch.Tensor, "clean_document clean_pos"] | KeyCache,
-    corrupted: Int[torch.Tensor, "document pos"],
+    clean: Tokens | KeyCache,
+    corrupted: Tokens,
     *,
     metric: Metric,
     units: str = "pair",
@@ -216,7 +224,9 @@ def attribution_patching(
     """
     sites = key_sites(model)
     groups = unit_dims(sites, units)
-    prompt = torch.stack(as_documents(corrupted, int(model.cfg.d_vocab)))
+    prompt = one_length(corrupted, int(model.cfg.d_vocab), "corrupted")
+    if not isinstance(clean, KeyCache):
+        clean = one_length(clean, int(model.cfg.d_vocab), "clean")
     cache = clean if isinstance(clean, KeyCache) else KeyCache.run(model, clean)
     _check_cache(cache, prompt, sites)
     prompt = prompt.to(next(model.parameters()).device)
@@ -226,6 +236,12 @@ def attribution_patching(
         share = ((cache.keys[layer].to(k) - k) * gradient).sum((0, 1)).double().cpu().numpy()
         for unit, dims in enumerate(groups):
             effect[layer, :, unit] = share[:, dims].sum(1)
+    if not np.isfinite(effect).all():
+        layer = int(np.argwhere(~np.isfinite(effect))[0, 0])
+        raise InputError(
+            f"metric={_name(metric)} has no finite gradient at the keys of layer {layer}: "
+            "attribution needs one"
+        )
     end = float("nan")
     if not isinstance(clean, KeyCache):
         with torch.inference_mode():
@@ -241,6 +257,7 @@ class _Runner:
         self.twin = Evaluator(model).twin
         self.hooked = not hasattr(model, "original_model")
         self.residuals: list[torch.Tensor] = []
+        self.prefix = None if self.hooked else Prefix(model)
 
     @torch.inference_mode()
     def intact(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -249,17 +266,17 @@ class _Runner:
         if self.twin is not None:
             self.residuals = self.twin.residuals(tokens)
             return self.twin.logits(self.twin.hidden(tokens))
+        if self.prefix is not None:
+            return self.prefix.read(tokens)
         found: dict[int, torch.Tensor] = {}
 
         def keep(x: torch.Tensor, hook: Any, *, layer: int) -> None:
             found[layer] = x
 
-        hooks: list[Hook] = []
-        if self.hooked:
-            hooks = [
-                (f"blocks.{layer}.hook_resid_pre", partial(keep, layer=layer))
-                for layer in range(self.sites.n_layers)
-            ]
+        hooks: list[Hook] = [
+            (f"blocks.{layer}.hook_resid_pre", partial(keep, layer=layer))
+            for layer in range(self.sites.n_layers)
+        ]
         with attached(self.model, hooks):
             logits: torch.Tensor = self.model(tokens, return_type="logits")
         self.residuals = [found[layer] for layer in sorted(found)]
@@ -299,9 +316,12 @@ class _Runner:
                 return turn(torch.where(taken, source.to(k), turn(k)), inverse=True)
 
             with attached(self.model, [(self.sites.key_hook(layer, stage), put)]):
-                if self.hooked:
+                if self.prefix is None:
                     residual = self.residuals[layer].repeat(n, 1, 1)
                     logits = self.model(residual, start_at_layer=layer, return_type="logits")
+                elif self.prefix.residuals:
+                    with self.prefix.skipped(layer, n):
+                        logits = self.model(tokens, return_type="logits")
                 else:
                     logits = self.model(tokens, return_type="logits")
         return logits.reshape(n, rows, *logits.shape[1:])
@@ -361,7 +381,7 @@ def _layer_list(layers: Sequence[int] | None, sites: KeySites) -> list[int]:
 
 
 def _number(value: Any, metric: Metric, where: str) -> float:
-    name = getattr(metric, "__name__", repr(metric))
+    name = _name(metric)
     try:
         number = float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
@@ -371,3 +391,7 @@ def _number(value: Any, metric: Metric, where: str) -> float:
     if not np.isfinite(number):
         raise InputError(f"metric={name} gave {number} for {where}: expected a finite number")
     return number
+
+
+def _name(metric: Metric) -> str:
+    return str(getattr(metric, "__name__", repr(metric)))

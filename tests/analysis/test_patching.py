@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,7 @@ import transformer_lens.patching as theirs
 from families import FAMILIES, bridge, family_tokens
 
 import gainlens as gl
-from gainlens.model.hooks import attached
+from gainlens.model.hooks import attached, hook_point
 
 
 def metric(logits):
@@ -140,3 +142,72 @@ def test_bad_input(tiny, tiny_calibration):
     with pytest.raises(gl.InputError, match="differentiable"):
         gl.attribution_patching(tiny, clean, corrupted, metric=lambda x: 1.0)
     assert not any(point.fwd_hooks for point in tiny.hook_dict.values())
+
+
+@pytest.mark.parametrize("name", ["GPTJForCausalLM", "FalconForCausalLM", "LlamaForCausalLM"])
+def test_blocks_below_are_skipped_where_no_twin_can_be_made(name, monkeypatch):
+    """GPT-J and Falcon keep attention to themselves; bfloat16 twins are not equal to the bit."""
+    import gainlens.analysis.patching as patching
+
+    if name not in FAMILIES:
+        pytest.skip("refused on this transformer-lens")
+    model = bridge(name)
+    clean, corrupted = prompts(family_tokens())
+    gl.key_sites(model)  # measured once; not part of what is counted
+    settings = {"metric": metric, "layers": [1], "progress": False}
+    if name == "LlamaForCausalLM":
+        usual = gl.patch_keys(model, clean, corrupted, **settings)
+        monkeypatch.setattr(patching, "Evaluator", lambda model: SimpleNamespace(twin=None))
+    runs = [0, 0]
+
+    def counter(layer):
+        def count(keys, hook):
+            runs[layer] += 1
+
+        return count
+
+    points = [hook_point(model, f"blocks.{layer}.attn.hook_k") for layer in (0, 1)]
+    try:
+        for layer, point in enumerate(points):
+            point.add_hook(counter(layer))
+        got = gl.patch_keys(model, clean, corrupted, **settings)
+    finally:
+        model.reset_hooks()
+    assert runs[1] > runs[0]
+    # Two runs of either prompt (cache, metric), then layer 1 and above alone.
+    assert runs[0] == 3
+    if name == "LlamaForCausalLM":
+        assert np.allclose(got.effect, usual.effect, atol=1e-5, equal_nan=True)
+    assert all("forward" not in block.__dict__ for block in model.blocks)
+    after = gl.patch_keys(model, clean, corrupted, **settings)
+    assert np.allclose(got.effect, after.effect, atol=1e-5, equal_nan=True)
+
+
+def test_a_gradient_that_is_not_finite(tiny, tiny_calibration):
+    clean, corrupted = prompts(tiny_calibration)
+
+    def root(logits):
+        return (logits[:, -1, 7].mean() * 0).sqrt()
+
+    with pytest.raises(gl.InputError, match="root.*no finite gradient"):
+        gl.attribution_patching(tiny, clean, corrupted, metric=root)
+
+
+def test_prompts_of_unequal_length_and_a_clean_run_without_its_metric(tiny, tiny_calibration):
+    clean, corrupted = prompts(tiny_calibration)
+    ragged = [clean[0], clean[1, :8]]
+    for pair in ((ragged, corrupted), (clean, ragged)):
+        for call in (gl.patch_keys, gl.attribution_patching):
+            with pytest.raises(gl.InputError, match="8 to 12 tokens"):
+                call(tiny, *pair, metric=metric)
+    got = gl.patch_keys(
+        tiny, gl.KeyCache.run(tiny, clean), corrupted, metric=metric, layers=[3], progress=False
+    )
+    with pytest.raises(gl.InputError, match="KeyCache"):
+        got.normalised
+    # Lists of lists are documents too.
+    same = gl.patch_keys(
+        tiny, clean.tolist(), corrupted.tolist(), metric=metric, layers=[3], progress=False
+    )
+    assert np.array_equal(same.effect, got.effect, equal_nan=True)
+    assert np.isfinite(same.normalised[3]).all()
