@@ -44,24 +44,27 @@ def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | Non
         The axes.
     """
     ax = new_axes(ax, (8, 4.6))
+    scopes = {p.scope for p in curve.points if p.order == "random"}
     groups: dict[str, list[int]] = {}
     for i, p in enumerate(curve.points):
         # All seeds of a random control are one line, their mean.
         if p.order == "random":
-            name = "random (control)"
+            name = f"random, {p.scope} (control)" if len(scopes) > 1 else "random (control)"
         elif p.order == "given":
             name = str(p.label)
         else:
-            control = " (control)" if p.order in CONTROLS else ""
+            control = "" if p.order == "quietest" else " (control)"
             name = f"{p.order}{control}, {p.score}, {p.scope}"
         groups.setdefault(name, []).append(i)
     styles = iter(zip(CYCLE * len(groups), MARKERS * len(groups), strict=True))
+    fixed: dict[str, tuple[str, str]] = dict(CONTROLS)
     for name, points in groups.items():
         fractions = sorted({curve.points[i].fraction for i in points})
         at = [[i for i in points if curve.points[i].fraction == f] for f in fractions]
         values = np.array([_mean_and_interval(curve, part) for part in at])
         bars = np.abs(values[:, 1:] - values[:, :1]).T
-        colour, marker = CONTROLS.get(curve.points[points[0]].order) or next(styles)
+        order = curve.points[points[0]].order
+        colour, marker = fixed.pop(order) if order in fixed else next(styles)
         ax.errorbar(
             [100 * f for f in fractions],
             values[:, 0],
@@ -225,6 +228,6 @@ def plot_behaviours(result: Behaviours, axes: Any | None = None) -> Any:
         ax.axhline(rows[0].chance, color="black", linestyle="--", linewidth=0.8, label="chance")
         title(ax, behaviour + (f", {distance} back" if distance else ""))
         ax.set_xlabel("share cut (%)")
-        ax.set_ylabel("nats per token" if behaviour == "kl" else "share right")
+        ax.set_ylabel("nats per token" if behaviour in ("kl", "loss") else "share right")
     axes[0].legend(fontsize=8)
     return axes

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
+from gainlens.ablation.mask import SCOPES
+from gainlens.ablation.modes import get_mode
 from gainlens.analysis import surgery
-from gainlens.analysis.points import ORDERS
+from gainlens.analysis.points import ORDERS, sweep_points
+from gainlens.errors import InputError
 from gainlens.files import check_writable
+from gainlens.probes.gains import UNITS, KeyGains
+from gainlens.probes.probe import DEFAULT_SCORES, probe_gains
+from gainlens.probes.scores import get_score
 from gainlens.report.commands.common import (
     add_text_arguments,
     fractions,
-    gains_of,
     open_model,
     text,
 )
@@ -39,9 +45,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Sweep and write one JSON file; after a kill, go on with what was done (``.part``)."""
     out = Path(options.out)
     check_writable(out.parent)
+    _check(options)
     part = out.with_name(f"{out.name}.part")
     model = open_model(options)
-    gains = gains_of(options, model)
+    gains = _gains(options, model)
     curve = surgery(
         model,
         text(options, model, "validation"),
@@ -51,8 +58,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         scope=options.scope,
         unit=options.unit,
         mode=options.mode,
-        orders=tuple(options.orders.split(",")),
-        seeds=tuple(range(options.seed, options.seed + options.seeds)),
+        orders=_orders(options),
+        seeds=_seeds(options),
         out=part,
     )
     curve.save(out)
@@ -76,3 +83,37 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "verdicts": [verdict.to_json() for verdict in verdicts],
         "lines": lines,
     }
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What would otherwise be found out after minutes of loading, probing or sweeping."""
+    if not options.margin > 0 or not math.isfinite(options.margin):
+        raise InputError(f"--margin {options.margin}: expected a number of nats above 0")
+    if options.seeds < 1:
+        raise InputError(f"--seeds {options.seeds}: expected at least 1")
+    if options.scope not in SCOPES:
+        raise InputError(f"--scope {options.scope!r} is not one of {', '.join(SCOPES)}")
+    if options.unit not in UNITS:
+        raise InputError(f"--unit {options.unit!r} is not one of {', '.join(UNITS)}")
+    if options.mode == "patch":
+        raise InputError("--mode patch needs a cached run of one prompt: see gl.patch_keys")
+    get_mode(options.mode)
+    get_score(options.score)
+    names = (options.score,), (options.scope,), options.unit, options.mode
+    sweep_points(options.fractions, _orders(options), _seeds(options), *names)
+
+
+def _orders(options: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(name.strip() for name in options.orders.split(","))
+
+
+def _seeds(options: argparse.Namespace) -> tuple[int, ...]:
+    return tuple(range(options.seed, options.seed + options.seeds))
+
+
+def _gains(options: argparse.Namespace, model: Any) -> KeyGains:
+    """Gains from ``--gains``, or probed on the calibration split with what ``--score`` needs."""
+    if options.gains:
+        return KeyGains.load(options.gains)
+    scores = tuple(dict.fromkeys((*DEFAULT_SCORES, options.score)))
+    return probe_gains(model, text(options, model, "calibration"), scores)
