@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,34 @@ class Plan:
         if not self.seeds:
             raise InputError("--seeds 0: expected at least one random control")
 
+    def command(self) -> str:
+        """What makes this report again: on the command line, or in Python where no flag says it."""
+        flags = {
+            "--model": self.model,
+            "--text": self.text,
+            "--n-docs": self.n_docs,
+            "--length": self.length,
+            "--fractions": ",".join(f"{f:g}" for f in self.fractions),
+            "--score": self.score,
+            "--seeds": len(self.seeds),
+            "--refit-rounds": self.refit_rounds,
+            "--seed": self.seed,
+            "--device": self.device,
+        }
+        usual = Plan(self.model, self.text)
+        same = ("evidence_docs", "damage_docs", "damage_length")
+        if self.seeds != tuple(range(self.seed, self.seed + len(self.seeds))) or any(
+            getattr(self, name) != getattr(usual, name) for name in same
+        ):
+            given = ", ".join(
+                f"{field.name}={getattr(self, field.name)!r}"
+                for field in fields(self)
+                if getattr(self, field.name) != field.default
+            )
+            return f"gainlens.report.build.build_report(model, Plan({given}), out)"
+        words = [word for flag, value in flags.items() for word in (flag, str(value))]
+        return shlex.join(["gainlens", "report", *words])
+
     def describe(self) -> list[str]:
         """The plan in words, printed before anything runs."""
         points = len(self.all_fractions) * (2 + len(self.seeds)) + 1
@@ -126,9 +155,11 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
         What ``report.json`` holds.
 
     Raises:
-        InputError: see ``check_report_folder``, ``load_tokens``, ``probe_gains``, ``surgery``.
+        InputError: see ``check_report_folder``, ``Plan.check``, ``load_tokens``, ``probe_gains``,
+            ``surgery``.
     """
     out = check_report_folder(out)
+    plan.check()
     started = time.monotonic()
     calibration, validation = (
         load_tokens(plan.text, model, n_docs=plan.n_docs, length=plan.length, split=split)
@@ -257,8 +288,7 @@ def _write(
         validation=f"{plan.text}, {curve.n_documents} documents, {curve.n_tokens} tokens",
         claims=claims,
         sections=all_sections(curve, cmap, similarity, figures, plan.score, without, damage),
-        command=f"gainlens report --model {plan.model} --text {plan.text} "
-        f"--n-docs {plan.n_docs} --length {plan.length} --seed {plan.seed}",
+        command=plan.command(),
         provenance=[
             ("made", facts["made"]),
             ("took", f"{seconds:.0f} s"),

@@ -18,9 +18,9 @@ from gainlens.report.claims import FLAT_MARGIN
 from gainlens.report.plots import plot_gains
 from gainlens.report.plots_surgery import plot_damage, plot_damage_by_layer, plot_surgery
 
-SIZE = (5.8, 4.1)
+SIZE = (4.8, 3.8)
 """Inches: small enough that its words can be read on a phone."""
-DPI = 160
+DPI = 190
 DAMAGE_FRACTION = 0.5
 
 

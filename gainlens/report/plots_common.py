@@ -21,6 +21,9 @@ CYCLE = (BLUE, GREEN, PURPLE, SKY, VERMILION, ORANGE)
 MARKERS = ("o", "D", "v", "P", "X", "s")
 STATUS_COLOURS = {"holds": GREEN, "fails": VERMILION, "undecided": PURPLE}
 
+LETTERS_PER_INCH = 9.5
+"""Of a title, with room to spare for axes that are not in the middle of their figure."""
+
 SEQUENTIAL = "viridis"
 DIVERGING = "RdBu_r"
 
@@ -45,7 +48,10 @@ def new_panels(axes: Any | None, rows: int, columns: int, size: tuple[float, flo
 
 def title(ax: Any, text: str, pad: float | None = None) -> None:
     """A title that breaks into lines rather than run out of a small figure."""
-    ax.set_title(textwrap.fill(text, 64), fontsize=10, pad=pad)
+    place = ax.get_subplotspec()
+    columns = 1 if place is None else place.get_gridspec().ncols
+    letters = LETTERS_PER_INCH * ax.figure.get_figwidth() / columns
+    ax.set_title(textwrap.fill(text, int(min(64, max(16, letters)))), fontsize=10, pad=pad)
 
 
 def whole_numbers(ax: Any, *which: str) -> Any:

@@ -92,7 +92,8 @@ def plot_above_null(cmap: CoordinateMap, axis: Any = None, null: str = "plain") 
     image = axis.imshow(above, vmin=-width, vmax=width, cmap=DIVERGING)
     colour_bar(axis, image, "cosine less its null")
     rows, columns = np.nonzero((test.p_corrected < 0.05) & ~np.eye(len(above), dtype=bool))
-    axis.scatter(columns, rows, s=2, c="black", linewidths=0)
+    # As large as the cells allow: few layers, large cells.
+    axis.scatter(columns, rows, s=min(16, max(2, 60 / len(above))), c="black", linewidths=0)
     share = cmap.summary()["pairs_above_null" if null == "plain" else "pairs_above_band_null"]
     name = "shuffles of units" if null == "plain" else "shuffles within frequency bands"
     title(axis, f"above {name}: {share:.0%} of pairs significant (dots)")
@@ -108,7 +109,7 @@ def plot_units(cmap: CoordinateMap, axis: Any = None) -> Any:
         np.log2(np.clip(relative, 2**-3, 2**3)), aspect="auto", cmap=DIVERGING, vmin=-3, vmax=3
     )
     colour_bar(axis, image, "log2 of gain over the layer's mean")
-    shown = some(len(cmap.units), 9)
+    shown = some(len(cmap.units), 7)
     axis.set_xticks(shown, [_wave(cmap, u) for u in shown], fontsize=7)
     axis.set_ylabel("layer")
     rotates = bool((cmap.units.frequency > 0).any())
@@ -148,8 +149,8 @@ def plot_ranks(cmap: CoordinateMap, axis: Any = None) -> Any:
         range(0, len(table), step), [row["unit"] for row in table[::step]], fontsize=7, rotation=90
     )
     axis.set_xlabel(f"{cmap.units.kind}, by presence")
-    axis.set_ylabel("presence among the loudest (0 chance, 1 everywhere)")
-    title(axis, f"{cmap.answer}: how present each {cmap.units.kind} is")
+    axis.set_ylabel("presence (0 chance, 1 everywhere)")
+    title(axis, f"{cmap.answer}: how present each {cmap.units.kind} is among the loudest")
     axis.legend(fontsize=7)
     return axis
 
@@ -165,7 +166,7 @@ def plot_sinks(cmap: CoordinateMap, axis: Any = None) -> Any:
     shown = np.where(sinks.is_sink, sinks.advantage, 0).max(1)
     image = axis.imshow(np.ma.masked_less_equal(shown, 0), aspect="auto", cmap="magma_r", vmin=0)
     colour_bar(axis, image, "nats added to the first position's logit")
-    ticks = some(len(cmap.units), 9)
+    ticks = some(len(cmap.units), 7)
     axis.set_xticks(ticks, [_wave(cmap, u) for u in ticks], fontsize=7)
     axis.set_xlabel(f"{cmap.units.kind}, with its wavelength in tokens")
     axis.set_ylabel("layer")
@@ -191,16 +192,17 @@ def plot_red_line(cmap: CoordinateMap, axis: Any = None) -> Any:
     for column, row in enumerate(line.details):
         for layer, _ in row["used_by_heads"]:
             used[layer, column] += 1
-    image = axis.imshow(used, aspect="auto", cmap=SEQUENTIAL)
-    colour_bar(axis, image, "heads with the unit in their loudest quarter")
+    image = axis.imshow(used, aspect="auto", cmap=SEQUENTIAL, vmin=0)
+    bar = colour_bar(axis, image, "key heads that use the unit")
+    whole_numbers(bar.ax, "y")
     axis.set_xticks(
         range(len(line.details)),
         [_red_label(cmap, row) for row in line.details],
-        fontsize=6,
+        fontsize=7,
         rotation=90,
     )
-    costs = ", rise in nats when patched alone" if "patched_rise" in line.details[0] else ""
-    axis.set_xlabel(f"{cmap.units.kind} (λ: wavelength in tokens{costs})")
+    costs = ": rise in nats when patched alone" if "patched_rise" in line.details[0] else ""
+    axis.set_xlabel(f"{cmap.units.kind} (wavelength in tokens){costs}")
     axis.set_ylabel("layer")
     title(
         axis,
@@ -289,6 +291,6 @@ def _short(wavelength: float) -> str:
 
 
 def _red_label(cmap: CoordinateMap, row: dict[str, Any]) -> str:
-    wave = "" if row["wavelength"] is None else f" λ={_short(row['wavelength'])}"
-    cost = f" {row['patched_rise']:+.3f}" if "patched_rise" in row else ""
+    wave = "" if row["wavelength"] is None else f" ({_short(row['wavelength'])})"
+    cost = f": {row['patched_rise']:+.3f}" if "patched_rise" in row else ""
     return f"{row['unit']}{wave}{cost}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 
 import pytest
@@ -141,6 +143,40 @@ def test_red_line_table_is_what_the_facts_have(made, page):
         assert f"{unit['patched_rise']:+.4f}" in row[4]
         assert unit["tokens"][0]["text"].strip() in row[6]
         assert all(cell in page.text for cell in row)
+
+
+@pytest.mark.one_env
+def test_the_command_on_the_page_makes_the_same_plan():
+    from gainlens.report.cli import build_parser
+
+    plan = Plan("my model", "notes dir", n_docs=3, fractions=(0.3,), score="fisher", seeds=(4, 5),
+                refit_rounds=0, seed=4, device="cuda")  # fmt: skip
+    words = shlex.split(plan.command())
+    assert words[0] == "gainlens"
+    read = build_parser().parse_args(words[1:])
+    again = Plan(read.model, read.text, n_docs=read.n_docs, length=read.length,
+                 fractions=read.fractions, score=read.score, refit_rounds=read.refit_rounds,
+                 seeds=tuple(range(read.seed, read.seed + read.seeds)), seed=read.seed,
+                 device=read.device)  # fmt: skip
+    assert again == plan
+
+
+@pytest.mark.one_env
+@pytest.mark.parametrize("more", [{"damage_docs": 0}, {"seeds": (0, 2)}, {"evidence_docs": 2}])
+def test_what_no_flag_says_is_said_in_python(more):
+    plan = Plan("tiny", "sotu", **more)
+    words = plan.command()
+    assert words.startswith("gainlens.report.build.build_report(model, Plan(model='tiny', text=")
+    assert eval(words[words.index("Plan(") : words.index(", out)")]) == plan
+
+
+def test_a_note_begins_like_a_sentence(made):
+    facts = json.loads(json.dumps(made[1]))
+    notes = [c["verdict"]["note"] for c in facts["claims"] if c["verdict"].get("note")]
+    assert notes
+    for note in notes:
+        shown = html.escape(note[0].upper() + note[1:], quote=False)
+        assert shown in html.escape(html.unescape(made[0]), quote=False)
 
 
 @pytest.mark.one_env
