@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 _compiled: Callable[..., torch.Tensor] | None = None
@@ -86,13 +86,14 @@ def plain_attention(
     *,
     scale: float,
     causal: bool = True,
-    mask: Bool[torch.Tensor, "batch _ tq tk"] | None = None,
+    mask: Shaped[torch.Tensor, "_ _ tq tk"] | None = None,
 ) -> Float[torch.Tensor, "batch head tq d_v"]:
     """The same from PyTorch's own operators, in their fastest formulation for thin keys.
 
     Args:
         q, k, v, scale, causal: as for ``sliced_attention``.
-        mask: True where a query may see a key; takes the place of ``causal``.
+        mask: True where a query may see a key, or numbers that are added to the scaled products;
+            takes the place of ``causal``.
     """
     batch, heads, tq, _ = q.shape
     kv_heads, tk = k.shape[1], k.shape[2]
@@ -106,7 +107,11 @@ def plain_attention(
         if mask is None and causal and tq > 1:
             mask = torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq)[None, None]
         if mask is not None:
-            shown = logits.view(batch, heads, tq, tk).masked_fill(~mask, float("-inf"))
+            shown = logits.view(batch, heads, tq, tk)
+            if mask.dtype == torch.bool:
+                shown = shown.masked_fill(~mask, float("-inf"))
+            else:
+                shown = shown + mask
             logits = shown.view(logits.shape)
         weights = torch.softmax(logits, -1, dtype=_wide(v)).nan_to_num(0.0).to(v.dtype)
         return torch.matmul(weights, v).view(batch, heads, tq, d_v)
@@ -155,8 +160,9 @@ def attention_forward(
         out = sliced_attention(query, key, value, scale=scaling, starts=attention_mask)
     else:
         shown = attention_mask[..., : key.shape[2]]
-        seen = shown if shown.dtype == torch.bool else shown >= 0
-        out = plain_attention(query, key, value, scale=scaling, mask=seen)
+        if shown.is_floating_point():  # a caller's own: it may hold any bias, not 0 and -inf alone
+            shown = shown.to(query.dtype)
+        out = plain_attention(query, key, value, scale=scaling, mask=shown)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -45,7 +45,13 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         old = self.get_seq_length()
         # Cropping and reordering replace self.keys, and with it the claim on the buffer's tail.
         mine = self._views is not None and self._views[0] is self.keys
-        if not mine or self._buffers is None or old + new > self._buffers[0].shape[-2]:
+        if (
+            not mine
+            or self._buffers is None
+            or old + new > self._buffers[0].shape[-2]
+            # Made under inference_mode, it may not be written outside.
+            or (self._buffers[0].is_inference() and not torch.is_inference_mode_enabled())
+        ):
             room = old + new + max(SPARE, (old + new) // 4)
             self._buffers = (
                 _room(self.keys, key_states, old, room),

@@ -36,6 +36,8 @@ class SlimFamily:
         output: name of the output projection inside the attention module.
         refuse: why a configuration can't be made slim, or None.
         norm: whether a norm over the head sits on queries and keys.
+        norm_offset: what is added to that norm's weights; they are stored without it, as the
+            original stores them, since near one half precision would round them away.
         sliding: whether layers may attend to a window only.
         resid_dropout: whether dropout follows the output projection inside the module.
         llama: whether the same weights, with biases, make a ``LlamaForCausalLM``.
@@ -50,6 +52,7 @@ class SlimFamily:
     output: str
     refuse: Callable[[Any], str | None]
     norm: bool = False
+    norm_offset: float = 0.0
     sliding: bool = False
     resid_dropout: bool = False
     llama: bool = False
@@ -70,7 +73,8 @@ class SlimFamily:
         if not rope:
             return 0
         share = rope.get("partial_rotary_factor") if self.name == "GPTNeoX" else 1.0
-        return int(self.d_head(config) * (1.0 if share is None else share))
+        width = int(self.d_head(config) * (1.0 if share is None else share))
+        return width + width % 2  # an odd width gets a frequency more than fit its pairs
 
     def scaling(self, config: Any, layer: int) -> float:
         """What a query-key product is multiplied by, that of the full head."""
@@ -211,7 +215,7 @@ FAMILIES: dict[str, SlimFamily] = {
     ),
     "Gemma3ForCausalLM": SlimFamily(
         "Gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM", _LLAMA, read_gemma3, "k_norm_by_head",
-        "o_proj", _gemma3, norm=True, sliding=True,
+        "o_proj", _gemma3, norm=True, norm_offset=1.0, sliding=True,
     ),
     "GPTNeoXForCausalLM": SlimFamily(
         "GPTNeoX", "GPTNeoXConfig", "GPTNeoXForCausalLM", "gpt_neox.layers.{}.attention",

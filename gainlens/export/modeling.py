@@ -69,7 +69,7 @@ class SlimAttention(nn.Module):
         if family.norm:
             self.q_norm = nn.Parameter(torch.ones(self.n_kv_heads, layout.width))
             self.k_norm = nn.Parameter(torch.ones(self.n_kv_heads, layout.width))
-        self.normed = family.norm
+        self.normed, self.norm_offset = family.norm, family.norm_offset
         self.resid_dropout = nn.Dropout(config.resid_pdrop if family.resid_dropout else 0.0)
         self.rotates = layout.frequency is not None
         index, self.still = None, False
@@ -127,7 +127,8 @@ class SlimAttention(nn.Module):
         """Statistic over the full width, in float32; only the kept slots go on."""
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide[..., : self.head_dim] * scale * factor.float()).to(x.dtype)
+        factor = factor.float() + self.norm_offset
+        return (wide[..., : self.head_dim] * scale * factor).to(x.dtype)
 
     def _rotate(
         self,

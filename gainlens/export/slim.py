@@ -115,6 +115,8 @@ def slim(
             device = weights.v.device
             weights = weights.thin_values(path.down.to(device), path.up.to(device))
         for name, tensor in weights.thin_keys(layouts[layer]).projections().items():
+            if name.endswith("_norm"):
+                tensor = tensor - source.family.norm_offset
             put(thin, prefix + name, tensor.to(source.dtype))
     tied = set(thin.all_tied_weights_keys) if config.tie_word_embeddings else set()
     wanted = [
@@ -236,6 +238,7 @@ def _check(source: Source, thin: Any, cut: Cut, paths: list[ValuePath | None]) -
     """Run a few tokens through both.
 
     Raises:
+        InputError: weights that are not finite.
         UnsupportedModelError: the logits differ.
     """
     vocabulary = int(source.config.vocab_size)
@@ -247,14 +250,19 @@ def _check(source: Source, thin: Any, cut: Cut, paths: list[ValuePath | None]) -
         eye = torch.eye(source.shape[2], dtype=torch.float64).expand(source.shape[1], -1, -1)
         values = torch.stack([eye if path is None else path.projection for path in paths])
     wanted = source.logits(tokens, cut, values)
+    if not bool(torch.isfinite(wanted).all()):
+        raise InputError(
+            f"model: the masked {source.architecture} gives logits that are NaN or infinite; "
+            "expected finite weights"
+        )
     with torch.no_grad():
         got = thin(tokens.to(source.device), use_cache=False).logits.cpu().to(wanted.dtype)
     difference, allowed = check_tolerance(got, wanted, source.dtype)
     if not difference <= allowed:
         raise UnsupportedModelError(
             f"{source.architecture}: the slim model's logits differ from the masked original's "
-            f"by {difference:.1e}, expected at most {allowed:.1e}: this model does something to "
-            "its attention that gainlens doesn't know"
+            f"by {difference:.1e}, expected at most {allowed:.1e}: this model does something "
+            "that gainlens doesn't know, most likely to its attention"
         )
     return Parity(tokens, wanted, difference)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from gainlens.errors import UnsupportedModelError
 from gainlens.export.families import FAMILIES, SlimFamily
@@ -57,6 +58,8 @@ class Source(ABC):
                 f"{architecture} can't be made slim: known are {', '.join(FAMILIES)}"
             )
         reason = family.refuse(config)
+        if reason is None:
+            reason = next((why for p in model.parameters() if (why := _no_numbers(p))), None)
         if reason is not None:
             raise UnsupportedModelError(f"{architecture} can't be made slim: {reason}")
         self.family: SlimFamily = family
@@ -109,3 +112,27 @@ class Source(ABC):
     @abstractmethod
     def flows(self, batches: list[Int[torch.Tensor, "_ _"]], cut: Cut | None) -> Flows:
         """Second moments at the output projection's input over the text, float64 on the CPU."""
+
+
+def _no_numbers(parameter: Shaped[torch.Tensor, "..."]) -> str | None:
+    """Why a weight can't be cut, or None."""
+    if parameter.is_meta:
+        return "its weights are not in memory (device meta): load it without offloading"
+    if not parameter.is_floating_point():
+        return f"its weights are quantised ({parameter.dtype}): load it in a floating point type"
+    return None
+
+
+@contextmanager
+def in_eval_mode(model: Any) -> Iterator[None]:
+    """Without dropout; afterwards every module is in the mode that it was in."""
+    inside = getattr(model, "original_model", None)  # a bridge does not list it among its modules
+    parts = [model] if inside is None else [model, inside]
+    modes = [(module, module.training) for part in parts for module in part.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from jaxtyping import Float
+from transformers.activations import ACT2FN
 
 from gainlens.errors import UnsupportedModelError
 from gainlens.export.families import FAMILIES
@@ -169,7 +170,13 @@ class HookedSource(LensSource):
                 raise UnsupportedModelError(
                     f"{self.architecture}: this HookedTransformer has nothing for {name!r}"
                 )
-            yield name, table[generic](self.model, layer)
+            try:
+                yield name, table[generic](self.model, layer)
+            except AttributeError as error:
+                raise UnsupportedModelError(
+                    f"{self.architecture}: this HookedTransformer has nothing for {name!r} "
+                    f"({error})"
+                ) from None
 
 
 def _ungrouped(attention: Any, name: str) -> torch.Tensor:
@@ -186,8 +193,13 @@ def _config(cfg: Any, config_class: str) -> Any:
     """A Hugging Face configuration for a ``HookedTransformerConfig``.
 
     Raises:
-        UnsupportedModelError: rotary scaling that isn't mapped.
+        UnsupportedModelError: rotary scaling or an activation that isn't mapped.
     """
+    if cfg.act_fn not in ACT2FN:
+        raise UnsupportedModelError(
+            f"this HookedTransformer's MLPs use act_fn={cfg.act_fn!r}, which no Hugging Face "
+            "layout has"
+        )
     common: dict[str, Any] = {
         "vocab_size": int(cfg.d_vocab),
         "hidden_size": int(cfg.d_model),

@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float, Int
 
+from gainlens.errors import UnsupportedModelError
 from gainlens.export.families import KeySite
-from gainlens.export.sources.base import Cut, Flows, Source, ValueMap
+from gainlens.export.sources.base import Cut, Flows, Source, ValueMap, in_eval_mode
 from gainlens.export.weights import AttentionWeights
 from gainlens.model.wrapping import architecture_of
 
@@ -21,6 +23,13 @@ class HuggingFaceSource(Source):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model, model.config, architecture_of(model))
+        # A checkpoint's architecture may be named by another class that read it.
+        expected: Any = getattr(transformers, self.family.model_class)
+        if not isinstance(model, expected):
+            raise UnsupportedModelError(
+                f"model={type(model).__name__} of a {self.architecture} checkpoint can't be made "
+                f"slim: expected {expected.__name__} (AutoModelForCausalLM.from_pretrained)"
+            )
 
     def attention(self, layer: int) -> AttentionWeights:
         """See ``Source``."""
@@ -74,9 +83,7 @@ class HuggingFaceSource(Source):
         return self.model.get_submodule(self.family.attention.format(layer))
 
     def _masked(self, stack: ExitStack, cut: Cut | None, values: ValueMap | None) -> None:
-        was_training = self.model.training
-        self.model.eval()
-        stack.callback(self.model.train, was_training)
+        stack.enter_context(in_eval_mode(self.model))
         for layer in range(self.n_layers):
             module = self._attention_module(layer)
             for kind, maps in () if cut is None else (("k", cut.keys), ("q", cut.queries)):

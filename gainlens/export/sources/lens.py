@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.ablation import KeyMask, ablation_hooks
-from gainlens.export.sources.base import Cut, Flows, Source, ValueMap
+from gainlens.export.sources.base import Cut, Flows, Source, ValueMap, in_eval_mode
 from gainlens.export.sources.huggingface import at_least_float, second_moment
 from gainlens.model.hooks import Hook, attached
 
@@ -24,13 +24,14 @@ class LensSource(Source):
         values: ValueMap | None = None,
     ) -> Float[torch.Tensor, "document pos vocab"]:
         """See ``Source``."""
-        hooks = self._cut_hooks(cut)
-        for layer in range(self.n_layers if values is not None else 0):
-            assert values is not None
-            fn = partial(_project, maps=values[layer].to(self.device))
-            hooks.append((f"blocks.{layer}.attn.hook_z", fn))
-        with torch.no_grad(), attached(self.model, hooks):
-            out: torch.Tensor = self.model(tokens.to(self.device), return_type="logits")
+        with torch.no_grad(), in_eval_mode(self.model):
+            hooks = self._cut_hooks(cut)
+            for layer in range(self.n_layers if values is not None else 0):
+                assert values is not None
+                fn = partial(_project, maps=values[layer].to(self.device))
+                hooks.append((f"blocks.{layer}.attn.hook_z", fn))
+            with attached(self.model, hooks):
+                out: torch.Tensor = self.model(tokens.to(self.device), return_type="logits")
         return at_least_float(out)
 
     def flows(self, batches: list[Int[torch.Tensor, "_ _"]], cut: Cut | None) -> Flows:
@@ -42,13 +43,14 @@ class LensSource(Source):
         def record(z: torch.Tensor, hook: Any, *, layer: int) -> None:
             sums[layer] += second_moment(z.flatten(2), n_kv, z.shape[2])
 
-        hooks = self._cut_hooks(cut)
-        for layer in range(n_layers):
-            hooks.append((f"blocks.{layer}.attn.hook_z", partial(record, layer=layer)))
-        with torch.no_grad(), attached(self.model, hooks):
-            for batch in batches:
-                self.model(batch.to(self.device), return_type=None)
-                count += batch.numel()
+        with torch.no_grad(), in_eval_mode(self.model):
+            hooks = self._cut_hooks(cut)
+            for layer in range(n_layers):
+                hooks.append((f"blocks.{layer}.attn.hook_z", partial(record, layer=layer)))
+            with attached(self.model, hooks):
+                for batch in batches:
+                    self.model(batch.to(self.device), return_type=None)
+                    count += batch.numel()
         return sums / count
 
     def _cut_hooks(self, cut: Cut | None) -> list[Hook]:
