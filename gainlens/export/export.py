@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ import torch
 from gainlens.errors import GainlensError, InputError
 from gainlens.export.building import float_copy
 from gainlens.export.engines import Engine, get_engine
-from gainlens.export.modeling import plan_of
+from gainlens.export.modeling import plan_of, plan_rotary_dim, slim_config
+from gainlens.export.plan import SlicePlan
+from gainlens.export.sources import open_source
 
 GATE = 1e-4
 """Largest logit difference over the largest logit (or over 1 where that is smaller)."""
@@ -36,11 +39,11 @@ def export_model(
 ) -> Path:
     """Write ``slim`` for an engine, run the written files, and put them in place if they agree.
 
-    The files are written beside ``folder`` and compared there: with the logits of the original
-    with the same units ablated (as ``slim`` recorded them; with the slim model's own where it has
-    been trained or loaded since) and, on a longer text, with the slim model's. Files in a lower
-    precision are compared with the slim model whose weights are rounded alike. Then the folder is
-    renamed into place. When anything fails, nothing is left.
+    The files are written beside ``folder`` (inside it, where it exists) and compared there: with
+    the logits of the original with the same units ablated (as ``slim`` recorded them; with the
+    slim model's own where it has been trained or loaded since) and, on a longer text, with the
+    slim model's. Files in a lower precision are compared with the slim model whose weights are
+    rounded alike. Then they are renamed into place. When anything fails, nothing is left.
 
     Args:
         slim: from ``gainlens.slim`` or ``gainlens.load_slim``.
@@ -56,44 +59,74 @@ def export_model(
 
     Raises:
         InputError: a folder that already holds something or can't be written, a full disk, an
-            unknown engine or precision, a model that is not slim.
+            unknown engine or precision, a model that is not slim, a tokenizer that the engine
+            can't take.
         EngineLimitError: a plan that the engine can't take; says which limit, with the nearest
             plan that fits as ``.nearest``.
         ParityError: the files do not compute what they should.
     """
     row = get_engine(engine)
+    slim = getattr(slim, "_orig_mod", slim)  # what torch.compile wrapped
     plan_of(getattr(slim, "config", None))
     chosen = row.precisions[0] if precision is None else precision
     if chosen not in row.precisions:
         raise InputError(
             f"precision={precision!r}: engine={engine!r} writes {', '.join(row.precisions)}"
         )
-    target = Path(folder)
-    _check_free(target)
-    row.check(slim)
-    made = _make_parents(target)
+    target = Path(folder).absolute()
+    made: list[Path] = []
     try:
-        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        _check_free(target)
+        row.check(slim)
+        row.check_tokenizer(tokenizer, int(slim.config.vocab_size))
+        _make_parents(target, made)
+        # A folder that exists may be a disk of its own, or all that this user may write to.
+        inside = target.is_dir()
+        where = target if inside else target.parent
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=where))
         try:
             row.write(float_copy(slim), beside, chosen, tokenizer)
             check_parity(row, slim, beside, chosen)
-            beside.chmod(0o755)
-            for file in beside.iterdir():  # safetensors makes files that only their owner reads
-                file.chmod(0o644)
-            _check_free(target)
-            os.replace(beside, target)
+            _let_others_read(beside)
+            _check_free(target, but=beside)
+            if inside:
+                _move_up(beside)
+            else:
+                os.replace(beside, target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     except BaseException as error:
-        for parent in made:
+        for parent in reversed(made):
             parent.rmdir()
         if isinstance(error, GainlensError) or not isinstance(error, Exception):
             raise
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise InputError(f"folder {str(target)!r} can't be written: {reason}") from error
+            if getattr(error, "errno", None) is None and isinstance(error, OSError):
+                reason = f"the disk takes no more bytes ({reason})"  # numpy says how many alone
+            raise InputError(f"folder {str(folder)!r} can't be written: {reason}") from error
         raise
-    return target
+    return Path(folder)
+
+
+def check_plan(model: Any, plan: SlicePlan, engine: str) -> None:
+    """Raise what ``export_model`` would, before anything is cut.
+
+    Args:
+        model: that is to be made slim, of any of the three kinds.
+        plan: for it.
+        engine: as for ``export_model``.
+
+    Raises:
+        InputError: an unknown engine; a plan of another model or that splits a rotary pair.
+        EngineLimitError: the engine can't run such a model, or such a plan of it.
+        UnsupportedModelError: the model can't be made slim.
+    """
+    source = open_source(model)
+    plan.check_model(source.shape, source.fingerprint, source.architecture)
+    plan.check_pairs(plan_rotary_dim(source.family, source.config, plan))
+    config = slim_config(source.config, source.family, plan, "")
+    get_engine(engine).check(SimpleNamespace(config=config))
 
 
 def check_parity(engine: Engine, slim: Any, folder: Path, precision: str) -> float:
@@ -139,25 +172,41 @@ def check_parity(engine: Engine, slim: Any, folder: Path, precision: str) -> flo
     return worst
 
 
-def _check_free(target: Path) -> None:
-    if target.is_dir() and not any(target.iterdir()):
+def _check_free(target: Path, but: Path | None = None) -> None:
+    if target.is_dir() and all(entry == but for entry in target.iterdir()):
         return
     if target.exists() or target.is_symlink():
         what = "already holds something" if target.is_dir() else "is a file"
         raise InputError(f"folder {str(target)!r} {what}: expected a new or an empty folder")
 
 
-def _make_parents(target: Path) -> list[Path]:
-    """Make the folders above ``target``; those that were missing, innermost first."""
+def _make_parents(target: Path, made: list[Path]) -> None:
+    """Make the folders above ``target``; each one that was missing joins ``made``."""
     missing = []
-    parent = target.absolute().parent
+    parent = target.parent
     while not parent.exists():
         missing.append(parent)
         parent = parent.parent
+    for parent in reversed(missing):
+        parent.mkdir()
+        made.append(parent)
+
+
+def _let_others_read(folder: Path) -> None:
+    """mkdtemp and safetensors make what only their owner reads."""
+    folder.chmod(0o755)
+    for entry in folder.rglob("*"):
+        entry.chmod(0o755 if entry.is_dir() else 0o644)
+
+
+def _move_up(folder: Path) -> None:
+    """Move everything in ``folder`` into the one above, all or nothing."""
+    moved: list[Path] = []
     try:
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"folder {str(target)!r} can't be written: {error.strerror or error}"
-        ) from None
-    return missing
+        for entry in sorted(folder.iterdir()):
+            os.replace(entry, folder.parent / entry.name)
+            moved.append(entry)
+    except BaseException:
+        for entry in moved:
+            os.replace(folder.parent / entry.name, entry)
+        raise

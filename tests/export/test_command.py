@@ -140,3 +140,48 @@ def test_bad_input_leaves_nothing(tmp_path, capsys, tiny_gains):
     (out / "mine.txt").write_text("mine")
     assert "already holds something" in refused(capsys, "--out", out)
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
+
+
+def test_refused_before_a_model_is_probed(tmp_path, capsys, monkeypatch):
+    """What can be known beforehand costs no minutes and makes no folder."""
+    from gainlens.report.commands import slim as command
+
+    monkeypatch.setattr(command, "training_free_cut", None)
+    out = tmp_path / "deep/er/out"
+    assert "--precision 'q4'" in refused(capsys, "--out", out, "--precision", "q4")
+    for name, value in (("keep", "1.5"), ("values", "0")):
+        message = refused(capsys, "--out", out, f"--{name}", value)
+        assert f"{name}={float(value)}: expected a share" in message
+    config = transformers.Phi3Config(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, pad_token_id=0,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "phi")
+    where = ["--model", tmp_path / "phi", "--judge", "0"]
+    assert "Phi3ForCausalLM can't be made slim" in refused(capsys, *where, "--out", out)
+    assert [p.name for p in tmp_path.iterdir()] == ["phi"]
+
+
+def test_an_engine_refuses_a_plan_before_it_is_refitted(tmp_path, capsys, monkeypatch):
+    from gainlens.report.commands import slim as command
+
+    monkeypatch.setattr(command, "refit_of", None)
+    message = refused(
+        capsys, "--out", tmp_path / "out", "--engine", "transformers", "--scope", "head"
+    )
+    assert "one set of rotary pairs" in message
+    assert "nearest plan" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_disk_that_is_full_at_the_last_file(tmp_path, capsys, monkeypatch, existed):
+    def full(self, path):
+        raise gl.InputError(f"{path} can't be written: No space left on device")
+
+    monkeypatch.setattr(SlicePlan, "save", full)
+    out = tmp_path / "out"
+    if existed:
+        out.mkdir()
+    assert "No space left" in refused(capsys, "--out", out, "--refit-rounds", "0")
+    assert list(tmp_path.rglob("*")) == ([out] if existed else [])

@@ -39,7 +39,18 @@ class Engine(ABC):
 
     @abstractmethod
     def check(self, slim: Any) -> None:
-        """Raise ``EngineLimitError`` where the engine can't run the slim model as it is."""
+        """Raise ``EngineLimitError`` where the engine can't run the slim model as it is.
+
+        Only ``slim.config`` is looked at, so that a plan can be refused before a model is cut.
+        """
+
+    def check_tokenizer(self, tokenizer: Any | None, vocabulary: int) -> None:
+        """Raise ``InputError`` unless ``write`` can take it; ``vocabulary`` is the model's."""
+        if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+            raise InputError(
+                f"tokenizer={tokenizer!r}: engine={self.name!r} expects a transformers tokenizer "
+                "(or None)"
+            )
 
     @abstractmethod
     def write(self, slim: Any, folder: Path, precision: str, tokenizer: Any | None) -> None:

@@ -49,8 +49,20 @@ class LlamaCppEngine(Engine):
 
     def check(self, slim: Any) -> None:
         """Raise ``EngineLimitError`` unless the model fits llama.cpp's Llama."""
-        check_stock(slim, self.name, None)
+        check_stock(slim, self.name, None, silu_only=True)
         _gguf()
+
+    def check_tokenizer(self, tokenizer: Any | None, vocabulary: int) -> None:
+        """Raise ``InputError`` unless it is a GGUF file of as many tokens, or None."""
+        if tokenizer is None:
+            return
+        found = [v for name, v, *_ in _vocabulary(tokenizer) if name == "tokenizer.ggml.tokens"]
+        if len(found) != 1:
+            raise InputError(f"tokenizer={str(tokenizer)!r} is a GGUF file without a vocabulary")
+        if len(found[0]) != vocabulary:
+            raise InputError(
+                f"tokenizer={str(tokenizer)!r} has {len(found[0])} tokens, the model {vocabulary}"
+            )
 
     def write(self, slim: Any, folder: Path, precision: str, tokenizer: Any | None) -> None:
         """``model.gguf``."""
@@ -60,7 +72,11 @@ class LlamaCppEngine(Engine):
         writer = gguf.GGUFWriter(str(folder / FILE), "llama")
         try:
             _add_settings(writer, stock.config, theta, precision, gguf)
-            _add_vocabulary(writer, tokenizer, int(stock.config.vocab_size), gguf)
+            if tokenizer is None:
+                writer.add_tokenizer_model("none")  # token ids alone
+            else:
+                for name, value, kind, inner in _vocabulary(tokenizer):
+                    writer.add_key_value(name, value, kind, sub_type=inner)
             writer.add_tensor("rope_freqs.weight", np.asarray(factors, dtype=np.float32))
             for name, tensor in stock.state_dict().items():
                 if name == "lm_head.weight" and stock.config.tie_word_embeddings:
@@ -114,6 +130,7 @@ def llama_from_gguf(file: Path) -> Any:
         max_position_embeddings=int(setting("context_length")),
         rms_norm_eps=float(setting("attention.layer_norm_rms_epsilon")),
         attention_bias="blk.0.attn_q.bias" in tensors,
+        mlp_bias="blk.0.ffn_up.bias" in tensors,
         tie_word_embeddings="output.weight" not in tensors,
         rope_parameters={"rope_type": "default", "rope_theta": theta},
     )
@@ -156,26 +173,29 @@ def _add_settings(writer: Any, config: Any, theta: float, precision: str, gguf: 
     )
 
 
-def _add_vocabulary(writer: Any, source: Any | None, vocabulary: int, gguf: Any) -> None:
-    if source is None:
-        writer.add_tokenizer_model("none")  # token ids alone
-        return
+def _vocabulary(source: Any) -> list[tuple[str, Any, Any, Any]]:
+    """Name, value, type and inner type of each of the tokenizer's entries in a GGUF file."""
+    gguf = _gguf()
     path = Path(str(source))
+    expected = (
+        "for llama.cpp expected a GGUF file of the original model, whose vocabulary is copied (or "
+        "None, for token ids alone)"
+    )
     if not path.is_file():
+        raise InputError(f"tokenizer={str(source)!r}: {expected}")
+    try:
+        fields = gguf.GGUFReader(str(path)).fields
+    except Exception as error:  # of any type, for a file that is damaged or something else
         raise InputError(
-            f"tokenizer={str(source)!r}: for llama.cpp expected a GGUF file of the original model, "
-            "whose vocabulary is copied (or None, for token ids alone)"
-        )
-    for name, entry in gguf.GGUFReader(str(path)).fields.items():
-        if not name.startswith("tokenizer."):
-            continue
-        value, kind = entry.contents(), entry.types[0]
-        if name == "tokenizer.ggml.tokens" and len(value) != vocabulary:
-            raise InputError(
-                f"tokenizer={str(source)!r} has {len(value)} tokens, the model {vocabulary}"
-            )
-        inner = entry.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(name, value, kind, sub_type=inner)
+            f"tokenizer={str(source)!r} can't be read ({error}): {expected}"
+        ) from error
+    found = []
+    for name, entry in fields.items():
+        if name.startswith("tokenizer."):
+            kind = entry.types[0]
+            inner = entry.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            found.append((name, entry.contents(), kind, inner))
+    return found
 
 
 def _add_weight(

@@ -20,6 +20,8 @@ from gainlens.export.modeling import family_of, plan_of
 from gainlens.export.plan import SlicePlan
 
 VLLM_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+SILU = ("silu", "swish")
+"""Two names of one function; vLLM knows the first alone."""
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -29,10 +31,12 @@ class TransformersEngine(Engine):
     name = "transformers"
     heads: tuple[int, ...] | None = None
     """Head sizes that the engine takes; None for any even one."""
+    silu_only = False
+    """Whether its Llama knows one activation alone."""
 
     def check(self, slim: Any) -> None:
         """Raise ``EngineLimitError`` unless the model fits a stock Llama."""
-        check_stock(slim, self.name, self.heads)
+        check_stock(slim, self.name, self.heads, self.silu_only)
 
     def write(self, slim: Any, folder: Path, precision: str, tokenizer: Any | None) -> None:
         """``config.json``, ``model.safetensors`` and the tokenizer's files."""
@@ -58,9 +62,12 @@ class VllmEngine(TransformersEngine):
 
     name = "vllm"
     heads = VLLM_CPU_HEADS
+    silu_only = True
 
 
-def check_stock(slim: Any, engine: str, heads: tuple[int, ...] | None) -> None:
+def check_stock(
+    slim: Any, engine: str, heads: tuple[int, ...] | None, silu_only: bool = False
+) -> None:
     """Raise ``EngineLimitError``, saying which limit and the nearest plan that fits."""
     family, config, plan = family_of(slim.config), slim.config, plan_of(slim.config)
     if not family.llama:
@@ -83,6 +90,11 @@ def check_stock(slim: Any, engine: str, heads: tuple[int, ...] | None) -> None:
         raise EngineLimitError(
             f"engine={engine!r} expects rotary frequencies that don't depend on the length: this "
             f"model has rope_type={rope!r}, which takes the place of the kept frequencies"
+        )
+    if silu_only and config.hidden_act not in SILU:
+        raise EngineLimitError(
+            f"engine={engine!r} runs Llama's MLPs with silu, whatever the checkpoint says: this "
+            f"model has hidden_act={config.hidden_act!r} (engine='transformers' takes it)"
         )
     rotary_dim = family.rotary_dim(config)
     d_head = plan.shape[2]
@@ -176,7 +188,7 @@ def stock_llama(slim: Any) -> Any:
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=width,
-        hidden_act=config.hidden_act,
+        hidden_act="silu" if config.hidden_act in SILU else config.hidden_act,
         max_position_embeddings=length,
         rms_norm_eps=config.rms_norm_eps,
         attention_bias=biased,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from gainlens.ablation import RefitCut
 from gainlens.errors import InputError
 from gainlens.export import ENGINES, SlicePlan, export_model, slim
+from gainlens.export.export import check_plan
 from gainlens.export.ledger import CONTEXTS, ledger, sizes
 from gainlens.export.recipe import mean_loss, refit_of, training_free_cut
+from gainlens.export.sources import open_source
 from gainlens.files import check_writable, write_json
 from gainlens.model import load_tokens
 from gainlens.model.loading import load_hf
@@ -55,12 +58,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     out = Path(options.out)
     if options.engine not in ENGINES:
         raise InputError(f"--engine {options.engine!r} is not one of {', '.join(ENGINES)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {str(out)!r} already holds something: expected a new folder")
+    known = ENGINES[options.engine].precisions
+    if options.precision not in (None, *known):
+        raise InputError(
+            f"--precision {options.precision!r}: --engine {options.engine} writes "
+            f"{', '.join(known)}"
+        )
     if options.plan and options.refit:
         raise InputError("--plan and --refit both say what stays: expected one of them")
-    check_writable(out.absolute().parent)
+    for name in ("keep", "values"):
+        share = getattr(options, name)
+        if share is not None and not 0 < share <= 1:
+            raise InputError(f"{name}={share!r}: expected a share above 0 and up to 1")
+    existed = _check_free(out)
     model = open_model(options)
+    open_source(model)  # refuses before minutes of probing
     judge = None
     if options.judge:
         judge = load_tokens(
@@ -75,7 +87,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         precision=options.precision,
         tokenizer=_tokenizer(options, model),
     )
-    plan.save(out / "slice_plan.json")
+    try:
+        plan.save(out / "slice_plan.json")
+    except InputError:
+        for entry in out.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if not existed:
+            out.rmdir()
+        raise
     full = slim(model, SlicePlan.identity(model))
     del model
     before, after = sizes(full), sizes(thin)
@@ -127,10 +146,12 @@ def _cut(
     if options.refit:
         cut = RefitCut.load(options.refit)
         plan = SlicePlan.from_mask(cut, values=options.values)
+        check_plan(model, plan, options.engine)
         tokens = text(options, model, "calibration") if plan.value_widths else None
         return plan, cut, tokens
     if options.plan:
         plan = _own_plan(options.plan, options.model)
+        check_plan(model, plan, options.engine)
         needed = plan.value_widths or rounds
         tokens = text(options, model, "calibration") if needed else None
         return plan, refit_of(model, tokens, plan, rounds=rounds) if rounds else None, tokens
@@ -138,7 +159,7 @@ def _cut(
     values = options.values if options.values is not None or own else options.keep
     scope: Any = options.scope or ("head" if own else "universal")
     tokens = text(options, model, "calibration")
-    plan, refit = training_free_cut(
+    plan, _ = training_free_cut(
         model,
         tokens,
         options.keep,
@@ -146,9 +167,22 @@ def _cut(
         score=options.score,
         scope=scope,
         values=values,
-        rounds=2 if rounds is None else rounds,
+        rounds=0,
     )
-    return plan, refit, tokens
+    check_plan(model, plan, options.engine)
+    rounds = 2 if rounds is None else rounds
+    return plan, refit_of(model, tokens, plan, rounds=rounds) if rounds > 0 else None, tokens
+
+
+def _check_free(out: Path) -> bool:
+    """Whether the folder exists; raises unless it is empty and writable, or can be made."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {str(out)!r} already holds something: expected a new folder")
+    there = out.absolute()
+    while not there.exists():  # nothing is made before there is something to put in it
+        there = there.parent
+    check_writable(there)
+    return there == out.absolute()
 
 
 def _own_plan(file: str, model: str) -> SlicePlan:
