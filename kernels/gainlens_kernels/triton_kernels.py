@@ -25,20 +25,22 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _spread_bad_values(p, allowed, v):
-    # What NaN and infinity among the values add to rows that may see them. Only reached where
-    # a block holds some; a plain product would hand 0 · NaN to the rows that may not.
-    nan = v != v
-    up = v == float("inf")
-    down = v == float("-inf")
-    seen = allowed.to(tl.float32)
-    zero = tl.where(allowed & (p == 0.0), 1.0, 0.0)
-    positive = tl.where(allowed & (p > 0.0), 1.0, 0.0)
-    broken = tl.dot(seen, nan.to(tl.float32)) + tl.dot(zero, (up | down).to(tl.float32))
-    out = tl.where(broken > 0.0, float("nan"), 0.0)
-    out += tl.where(tl.dot(positive, up.to(tl.float32)) > 0.0, float("inf"), 0.0)
-    out += tl.where(tl.dot(positive, down.to(tl.float32)) > 0.0, float("-inf"), 0.0)
-    return out
+def _key_by_key(
+    acc, p, allowed, v_base, v_stride, first, key_end, D_V: tl.constexpr, P_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # Weighted values of a block with NaN or infinity among them: a product would hand 0 · NaN of
+    # a key to the rows that may not see it. Slow and rare; a product of its own for it would cost
+    # every block registers.
+    c_v = tl.arange(0, P_V)
+    index = tl.arange(0, BLOCK_N)
+    for j in range(0, tl.minimum(key_end - first, BLOCK_N)):
+        here = (index == j)[None, :]
+        weight = tl.sum(tl.where(here, p, 0.0), 1)
+        seen = tl.max((here & allowed).to(tl.int32), 1) > 0
+        v = tl.load(v_base + (first + j) * v_stride + c_v, mask=c_v < D_V, other=0.0).to(tl.float32)
+        acc += tl.where(seen[:, None], weight[:, None] * v[None, :], 0.0)
+    return acc
 
 
 @triton.jit
@@ -93,15 +95,18 @@ def _block_step(
     p = tl.exp2(s - shift[:, None])
     alpha = tl.where(m == top, 1.0, tl.exp2(m - shift))
     norm = norm * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
     if MASKED:
         wide = v.to(tl.float32)
         bad = (wide != wide) | (tl.abs(wide) == float("inf"))
-        clean = tl.where(bad, 0.0, wide).to(v.dtype)
-        acc = acc * alpha[:, None] + _dot(_narrow(p, v.dtype), clean, PRECISION)
         if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
-            acc += _spread_bad_values(p, allowed, wide)
+            acc = _key_by_key(
+                acc, p, allowed, v_base, v_stride, first, key_end, D_V, P_V, BLOCK_N
+            )  # fmt: skip
+        else:
+            acc += _dot(_narrow(p, v.dtype), v, PRECISION)
     else:
-        acc = acc * alpha[:, None] + _dot(_narrow(p, v.dtype), v, PRECISION)
+        acc += _dot(_narrow(p, v.dtype), v, PRECISION)
     return acc, top, norm
 
 

@@ -72,6 +72,19 @@ def test_nan_and_infinity(splits, bad, where, tq):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bad_values_of_a_group_between_bounds(dtype):
+    q = draw((1, 4, 9, 12), dtype, 1)
+    k, v = draw((1, 2, 50, 12), dtype, 2), draw((1, 2, 50, 20), dtype, 3)
+    v[0, 0, 39, 19], v[0, 1, 36, 0], v[0, :, 41:], v[0, :, :3] = INF, NAN, NAN, NAN
+    bounds = {"lengths": torch.tensor([41]), "starts": torch.tensor([3])}
+    out, expected = run(q, k, v, scale=0.3, **bounds), oracle(q, k, v, scale=0.3, **bounds)
+    assert expected.isnan().any()
+    assert expected.isinf().any()
+    assert torch.equal(out.isnan(), expected.isnan())
+    torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
 @pytest.mark.parametrize("splits", [1, 2])
 def test_scores_of_minus_infinity(splits):
     q, k, v = (draw((1, 1, n, 4), torch.float32, n).abs() for n in (2, 40, 40))
