@@ -1,7 +1,8 @@
 """Several processes that train or probe together, data parallel.
 
-Started by ``accelerate launch`` or ``torchrun``. Every process holds the whole model and its own
-documents; gradients of the active slices, and gains, are summed over all of them.
+Started by ``accelerate launch`` or ``torchrun``. Every process has its own documents, and the
+whole model or (``gainlens.training.sharding``) its part of it; gradients of the active slices, and
+gains, are summed over all of them.
 """
 
 from __future__ import annotations
@@ -69,6 +70,11 @@ class Processes:
                 tensor.copy_(there)
             else:
                 dist.all_reduce(tensor)
+
+    def most(self, number: int) -> int:
+        """The largest ``number`` of any process."""
+        found: list[int] = self.gathered(number)
+        return max(found)
 
     def gathered(self, value: Any) -> list[Any]:
         """``value`` of every process, in order, on every process."""

@@ -26,6 +26,8 @@ from gainlens.model.rotation import rotate
 from gainlens.model.sites import key_sites
 from gainlens.model.twin import Twin, build_twin
 from gainlens.training.find import find_slices
+from gainlens.training.processes import Processes
+from gainlens.training.sharding import Shards, sharded
 from gainlens.training.slices import (
     Slice,
     evaluating,
@@ -61,6 +63,7 @@ class Student:
         slices: what is active, parameter by parameter.
         train: what is trained.
         n_heads: query heads.
+        shards: where processes divide the layers' weights, their parts.
 
     Raises:
         InputError: a plan of another model, in another basis, or with thin values; see
@@ -109,6 +112,7 @@ class Student:
         root: Any = model if self.twin is None else self.twin.model
         kind = "huggingface" if self.twin is not None else "bridge" if bridge else "hooked"
         self.root = root
+        self.shards: Shards | None = None
         self.slices: list[Slice] = find_slices(
             root, kind, self.family, self.config, plan, tuple(train), refit
         )
@@ -166,6 +170,25 @@ class Student:
         """Around all forward passes of a run: no stored parameter takes a gradient."""
         with evaluating(self.root), frozen(self.root):
             yield
+
+    @contextmanager
+    def sharded(self, processes: Processes) -> Iterator[None]:
+        """Inside the ``with``, processes divide the layers' weights that are not trained.
+
+        Raises:
+            InputError: a model that only its own code runs.
+        """
+        if self.twin is None:
+            raise InputError(
+                f"shard=True: {self.architecture} as {type(self.model).__name__} keeps weights "
+                "that can't be divided; expected a transformers model"
+            )
+        trained = {id(part.stored) for part in self.slices}
+        try:
+            with sharded(self.twin._layers, trained, processes) as self.shards:
+                yield
+        finally:
+            self.shards = None
 
     def hidden(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from gainlens.training.rounds import (
 )
 from gainlens.training.run import TrainingRun, row_digests
 from gainlens.training.settings import Settings
+from gainlens.training.sharding import launched_sharded
 from gainlens.training.student import Student, check_plan
 from gainlens.training.trainer import Trainer
 
@@ -40,6 +42,7 @@ def train_virtual_width(
     checkpoint: str | Path | None = None,
     save_every: int = 20,
     tokens_per_batch: int = TOKENS_PER_BATCH,
+    shard: bool | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> TrainingRun:
@@ -76,6 +79,9 @@ def train_virtual_width(
             several rounds each has a file, beside it, with the round's number in the name.
         save_every: steps between checkpoints.
         tokens_per_batch: upper bound on tokens per forward pass; larger steps are accumulated.
+        shard: where several processes train, divide the layers' weights that are not trained
+            among them (transformers models, and bridges of them); by default as ``accelerate
+            launch`` was told (``--use_fsdp``).
         progress: show a progress bar.
         settings: see ``gainlens.training.Settings``: ``objective`` (``divergence``,
             ``next_token``), ``train`` (``q``, ``k``, ``v``, ``o``, ``mlp``, ``norm``,
@@ -126,13 +132,16 @@ def train_virtual_width(
             f"monitor shares {len(both)} documents with tokens: text that trains can't say when "
             "to stop"
         )
+    divided = launched_sharded() if shard is None else shard
     done: list[Round] = []
     for number, (round_plan, part) in enumerate(zip(plans, parts, strict=True)):
         if number:
             student = follow(student, round_plan)
         earlier = [row.identity for row in done]
         trainer = Trainer(student, part, documents, watched, refit, tokens_per_batch, earlier)
-        with student.running():
+        with student.running(), ExitStack() as stack:
+            if divided:
+                stack.enter_context(student.sharded(trainer.processes))
             trainer.run(round_file(checkpoint, number, len(plans)), save_every, progress)
         done.append(Round(round_plan, part, trainer.curve, trainer.facts()))
         del trainer  # its optimiser state is not needed while the next round runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -165,12 +166,13 @@ class Trainer:
         count = sum(len(row) - shift for row in chosen)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64)
-        for batch in (
-            batches(self.processes.share(chosen), self.student.vocabulary, self.tokens_per_batch)
-            if len(chosen) > self.processes.rank
-            else ()
-        ):
+        mine = self.processes.share(chosen)
+        parts = list(batches(mine, self.student.vocabulary, self.tokens_per_batch)) if mine else []
+        idle = self._idle(len(parts))
+        for batch in parts:
             total += self._backward(batch, count, len(batch) / len(chosen))
+        for _ in range(idle):
+            self._backward(chosen[0][None, :2], math.inf, 0.0)
         for leaf in self.leaves:
             if leaf.grad is None:
                 leaf.grad = torch.zeros_like(leaf)
@@ -191,6 +193,10 @@ class Trainer:
             self._count_bytes()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
+
+    def _idle(self, passes: int) -> int:
+        """How many passes of nothing follow ``passes``: gathering shards takes all processes."""
+        return 0 if self.student.shards is None else self.processes.most(passes) - passes
 
     def _chosen(self, step: int) -> list[Int[torch.Tensor, " pos"]]:
         """The documents of a step: each pass over the text has an order of its own."""
@@ -213,7 +219,7 @@ class Trainer:
         return self._drawn
 
     def _backward(
-        self, batch: Int[torch.Tensor, "document pos"], count: int, share: float
+        self, batch: Int[torch.Tensor, "document pos"], count: float, share: float
     ) -> float:
         """Add the gradient of some documents to the leaves; their part of the step's loss.
 
@@ -261,6 +267,8 @@ class Trainer:
             gradients.append(torch.ones_like(loss))
             total += float(loss.detach())
         torch.autograd.backward(roots, gradients)
+        if student.shards is not None:
+            student.shards.free()
         return total
 
     def _check_good(self, step: int) -> None:
@@ -295,10 +303,11 @@ class Trainer:
         return {"rise": float(differences.mean()), "interval": plain}
 
     def _watched_losses(self, *, intact: bool) -> Float[np.ndarray, " document"]:
-        mine = {
-            number: self.student.losses(batch, intact=intact)
-            for number, batch in self.processes.share(list(enumerate(self.watched)))
-        }
+        share = self.processes.share(list(enumerate(self.watched)))
+        idle = self._idle(len(share))
+        mine = {number: self.student.losses(batch, intact=intact) for number, batch in share}
+        for _ in range(idle):
+            self.student.losses(self.watched[0][:1, :2], intact=intact)
         found: dict[int, Any] = {}
         for part in self.processes.gathered(mine):
             found |= part
@@ -319,7 +328,10 @@ class Trainer:
             if isinstance(value, torch.Tensor)
         ]
         stored = [p.grad for p in self.student.root.parameters()]
+        shards = self.student.shards
+        whole = {id(p): p.untyped_storage().nbytes() for p in self.student.root.parameters()}
         self.bytes = {
+            "weight_bytes": sum(whole.values()) + (0 if shards is None else shards.held_bytes),
             "gradient_bytes": size([leaf.grad for leaf in self.leaves]) + size(stored),
             "optimizer_bytes": size(state),
         }

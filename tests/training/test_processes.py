@@ -52,7 +52,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-def launch(folder, count):
+def launch(folder, count, script=SCRIPT):
     port = str(free_port())
     running = []
     for rank in range(count):
@@ -61,7 +61,7 @@ def launch(folder, count):
         env = {**os.environ, **place, **where}
         running.append(
             subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, str(folder)],
+                [sys.executable, "-c", script, str(folder)],
                 env=env,
                 stderr=subprocess.PIPE,
                 text=True,
