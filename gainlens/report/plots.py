@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Bool
 
 from gainlens.report.plots_common import (
     DIVERGING,
+    LETTERS_PER_INCH,
     SEQUENTIAL,
     STATUS_COLOURS,
     colour_bar,
@@ -97,7 +99,17 @@ def plot_verdict(verdict: Verdict, ax: Any | None = None) -> Any:
     ax.set_yticks([])
     ax.set_ylim(-1, 1)
     ax.margins(x=0.15)
-    ax.set_xlabel(f"value in the claim's units ({verdict.n_documents} documents)")
-    ax.set_title(textwrap.fill(verdict.claim, 80), fontsize=9)
+    documents = f" ({verdict.n_documents} documents)" if verdict.n_documents else ""
+    ax.set_xlabel(_quantity(verdict.claim) + documents)
+    # Narrow lines: the legend takes a third of the figure from the axes that they stand over.
+    letters = int(0.8 * LETTERS_PER_INCH * ax.figure.get_figwidth())
+    ax.set_title(textwrap.fill(verdict.claim, max(16, min(60, letters))), fontsize=9)
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
+
+
+def _quantity(claim: str) -> str:
+    """What the number of a claim is, with its unit, by the claim's own words."""
+    if re.search(r"\bnats\b", claim):
+        return "rise of the loss (nats per token)"
+    return "cosine" if "cosine" in claim else "value (as the claim says)"

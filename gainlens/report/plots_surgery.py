@@ -77,6 +77,9 @@ def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | Non
     ax.axhline(0, color="black", linewidth=0.8)
     if margin is not None:
         ax.axhline(margin, color="black", linestyle="--", linewidth=0.8, label=f"margin {margin:g}")
+    ran = sorted({100 * p.fraction for p in curve.points})
+    if len(ran) == 1:
+        ax.set_xticks(ran)  # no scale to read: a matter of one cut
     ax.set_xlabel("share of key dimensions cut (%)")
     ax.set_ylabel("rise of the loss (nats per token)")
     ax.set_yscale("symlog", linthresh=0.1)

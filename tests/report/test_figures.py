@@ -69,3 +69,20 @@ def test_a_title_knows_how_many_panels_there_are():
     alone = Figure(figsize=(9, 3), layout="constrained").subplots()
     title(alone, "a title of many words that has to break into lines")
     assert "\n" not in alone.get_title()
+
+
+@pytest.mark.parametrize(
+    ("claim", "label"),
+    [
+        ("half can be cut at less than 0.02 nats", "rise of the loss (nats per token)"),
+        ("all layers share one coordinate system (cosine above 0.99)", "cosine"),
+        ("a sink unit is one at every depth " * 4, "value (as the claim says)"),
+    ],
+)
+def test_a_verdict_says_what_its_number_is(claim, label):
+    verdict = gl.Verdict("fails", claim, 0.5, (0.4, 0.6), 0.02, 8)
+    figure = Figure(figsize=(7, 1.9), layout="constrained")
+    ax = verdict.plot(figure.subplots())
+    assert ax.get_xlabel() == f"{label} (8 documents)"
+    assert outside(figure) == []
+    assert ax.get_title().replace("\n", " ") == claim.strip()
