@@ -88,7 +88,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _autograd(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     q, k, v, lengths, starts = ctx.saved_tensors
-    d_q, d_k, d_v = _backward_operator(grad, q, k, v, ctx.scale, ctx.causal, lengths, starts)
+    derive: Callable[..., Any] = (
+        _TransformedGradient.apply if _in_transform() else _backward_operator
+    )
+    d_q, d_k, d_v = derive(grad, q, k, v, ctx.scale, ctx.causal, lengths, starts)
     return d_q, d_k, d_v, None, None, None, None
 
 
@@ -96,6 +99,40 @@ def _no_second_gradient(ctx: Any, *_: Any) -> Any:
     raise NotImplementedError(
         "sliced_attention has no second gradient; use reference(), which PyTorch can derive twice"
     )
+
+
+class _Transformed(torch.autograd.Function):
+    """The operator under torch.func's grad and vmap, in which custom operators take no part."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> torch.Tensor:
+        return _dispatch(*arguments)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_autograd)
+
+
+class _TransformedGradient(torch.autograd.Function):
+    """The same for its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return _backward_operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    backward = staticmethod(_no_second_gradient)
+
+
+def _in_transform() -> bool:
+    stack = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)()
+    return stack is not None and stack.key().name in ("Grad", "Vmap")
 
 
 _operator.register_autograd(_autograd, setup_context=_setup_context)
@@ -203,6 +240,9 @@ def sliced_attention(
     if plain:
         return cpu.attend(q, k, v, scale, bool(causal), lengths, starts)
     _refuse_forward_gradients(q, k, v)
+    if _in_transform():
+        transformed: Callable[..., torch.Tensor] = _Transformed.apply
+        return transformed(q, k, v, scale, bool(causal), lengths, starts)
     return _dispatch(q, k, v, scale, bool(causal), lengths, starts)
 
 

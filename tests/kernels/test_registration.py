@@ -78,20 +78,35 @@ def test_meta_and_fake_shapes():
     assert out.stride() == sliced_attention(*tensors(), scale=0.3).stride()
 
 
-def test_functional_gradients_are_right_or_refused():
-    # Custom operators do not take part in torch.func.grad in every release of PyTorch.
-    q, k, v = tensors()
+def test_functional_gradients():
+    tensors_64 = tensors(dtype=torch.float64)
 
-    def loss(x):
-        return sliced_attention(x, k, v, scale=0.3).square().sum()
+    def loss(*x):
+        return sliced_attention(*x, scale=0.3).square().sum()
 
+    functional = torch.func.grad(loss, argnums=(0, 1, 2))(*tensors_64)
+    inputs = [x.clone().requires_grad_() for x in tensors_64]
+    reference(*inputs, scale=0.3).square().sum().backward()
+    for x, y in zip(functional, inputs, strict=True):
+        torch.testing.assert_close(x, y.grad)
+    with pytest.raises(NotImplementedError, match="no second gradient"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x, *tensors_64[1:]).sum())(tensors_64[0])
+
+
+@pytest.mark.filterwarnings("ignore")  # vmap without a rule of its own loops, and says so
+def test_gradients_of_each_sample():
+    q, k, v = tensors(dtype=torch.float64)
+    lengths = torch.tensor([9, 4])
+
+    def loss(q, k, v, length):
+        return sliced_attention(
+            q[None], k[None], v[None], scale=0.3, lengths=length[None]
+        ).square().sum()  # fmt: skip
+
+    each = torch.vmap(torch.func.grad(loss))(q, k, v, lengths)
     x = q.clone().requires_grad_()
-    loss(x).backward()
-    try:
-        functional = torch.func.grad(loss)(q)
-    except RuntimeError:
-        return
-    torch.testing.assert_close(functional, x.grad)
+    reference(x, k, v, scale=0.3, lengths=lengths).square().sum().backward()
+    torch.testing.assert_close(each, x.grad)
 
 
 def test_vmap():
