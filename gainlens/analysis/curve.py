@@ -182,9 +182,13 @@ class SurgeryCurve:
         )
         interval, mean = self.interval(index, level, method), float(delta.mean())
         status = non_inferiority(claim, mean, interval, margin, len(delta)).status
+        if self.stopping is not None:
+            status = self.stopping.status(delta, margin)
         more: int | None = 0
         if status == "undecided" and method == "t" and self.stopping is None:
             more = documents_to_decide(delta, margin, level)
+        elif status == "undecided" and self.stopping is not None and interval[1] < margin:
+            more = self.stopping.holds_from - len(delta)
         elif status == "undecided":
             more = documents_by_scaling(interval, mean, margin, len(delta))
         notes = []
@@ -196,7 +200,8 @@ class SurgeryCurve:
             notes.append(f"some {more} more documents would decide it")
         elif status == "undecided":
             notes.append("how many more documents would decide it can't be said")
-        return non_inferiority(claim, mean, interval, margin, len(delta), "; ".join(notes), more)
+        note = "; ".join(notes)
+        return Verdict(status, claim, mean, interval, margin, len(delta), note, more)
 
     def to_dataframe(self) -> Any:
         """The rows of ``table``; the 95% interval as ``low`` and ``high``, nats per token.

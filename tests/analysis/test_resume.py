@@ -189,7 +189,7 @@ def test_a_line_with_too_few_losses_is_damage(sweep):
 
 
 def test_a_point_that_stopped_early_is_read_back(sweep):
-    settings = {"stop_margin": 50.0, "tokens_per_batch": 64, "fractions": (0.25,)}
+    settings = {"stop_margin": 1e-4, "level": 0.2, "tokens_per_batch": 64, "fractions": (0.9,)}
     first = sweep(**settings)
     assert np.isnan(first.losses).any()
     assert np.array_equal(sweep(**settings).losses, first.losses, equal_nan=True)

@@ -38,18 +38,18 @@ def test_same_verdicts_on_fewer_documents(both):
 
 def test_its_interval_is_the_rules_own(both, tmp_path):
     _, stopped = both
-    row = stopped.table()[0]
+    index = next(i for i, r in enumerate(stopped.table()) if r["n_documents"] < 16)
+    row = stopped.table()[index]
     n = row["n_documents"]
-    assert n < stopped.n_documents
-    verdict = stopped.verdict_at(0, 0.02)
+    verdict = stopped.verdict_at(index, 0.02)
     assert verdict.interval == row["interval"]
     assert verdict.n_documents == n
-    plain_width = np.subtract(*gl.analysis.intervals.t_interval(stopped.deltas(0))[::-1])
+    plain_width = np.subtract(*gl.analysis.intervals.t_interval(stopped.deltas(index))[::-1])
     assert row["interval"][1] - row["interval"][0] > plain_width
     stopped.save(tmp_path / "c.json")
     again = gl.SurgeryCurve.load(tmp_path / "c.json")
     assert again.table() == stopped.table()
-    assert again.verdict_at(0, 0.02) == verdict
+    assert again.verdict_at(index, 0.02) == verdict
 
 
 def test_verdict_says_how_many_more(both):
@@ -95,3 +95,14 @@ def test_a_sweep_that_ran_out_undecided_says_how_many_more(both):
     assert verdict.more_documents >= 1
     assert "run to the end" in verdict.note
     assert f"{verdict.more_documents} more" in verdict.note
+
+
+def test_another_margin_does_not_make_four_documents_hold(both):
+    """A point stopped as failing at 0.02; at 50 nats its four documents say nothing certain."""
+    _, stopped = both
+    index = next(i for i in range(len(stopped.points)) if len(stopped.deltas(i)) == 4)
+    assert stopped.verdict_at(index, 0.02).status == "fails"
+    verdict = stopped.verdict_at(index, 1e3)
+    assert verdict.interval[1] < 1e3
+    assert verdict.status == "undecided"
+    assert verdict.more_documents == 12
