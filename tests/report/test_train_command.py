@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
 import sys
 
 import pytest
@@ -53,6 +57,39 @@ def test_the_verdict_is_against_the_intact_original(healed):
             fwd_hooks=gl.ablation_hooks(trained, mask),
         ).mean(1)
     assert facts["verdict"]["estimate"] == pytest.approx(float((after - before).mean()), abs=2e-5)
+
+
+def test_two_processes_under_accelerate_write_what_one_does(healed, tmp_path):
+    """Probed, trained and judged by two that divide text and weights; only the first speaks."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    out = tmp_path / "healed"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp"]
+    plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    where = ["--num_processes", "2", "--main_process_port", str(port), "-m", "gainlens"]
+    call = ["train", *SMALL, "--steps", "3", "--out", str(out), "--json"]
+    done = subprocess.run(
+        [*launch, *plain, *where, *call],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    facts, alone = (read_json(folder / "training.json") for folder in (out, healed))
+    assert json.loads(line)["verdict"] == facts["verdict"]
+    assert (facts["processes"], alone["processes"]) == (2, 1)
+    assert facts["weight_bytes"] < alone["weight_bytes"]
+    keeps = [gl.SlicePlan.load(folder / "plan.json").keep for folder in (out, healed)]
+    assert torch.equal(*keeps)
+    models = [dict(load_hf(folder).named_parameters()) for folder in (out, healed)]
+    for name, weight in models[0].items():
+        torch.testing.assert_close(weight, models[1][name], rtol=0, atol=2e-5, msg=name)
+    rises = [[row["rise"] for row in f["curve"] if "rise" in row] for f in (facts, alone)]
+    assert rises[0] == pytest.approx(rises[1], abs=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["healed"]
 
 
 def test_slim_takes_the_folder(healed, tmp_path):
@@ -135,6 +172,12 @@ def test_cut_in_rounds(tmp_path):
         (["--rounds", "3", "--steps", "2"], "--rounds 3"),
         (["--train", "q,w"], "train="),
         (["--objective", "fun"], "objective='fun'"),
+        (["--save-every", "0"], "--save-every 0"),
+        (["--lr", "nan"], "lr=nan"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--n-docs", "0"], "--n-docs 0"),
+        (["--text", "nowhere"], "nowhere"),
+        (["--model", "./nowhere"], "nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(more, said, tmp_path, capsys):
@@ -144,8 +187,68 @@ def test_bad_input_is_one_line_and_leaves_nothing(more, said, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--keep", "0"], "keep=0.0"),
+        (["--scope", "world"], "world"),
+        (["--score", "fun"], "score='fun'"),
+        (["--n-docs", "9999"], "10001 wanted"),
+    ],
+)
+def test_bad_input_that_only_the_model_shows_leaves_nothing_either(
+    more, said, tmp_path, capsys, unchecked
+):
+    assert main(["train", *SMALL, "--out", str(tmp_path / "out"), *more]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in last and last.startswith("gainlens: error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_holds_something_stays(healed, capsys):
     before = sorted(p.name for p in healed.iterdir())
     assert main(["train", *SMALL, "--out", str(healed)]) == 2
     assert "already holds something" in capsys.readouterr().err
     assert sorted(p.name for p in healed.iterdir()) == before
+
+
+@pytest.mark.parametrize("wrong", ["model", "shape", "values"])
+def test_a_plan_of_another_model_leaves_nothing(wrong, healed, tmp_path, capsys):
+    kept = gl.SlicePlan.load(healed / "plan.json")
+    plans = {
+        "model": kept,  # of the weights after healing
+        "shape": gl.SlicePlan(kept.keep[:, :1]),
+        "values": gl.SlicePlan(kept.keep).with_values(8),
+    }
+    file, out = tmp_path / "plan.json", tmp_path / "out"
+    plans[wrong].save(file)
+    said = {"model": "another model", "shape": "shape", "values": "cuts values"}
+    assert main(["train", *SMALL, "--plan", str(file), "--steps", "1", "--out", str(out)]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said[wrong] in last and last.startswith("gainlens: error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_another_plan_under_the_same_name_is_told(healed, tmp_path, monkeypatch, capsys):
+    """A run that goes on with the plan of before would not be what was asked for."""
+    keep = gl.SlicePlan.load(healed / "plan.json").keep
+    file, out = tmp_path / "plan.json", tmp_path / "out"
+    gl.SlicePlan(keep).save(file)
+    trainer = sys.modules["gainlens.training.train"].Trainer
+    real = trainer.step
+
+    def interrupted(self, step):
+        if step == 1:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    call = ["train", *SMALL, "--plan", str(file), "--refit-rounds", "0", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "step", interrupted)
+        assert main([*call, "--steps", "2"]) == 130
+    gl.SlicePlan(keep.flip(0)).save(file)
+    assert main([*call, "--steps", "2"]) == 2
+    assert "unfinished run with --plan" in capsys.readouterr().err
+    gl.SlicePlan(keep).save(file)
+    assert main([*call, "--steps", "2"]) == 0
+    assert torch.equal(gl.SlicePlan.load(out / "plan.json").keep, keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,22 +12,23 @@ from typing import Any
 import torch
 
 from gainlens.ablation import RefitCut
-from gainlens.errors import InputError
+from gainlens.errors import GainlensError, InputError
 from gainlens.export import SlicePlan
-from gainlens.export.recipe import refit_of, training_free_cut
+from gainlens.export.recipe import FISHER_DOCUMENTS, refit_of, training_free_cut
+from gainlens.export.sources import open_source
 from gainlens.files import check_writable, read_json, write_json
 from gainlens.model import load_tokens
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.loading import load_hf
-from gainlens.probes import probe_gains
+from gainlens.probes import KeyGains
 from gainlens.report.commands.common import add_text_arguments, open_model
 from gainlens.report.plots_training import plot_training
 from gainlens.training import TrainingRun, nested_plans, train_virtual_width
 from gainlens.training.folder import check_free
-from gainlens.training.processes import Processes
+from gainlens.training.processes import Processes, gather_gains
 from gainlens.training.run import rise_verdict, row_digests
 from gainlens.training.settings import Settings
-from gainlens.training.student import Student
+from gainlens.training.student import Student, check_plan
 
 HELP = "heal a cut: train what a plan keeps, judge it, write the trained model"
 OUT = "healed"
@@ -81,18 +83,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     out = Path(options.out)
     processes = Processes.here()
     _check(options, out)
-    settings = {name: getattr(options, name) for name in SETTINGS}
-    train = tuple(part.strip() for part in options.train.split(",") if part.strip())
-    Settings(options.steps, train=train, seed=options.seed, **settings)
-    if options.plan:
-        SlicePlan.load(options.plan)
     part = _open_part(options, out, processes)
+    try:
+        result = _heal(options, out, part, processes)
+    except GainlensError:
+        if processes.first and not any(part.glob("checkpoint*")):
+            shutil.rmtree(part, ignore_errors=True)  # nothing to go on from: other options may come
+        raise
+    if not processes.first:  # which alone speaks
+        options.json = False
+        return {}
+    return result
+
+
+def _heal(
+    options: argparse.Namespace, out: Path, part: Path, processes: Processes
+) -> dict[str, Any]:
     bridge = open_model(options)
     texts = _texts(options, bridge)
     tokenizer = getattr(bridge, "tokenizer", None)
-    if processes.first:
-        _cut(options, bridge, texts["calibration"], part)
-    processes.wait()
+    _cut(options, bridge, texts["calibration"], part, processes)
     del bridge
     plan = SlicePlan.load(part / "plan.json")
     kept = part / "refit.safetensors"
@@ -109,9 +119,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         monitor=texts["monitor"],
         checkpoint=part / "checkpoint.safetensors",
         save_every=options.save_every,
-        train=train,
-        seed=options.seed,
-        **settings,
+        **_settings(options),
     )
     verdict = trained.judge(texts["validation"], options.margin)
     lines = [
@@ -130,22 +138,36 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "text": options.text,
     }
     if processes.first:
-        trained.save(out, tokenizer, found)
-        _draw(trained, before["monitor"], options.margin, out / FIGURE)
+        figure = part / FIGURE
+        _draw(trained, before["monitor"], options.margin, figure)
+        trained.save(out, tokenizer, found, {FIGURE: figure})
         shutil.rmtree(part)
     processes.wait()
-    return {"out": str(out), **found, "lines": lines if processes.first else []}
+    return {"out": str(out), **found, "lines": lines}
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What goes to ``train_virtual_width`` as it is."""
+    train = tuple(part.strip() for part in options.train.split(",") if part.strip())
+    named = {name: getattr(options, name) for name in SETTINGS}
+    return {**named, "train": train, "seed": options.seed}
 
 
 def _check(options: argparse.Namespace, out: Path) -> None:
     check_free(out)
-    for name in ("monitor", "judge"):
-        if getattr(options, name) < 2:
-            raise InputError(f"--{name} {getattr(options, name)}: expected at least 2 documents")
+    for name, least in (("monitor", 2), ("judge", 2), ("n_docs", 1)):
+        if getattr(options, name) < least:
+            flag = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            raise InputError(f"{flag}: expected at least {least} document(s)")
     if options.rounds < 1 or options.rounds > max(1, options.steps):
         raise InputError(f"--rounds {options.rounds}: expected 1 to --steps {options.steps}")
     if not options.margin > 0:
         raise InputError(f"--margin {options.margin}: expected a number of nats above 0")
+    if options.save_every < 1:
+        raise InputError(f"--save-every {options.save_every}: expected 1 or more steps")
+    Settings(options.steps, **_settings(options))
+    if options.plan:
+        check_plan(SlicePlan.load(options.plan))
     check_writable(out.absolute().parent)
 
 
@@ -153,6 +175,9 @@ def _open_part(options: argparse.Namespace, out: Path, processes: Processes) -> 
     """The folder of an unfinished run, made or found to be of the same options."""
     part = check_writable(out.with_name(f"{out.name}.part"))
     asked = {k: v for k, v in sorted(vars(options).items()) if k not in ("out", "json", "verb")}
+    if options.plan:  # the file may change under its name
+        digest = hashlib.sha256(Path(options.plan).read_bytes()).hexdigest()
+        asked["plan"] = f"{options.plan} ({digest[:12]})"
     file = part / "options.json"
     processes.wait()
     if file.exists():
@@ -204,17 +229,44 @@ def _without(rows: torch.Tensor, digests: set[str]) -> torch.Tensor:
     return rows[[row_digests([row]).isdisjoint(digests) for row in rows]]
 
 
-def _cut(options: argparse.Namespace, model: Any, tokens: torch.Tensor, part: Path) -> None:
-    """Plan and refit, from the options or from before the kill."""
-    if (part / "plan.json").exists():
+def _cut(
+    options: argparse.Namespace,
+    model: Any,
+    tokens: torch.Tensor,
+    part: Path,
+    processes: Processes,
+) -> None:
+    """Plan and refit, from the options or from before the kill; all processes probe."""
+    if all(processes.gathered((part / "plan.json").exists())):
         return
     gains = None
-    if options.rounds > 1:
-        gains = probe_gains(model, tokens, scores=(options.score,))
-    rounds = options.refit_rounds if gains is None else 0
+    if options.rounds > 1 or not options.plan:
+        some = options.rounds == 1 and options.score == "fisher"
+        gains = gather_gains(
+            model,
+            tokens[:FISHER_DOCUMENTS] if some else tokens,
+            (options.score,),
+            progress=processes.first,
+        )
+    if processes.first:
+        _write_cut(options, model, tokens, part, gains)
+    processes.wait()
+
+
+def _write_cut(
+    options: argparse.Namespace,
+    model: Any,
+    tokens: torch.Tensor,
+    part: Path,
+    gains: KeyGains | None,
+) -> None:
+    """Plan and refit; a plan file in the place of gains."""
+    rounds = options.refit_rounds if options.rounds == 1 else 0
     refit: RefitCut | None
     if options.plan:
         plan = SlicePlan.load(options.plan)
+        source = open_source(model)
+        plan.check_model(source.shape, source.fingerprint, source.architecture)
         refit = refit_of(model, tokens, plan, rounds=rounds) if rounds else None
     else:
         plan, refit = training_free_cut(
@@ -227,7 +279,8 @@ def _cut(options: argparse.Namespace, model: Any, tokens: torch.Tensor, part: Pa
             rounds=rounds,
         )
         plan = replace(plan, fingerprint=model_fingerprint(model))
-    if gains is not None:
+    if options.rounds > 1:
+        assert gains is not None
         way = nested_plans(gains, plan, options.rounds, options.score, options.scope)
         for number, one in enumerate(way[:-1], 1):
             one.save(part / WAY.format(number))
