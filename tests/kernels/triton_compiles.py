@@ -5,11 +5,18 @@ constants (every integer that equals one), or of the shared memory of a multipro
 test_triton.py in its own process, since the interpreter is chosen when Triton is imported.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from gainlens_kernels import triton_kernels
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+sys.path.append(str(Path(__file__).parents[2] / "kernels" / "bench"))
+
+import exponentials
 
 SHARED_BYTES = 232448  # of an H100 multiprocessor, for one program
 
@@ -72,3 +79,12 @@ def test_compiles_for_an_h100(monkeypatch, name):
         assert ".target sm_90" in result.asm["ptx"]
         assert result.asm["cubin"]
         assert result.metadata.shared <= SHARED_BYTES
+
+
+def test_the_ceiling_of_exponentials_compiles():
+    driver.set_active(Hopper())
+    out = torch.zeros(exponentials.LANES)
+    result = exponentials.chains.warmup(out, 4096, exponentials.LANES, grid=(1,), num_warps=4)
+    # Eight chains in each of 128 threads, at least, and no memory but the one result.
+    assert result.asm["ptx"].count("ex2.approx") >= exponentials.LANES // 128
+    assert "ld.global" not in result.asm["ptx"]
