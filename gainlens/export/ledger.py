@@ -198,16 +198,23 @@ def verdict_on_doubling(before: Sizes, after: Sizes, batch: int) -> dict[str, An
     need = 2 * after.weight_bytes - before.weight_bytes
     context = None if gap <= 0 else max(0, -(-need // (batch * gap)))
     share = before.key_bytes / cache_before
+    # A quarter of keys and values: K' = K/4, and no more weights than this plan leaves.
+    quarter = max(0, -(-2 * need // (batch * cache_before)))
     if gap > 0:
         claim = f"decoding doubles from {context} tokens of context on (batch {batch})"
     else:
         claim = (
             f"decoding can't double: keys are {share:.0%} of the cache, and with this plan it "
             f"shrinks to {1 / limit:.0%}, so the ratio stays below {limit:.2f} at any context; it "
-            "would take half of the keys and of the values, or more, and a context whose cache "
-            "outweighs the weights"
+            "would take more than half of the keys and of the values, and a context whose cache "
+            f"outweighs the weights: with a quarter of both left, {quarter} tokens (batch {batch})"
         )
-    return {"limit": limit, "from_context": context, "verdict": claim}
+    return {
+        "limit": limit,
+        "from_context": context,
+        "with_a_quarter_left_from_context": quarter,
+        "verdict": claim,
+    }
 
 
 def _ratio(timed: dict[str, dict[str, float]], what: str, before: str) -> float:

@@ -86,6 +86,19 @@ def test_half_of_the_keys_can_never_double(tiny_gains):
     assert predict_decode(full, thin, 10**9) == pytest.approx(4 / 3, rel=1e-3)
 
 
+def test_the_plan_that_would_double(tiny_gains, tiny_calibration):
+    """The verdict on half of the keys names it, and the prediction for it agrees."""
+    model = load_hf("tiny")
+    full = slim(model, SlicePlan.identity(model))
+    half = slim(model, SlicePlan.from_gains(tiny_gains, 0.5))
+    found = verdict_on_doubling(sizes(full), sizes(half), 1)
+    context = found["with_a_quarter_left_from_context"]
+    assert f"with a quarter of both left, {context} tokens" in found["verdict"]
+    quarter = slim(model, SlicePlan.from_gains(tiny_gains, 0.25, values=0.25), tiny_calibration)
+    assert predict_decode(full, quarter, context) >= 2
+    assert predict_decode(full, quarter, context // 2) < 2
+
+
 def test_where_it_doubles_is_where_the_prediction_does(tiny_gains, tiny_calibration):
     model = load_hf("tiny")
     full = slim(model, SlicePlan.identity(model))

@@ -58,6 +58,13 @@ def test_other_classes_that_read_such_a_checkpoint(originals, tmp_path):
             slim(model, plan)
 
 
+def test_a_compiled_model_is_read_like_its_own(originals):
+    hf = originals["llama"]
+    plan = SlicePlan(random_keep(shape_of(hf), 16))
+    thin = slim(torch.compile(hf, backend="eager"), plan)
+    assert torch.equal(logits(thin), logits(slim(hf, plan)))
+
+
 def test_weights_without_numbers(originals):
     plan = SlicePlan.identity(originals["llama"])
     with torch.device("meta"):

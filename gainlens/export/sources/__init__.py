@@ -24,6 +24,7 @@ def open_source(model: Any) -> Source:
     from gainlens.export.sources.hooked import HookedSource
     from gainlens.export.sources.huggingface import HuggingFaceSource
 
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     if hasattr(model, "hook_dict") and hasattr(model, "blocks"):
         return BridgeSource(model) if hasattr(model, "original_model") else HookedSource(model)
     if hasattr(model, "get_input_embeddings") and hasattr(model, "config"):
