@@ -143,6 +143,35 @@ def test_a_refit_is_carried_where_keys_are_not_trained(tiny_gains, tiny_calibrat
         assert torch.equal(found[~rows], model.get_parameter(name)[~rows])
 
 
+@pytest.mark.parametrize("family", ["GPT2LMHeadModel", "GPTNeoXForCausalLM"])
+def test_rounds_of_a_joint_matrix_are_those_of_separate_ones(tmp_path, family):
+    """A bridge keeps query, key and value weights apart; killed between, it goes on the same."""
+    from gainlens.export.sources import open_source
+    from gainlens.model.wrapping import to_bridge
+
+    tokens = small()[2]
+    plain, again = hugging_face(family).double(), hugging_face(family).double()
+    bridge = to_bridge(hugging_face(family).double(), family, None)
+    keeps = torch.ones(2, 2, 4, 12, dtype=torch.bool)
+    keeps[0, ..., [0, 3, 7, 11]] = keeps[1, ..., [0, 3, 1, 4, 7, 11]] = False  # pairs: i, i + 3
+    plans = [gl.SlicePlan(keep) for keep in keeps]
+    settings = dict(train=("q", "k", "v"), optimizer="sgd", momentum=0.9, lr=0.3, other_lr=0.05)
+    runs = [train(model, plans, tokens, **settings) for model in (plain, bridge)]
+    assert runs[0].curve[-1]["loss"] == pytest.approx(runs[1].curve[-1]["loss"], abs=1e-9)
+    sources = [open_source(model) for model in (plain, bridge)]
+    for layer in range(2):
+        one, other = (source.attention(layer) for source in sources)
+        for name in ("q", "k", "v", "q_bias", "k_bias", "v_bias"):
+            torch.testing.assert_close(
+                getattr(one, name), getattr(other, name), rtol=0, atol=1e-8, msg=name
+            )
+    file = tmp_path / "checkpoint.safetensors"
+    train(copy.deepcopy(again), plans, tokens, checkpoint=file, **settings)
+    file.unlink()  # as if killed in the last round
+    train(again, plans, tokens, checkpoint=file, **settings)
+    assert same(weights(plain), weights(again))
+
+
 @pytest.mark.parametrize("bad_step", [2, 4])
 def test_goes_on_in_the_round_where_it_was(tmp_path, monkeypatch, bad_step):
     model, plans, tokens = small()
