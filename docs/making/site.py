@@ -16,6 +16,12 @@ MATH = re.compile(
     re.DOTALL,
 )
 PICTURE = re.compile(r'<img [^>]*?src="(?P<src>[^":]+)"[^>]*>')
+GROUP = re.compile(
+    r"<td><code>(?:<[^>]*>)*(?P<first>\w+),(?:<[^>]*>)*</code></td>"
+    r"\s*<td>\s*<code>(?P<rest>.*?)</code>\s*</td>",
+    re.DOTALL,
+)
+"""``a, b: …`` in a docstring's list of attributes: taken as a name ``a,`` of the type ``b``."""
 TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 
 
@@ -34,8 +40,15 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turn what arithmatex marked into MathML, and let a picture open alone, to be enlarged."""
-    return PICTURE.sub(r'<a class="picture" href="\g<src>">\g<0></a>', MATH.sub(_mathml, content))
+    """Formulas as MathML, pictures that open alone to be enlarged, attributes by their names."""
+    content = GROUP.sub(_names, MATH.sub(_mathml, content))
+    return PICTURE.sub(r'<a class="picture" href="\g<src>">\g<0></a>', content)
+
+
+def _names(match: re.Match[str]) -> str:
+    rest = re.findall(r"\w+", re.sub(r"<[^>]*>", "", match["rest"]))
+    names = ", ".join(f"<code>{name}</code>" for name in (match["first"], *rest))
+    return f"<td>{names}</td><td></td>"
 
 
 def _title(page: Path) -> str:

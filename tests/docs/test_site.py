@@ -45,6 +45,19 @@ def test_a_picture_opens_alone():
     assert site.on_page_content(embedded) == embedded
 
 
+def test_attributes_that_share_a_line_are_named():
+    row = (
+        '<td><code><span title="x.cosine,">cosine,</span></code></td>\n<td>\n<code>(<span '
+        'title="x.p">p_value</span>, spearman)</code>\n</td><td>words</td>'
+    )
+    assert site.on_page_content(row) == (
+        "<td><code>cosine</code>, <code>p_value</code>, <code>spearman</code></td><td></td>"
+        "<td>words</td>"
+    )
+    usual = "<td><code>name</code></td><td><code>str</code></td>"
+    assert site.on_page_content(usual) == usual
+
+
 def test_every_picture_of_a_page_has_words_and_is_there():
     """In README and the site; links within the tutorials' pages are tested with them."""
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
