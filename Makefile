@@ -108,6 +108,8 @@ docs: install
 bench-surgery: install
 	$(PY) benchmarks/surgery_speed.py
 
+.PHONY: bench-kernels asan-kernels test-neon test-wheel
+
 # The attention kernels: ledger of speed (docs/ledgers), sanitizers, NEON in an emulator, packages.
 bench-kernels: install
 	$(PY) kernels/bench/run.py $(BENCH)

@@ -14,6 +14,19 @@ CXX=/bin/false "$work/build/bin/python" -m pip wheel -q --no-deps --no-cache-dir
   -w "$work/plain" "$work"/dist/*.tar.gz
 ls "$work/dist" "$work/plain"
 
+# Only our own two packages are installed: no top-level `kernels`, no tests.
+"$python" - "$work"/dist/*.whl "$work"/plain/*.whl << 'EOF'
+import sys, zipfile
+
+for path in sys.argv[1:]:
+    names = zipfile.ZipFile(path).namelist()
+    packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert packages == {"gainlens", "gainlens_kernels"}, packages
+    compiled = [name for name in names if name.endswith(".so")]
+    assert compiled == ([] if "none-any" in path else ["gainlens_kernels/_native.abi3.so"]), compiled
+    assert "gainlens_kernels/py.typed" in names
+EOF
+
 cat > "$work/check.py" << 'EOF'
 import sys, warnings
 
