@@ -171,6 +171,7 @@ def test_an_engine_refuses_a_plan_before_it_is_refitted(tmp_path, capsys, monkey
     )
     assert "one set of rotary pairs" in message
     assert "nearest plan" in message
+    assert "--scope universal --keep 0.5" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,3 +186,15 @@ def test_a_disk_that_is_full_at_the_last_file(tmp_path, capsys, monkeypatch, exi
         out.mkdir()
     assert "No space left" in refused(capsys, "--out", out, "--refit-rounds", "0")
     assert list(tmp_path.rglob("*")) == ([out] if existed else [])
+
+
+def test_the_canonical_basis_of_a_model_without_rotation(tmp_path, capsys, originals):
+    originals["gpt2"].save_pretrained(tmp_path / "gpt2")
+    where = ["--model", tmp_path / "gpt2", "--judge", "0", "--basis", "canonical"]
+    found = done(capsys, *where, "--keep", "0.25", "--out", tmp_path / "slim")
+    assert found["slim"]["key_bytes"] * 4 == found["full"]["key_bytes"]
+    plan = plan_of(gl.load_slim(tmp_path / "slim").config)
+    assert plan.basis == "canonical"
+    assert plan == gl.export.canonical_plan(originals["gpt2"], 0.25)
+    message = refused(capsys, "--basis", "canonical", "--judge", "0", "--out", tmp_path / "no")
+    assert "rotates its keys" in message

@@ -12,9 +12,17 @@ import torch
 
 from gainlens.ablation import RefitCut
 from gainlens.errors import InputError
-from gainlens.export import ENGINES, SlicePlan, export_model, slim
+from gainlens.export import (
+    ENGINES,
+    EngineLimitError,
+    SlicePlan,
+    canonical_plan,
+    export_model,
+    slim,
+)
 from gainlens.export.export import check_plan
 from gainlens.export.ledger import CONTEXTS, ledger, sizes
+from gainlens.export.plan import BASES
 from gainlens.export.recipe import mean_loss, refit_of, training_free_cut
 from gainlens.export.sources import open_source
 from gainlens.files import check_writable, write_json
@@ -39,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gains", help="a gains file; without it the calibration text is probed")
     parser.add_argument("--score", default="fisher", help="which gain ranks the units")
     parser.add_argument("--scope", help="head, layer, model, universal (stock engines need that)")
+    parser.add_argument(
+        "--basis",
+        default="own",
+        choices=BASES,
+        help="canonical: keep the strongest singular directions of each head's query-key product "
+        "(models without rotation, GPT-2), with no text, score or refit",
+    )
     parser.add_argument(
         "--refit-rounds",
         type=int,
@@ -146,18 +161,22 @@ def _cut(
     if options.refit:
         cut = RefitCut.load(options.refit)
         plan = SlicePlan.from_mask(cut, values=options.values)
-        check_plan(model, plan, options.engine)
+        _check_plan(options, model, plan)
         tokens = text(options, model, "calibration") if plan.value_widths else None
         return plan, cut, tokens
     if options.plan:
         plan = _own_plan(options.plan, options.model)
-        check_plan(model, plan, options.engine)
+        _check_plan(options, model, plan)
         needed = plan.value_widths or rounds
         tokens = text(options, model, "calibration") if needed else None
         return plan, refit_of(model, tokens, plan, rounds=rounds) if rounds else None, tokens
     own = options.engine == "gainlens"
     values = options.values if options.values is not None or own else options.keep
     scope: Any = options.scope or ("head" if own else "universal")
+    if options.basis == "canonical":
+        plan = canonical_plan(model, options.keep, scope).with_values(values)
+        _check_plan(options, model, plan)
+        return plan, None, text(options, model, "calibration") if values else None
     tokens = text(options, model, "calibration")
     plan, _ = training_free_cut(
         model,
@@ -169,9 +188,20 @@ def _cut(
         values=values,
         rounds=0,
     )
-    check_plan(model, plan, options.engine)
+    _check_plan(options, model, plan)
     rounds = 2 if rounds is None else rounds
     return plan, refit_of(model, tokens, plan, rounds=rounds) if rounds > 0 else None, tokens
+
+
+def _check_plan(options: argparse.Namespace, model: Any, plan: SlicePlan) -> None:
+    """As ``check_plan``; the error names the options that give the nearest plan."""
+    try:
+        check_plan(model, plan, options.engine)
+    except EngineLimitError as error:
+        if error.nearest is None:
+            raise
+        keep = f"--scope universal --keep {error.nearest.fraction_kept:g}"
+        raise EngineLimitError(f"{error} (here: {keep})", error.nearest) from None
 
 
 def _check_free(out: Path) -> bool:
