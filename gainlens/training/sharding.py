@@ -18,13 +18,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gainlens.errors import GainlensError
+from gainlens.errors import GainlensError, InputError
 from gainlens.training.processes import Processes
 
 
 def launched_sharded() -> bool:
     """Whether ``accelerate launch --use_fsdp`` started this process."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1", "yes")
+
+
+def check_whole(model: Any) -> None:
+    """Raise ``InputError`` where the parameters of ``model`` are divided already."""
+    # By name: the classes need a build of PyTorch with distributed tensors.
+    kinds = {type(p).__name__ for p in getattr(model, "parameters", tuple)()}
+    if divided := kinds & {"DTensor", "FlatParameter"}:
+        raise InputError(
+            f"model={type(model).__name__} is divided among processes already ({min(divided)}): "
+            "expected the whole model, which shard=True divides while it trains"
+        )
 
 
 class Part:

@@ -27,7 +27,7 @@ from gainlens.model.sites import key_sites
 from gainlens.model.twin import Twin, build_twin
 from gainlens.training.find import find_slices
 from gainlens.training.processes import Processes
-from gainlens.training.sharding import Shards, sharded
+from gainlens.training.sharding import Shards, check_whole, sharded
 from gainlens.training.slices import (
     Slice,
     evaluating,
@@ -81,6 +81,7 @@ class Student:
     ) -> None:
         if precision not in PRECISIONS:
             raise InputError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
+        check_whole(model)
         source = open_source(model)
         check_plan(plan)
         plan.check_model(source.shape, source.fingerprint, source.architecture)

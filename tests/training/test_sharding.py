@@ -107,3 +107,20 @@ def test_as_accelerate_was_told(monkeypatch):
     assert not launched_sharded()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert launched_sharded()
+
+
+def test_a_model_that_is_divided_already_is_refused():
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    model = hugging_face("LlamaForCausalLM")
+    plan = gl.SlicePlan.identity(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        with pytest.raises(gl.InputError, match="divided among processes already .DTensor"):
+            train_virtual_width(model, plan, torch.arange(24).reshape(2, 12), steps=1)
+    finally:
+        dist.destroy_process_group()
