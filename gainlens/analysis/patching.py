@@ -273,13 +273,14 @@ class _Runner:
         def keep(x: torch.Tensor, hook: Any, *, layer: int) -> None:
             found[layer] = x
 
+        # What a block gives, so that hooks on what the next one reads act in the run from there.
         hooks: list[Hook] = [
-            (f"blocks.{layer}.hook_resid_pre", partial(keep, layer=layer))
-            for layer in range(self.sites.n_layers)
+            (f"blocks.{layer - 1}.hook_resid_post", partial(keep, layer=layer))
+            for layer in range(1, self.sites.n_layers)
         ]
         with attached(self.model, hooks):
             logits: torch.Tensor = self.model(tokens, return_type="logits")
-        self.residuals = [found[layer] for layer in sorted(found)]
+        self.residuals = [tokens, *(found[layer] for layer in sorted(found))]
         return logits
 
     @torch.inference_mode()
@@ -316,10 +317,10 @@ class _Runner:
                 return turn(torch.where(taken, source.to(k), turn(k)), inverse=True)
 
             with attached(self.model, [(self.sites.key_hook(layer, stage), put)]):
-                if self.prefix is None:
+                if self.prefix is None and layer:
                     residual = self.residuals[layer].repeat(n, 1, 1)
                     logits = self.model(residual, start_at_layer=layer, return_type="logits")
-                elif self.prefix.residuals:
+                elif self.prefix is not None and self.prefix.residuals:
                     with self.prefix.skipped(layer, n):
                         logits = self.model(tokens, return_type="logits")
                 else:

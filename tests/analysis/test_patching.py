@@ -211,3 +211,21 @@ def test_prompts_of_unequal_length_and_a_clean_run_without_its_metric(tiny, tiny
     )
     assert np.array_equal(same.effect, got.effect, equal_nan=True)
     assert np.isfinite(same.normalised[3]).all()
+
+
+def test_hooks_of_the_user_act_once(any_tiny, tiny_calibration):
+    """Also one on what the patched layer reads, where the run from that layer on begins."""
+    clean, corrupted = prompts(tiny_calibration)
+
+    def louder(residual, hook):
+        return residual * 1.5
+
+    keep = torch.ones(gl.key_sites(any_tiny).shape, dtype=torch.bool)
+    keep[2, 1, [3, 19]] = False
+    with attached(any_tiny, [("blocks.2.hook_resid_pre", louder)]):
+        got = gl.patch_keys(any_tiny, clean, corrupted, metric=metric, layers=[2], progress=False)
+        cache = gl.KeyCache.run(any_tiny, clean)
+        hooks = gl.ablation_hooks(any_tiny, gl.KeyMask(keep), "patch", cache=cache)
+        with torch.inference_mode(), attached(any_tiny, hooks):
+            wanted = float(metric(any_tiny(corrupted, return_type="logits")))
+    assert got.effect[2, 1, 3] + got.corrupted == pytest.approx(wanted, abs=1e-4)
