@@ -86,6 +86,7 @@ def execute(path: Path, figures: Path | None = None) -> Iterator[dict[str, Any]]
         import pandas
 
         pandas.set_option("display.width", 100, "display.max_columns", 20)
+    plt.close("all")  # of whoever ran here before: figures are counted below
     namespace: dict[str, Any] = {"__name__": "__main__"}
     count = 0
     for cell in cells(path):

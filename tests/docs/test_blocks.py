@@ -12,6 +12,7 @@ import re
 import shlex
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 import gainlens as gl
@@ -54,6 +55,14 @@ def tiny_loader():
     return lambda name, kind=None, **_: load("tiny")
 
 
+@pytest.fixture
+def _figures():
+    """What a page draws is closed after it."""
+    yield
+    plt.close("all")
+
+
+@pytest.mark.usefixtures("_figures")
 @pytest.mark.parametrize("page", having("python"))
 def test_python_blocks_run(page, tiny_loader, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
