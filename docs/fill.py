@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from making import api, claims, healing, ledgers, pictures, public, scratch, support, worth
+from making import api, claims, healing, ledgers, pictures, public, scratch, slim, support, worth
 from making.markdown import ROOT
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -30,7 +30,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "engines": support.engines,
     "kernel ledger": ledgers.kernels,
     "engine ledger": ledgers.engines,
-    "slim ledger": ledgers.slim,
+    "slim ledger": slim.page,
     "healing ledger": healing.page,
     "scratch ledger": scratch.page,
     "cost ledger": ledgers.cost,

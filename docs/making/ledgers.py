@@ -1,4 +1,4 @@
-"""The ledger pages: kernels, engines, the slim model and the cost of measuring."""
+"""The ledger pages: kernels, engines and the cost of measuring."""
 
 from __future__ import annotations
 
@@ -115,25 +115,6 @@ def engines() -> str:
             provenance(facts, "docs/results/engines.json"),
         ]
     )  # fmt: skip
-
-
-def slim() -> str:
-    """What half of the keys is worth in gainlens' own engine."""
-    parts = []
-    facts = recorded(RESULTS / "slim_ledger.json")
-    if facts is None:
-        parts.append(not_yet("docs/results/slim_ledger.json", "python benchmarks/slim_ledger.py"))
-    else:
-        parts.append(anything(facts, RESULTS / "slim_ledger.json"))
-    big = recorded(RESULTS / "slim_1b.json")
-    parts.append("## Cutting a model of 1.1 billion weights")
-    if big is None:
-        parts.append(
-            not_yet("docs/results/slim_1b.json", "python benchmarks/slim_ledger.py --size-check")
-        )
-    else:
-        parts.append(anything(big, RESULTS / "slim_1b.json"))
-    return "\n\n".join(parts)
 
 
 def cost() -> str:

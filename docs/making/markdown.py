@@ -67,7 +67,7 @@ def provenance(facts: dict[str, Any], file: str) -> str:
     """Where figures come from: the file, and the machine and versions that it names."""
     machine, versions = facts.get("machine") or {}, facts.get("versions") or {}
     parts = [f"`{file}`"]
-    for key in ("processor", "name", "device"):
+    for key in ("processor", "name", "cpu", "device"):
         if machine.get(key):
             parts.append(str(machine[key]))
             break

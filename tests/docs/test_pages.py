@@ -64,15 +64,15 @@ def test_every_public_name_is_on_the_api_page():
 
 
 def test_a_missing_record_says_how_to_make_it(monkeypatch, tmp_path):
-    from making import claims, ledgers, scratch, worth
+    from making import claims, ledgers, scratch, slim, worth
 
-    for module in (claims, healing, ledgers, worth):
+    for module in (claims, healing, ledgers, slim, worth):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     for name in ("RUN", "COST"):
         monkeypatch.setattr(scratch, name, tmp_path / "none.json")
     monkeypatch.setattr(ledgers, "LEDGERS", tmp_path)
     for make in (claims.claims, claims.cuts, claims.surgery, claims.similarity, claims.price,
-                 claims.planted, ledgers.kernels, ledgers.engines, ledgers.slim, healing.page,
+                 claims.planted, ledgers.kernels, ledgers.engines, slim.page, healing.page,
                  scratch.page, ledgers.cost, worth.worth):  # fmt: skip
         assert "Not recorded yet" in make()
 
