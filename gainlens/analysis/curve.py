@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ class SurgeryCurve:
         ``margin`` (nats per token), ``level``, ``method`` and errors as for ``verdict``.
         """
         point, delta = self.points[index], self.deltas(index)
-        if not margin > 0 or not math.isfinite(margin):
+        if not isinstance(margin, Real) or not margin > 0 or not math.isfinite(margin):
             raise InputError(
                 f"margin={margin!r} is not a number above 0: no finite text can show zero damage"
             )

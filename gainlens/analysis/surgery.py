@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
-from gainlens.ablation.mask import Scope, check_something_stays
+from gainlens.ablation.mask import KeyMask, Scope, check_something_stays
 from gainlens.ablation.modes import get_mode
 from gainlens.ablation.refit import RefitCut
 from gainlens.analysis.curve import SurgeryCurve
@@ -92,6 +93,10 @@ def surgery(
         FileFormatError: ``out`` is there and damaged.
     """
     get_mode(mode)
+    if isinstance(fractions, Real):
+        raise InputError(
+            f"fractions={fractions!r}: expected a sequence of numbers, e.g. (0.25, 0.5)"
+        )
     if mode == "patch":
         raise InputError("mode='patch' needs a cached run of one prompt: see patch_keys")
     points: list[Point] = []
@@ -170,6 +175,8 @@ def _run_point(
 
 
 def _given_point(name: str, cut: Cut) -> Point:
+    if not isinstance(cut, KeyMask | RefitCut):
+        raise InputError(f"cuts[{name!r}]={type(cut).__name__}: expected a KeyMask or a RefitCut")
     mask = cut.mask if isinstance(cut, RefitCut) else cut
     fraction = 1 - mask.fraction_kept
     check_fractions((fraction,))

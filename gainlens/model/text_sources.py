@@ -6,6 +6,7 @@ Every source is a stream of documents (strings). What a document is:
 - a ``.txt`` file: the whole file, or its parts where ``separator`` is given.
 - a ``.jsonl`` file: each line, an object with a text field or a plain JSON string.
 - a folder: all of its ``.txt`` and ``.jsonl`` files, at any depth.
+- a list of strings: each of them.
 - any other name: a dataset on the Hugging Face hub (``name`` or ``name:config``), its rows.
 """
 
@@ -15,7 +16,7 @@ import importlib.util
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -33,25 +34,47 @@ STDLIB_SKIPPED = frozenset(
 )
 
 
-def is_stream(source: str | os.PathLike[str]) -> bool:
+Source = str | os.PathLike[str] | Sequence[str]
+
+
+def shown_name(source: Source) -> str:
+    """What messages call a text.
+
+    Raises:
+        InputError: neither a name, nor a path, nor a list of strings.
+    """
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, list | tuple) and all(isinstance(text, str) for text in source):
+        return f"a list of {len(source)} strings"
+    raise InputError(
+        f"text source of type {type(source).__name__}; expected a name, a path or a list of strings"
+    )
+
+
+def is_stream(source: Source) -> bool:
     """True where ``source`` is a dataset on the hub, which is read in its own order."""
+    if not isinstance(source, str | os.PathLike):
+        return False
     shown = os.fspath(source)
     return shown not in PACKAGED and not _is_local(source)
 
 
 def documents(
-    source: str | os.PathLike[str], *, separator: str | None = None, field: str | None = None
+    source: Source, *, separator: str | None = None, field: str | None = None
 ) -> Iterator[str]:
     """The documents of ``source``, one string each, in no order that means anything.
 
     Raises:
         InputError: a missing package, file or field, or a file that is not UTF-8.
     """
-    shown = os.fspath(source)
-    if not shown.strip():
-        raise InputError("text source is empty; expected 'sotu', 'stdlib', 'pydoc' or a path")
+    shown = shown_name(source)
     if separator == "":
         raise InputError("separator='' can't split a text; expected for example '\\n\\n'")
+    if not isinstance(source, str | os.PathLike):
+        return iter(source)
+    if not shown.strip():
+        raise InputError("text source is empty; expected 'sotu', 'stdlib', 'pydoc' or a path")
     if shown == "sotu":
         return _speeches()
     if shown == "stdlib":

@@ -1,6 +1,7 @@
 """The command line: ``gainlens probe | surgery | map | train | slim | report | bench``.
 
-Exit status 0 for done, 2 for bad input with one line that says what and where, 130 if interrupted.
+Exit status 0 for done, 2 for bad input with one line that says what and where, 130 if
+interrupted, 143 if ended.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -50,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    before = _tidy_when_ended()
     try:
         result: dict[str, Any] = COMMANDS[options.verb].run(options)
     except GainlensError as error:
@@ -58,12 +62,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("gainlens: interrupted\n")
         return 130
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     if options.json:
         sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
     else:
         for line in result.get("lines", ()):
             sys.stdout.write(line + "\n")
     return 0
+
+
+def _tidy_when_ended() -> Any:
+    """Let SIGTERM raise, so that half-written folders are removed; what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _version() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gainlens.environment import environment
-from gainlens.errors import InputError, UnsupportedModelError
+from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
 from gainlens.export.plan import SlicePlan
 from gainlens.export.sources import open_source
 from gainlens.files import check_writable, write_json
@@ -108,3 +109,20 @@ def transformers_model(model: Any) -> Any:
     whole.tie_weights()
     whole.generation_config = getattr(model.original_model, "generation_config", None)
     return whole.eval()
+
+
+def healed_from(folder: str | Path) -> str | None:
+    """The name of the model that ``gainlens train`` healed into this folder; None for others.
+
+    Raises:
+        FileFormatError: the folder's ``training.json`` is damaged.
+    """
+    file = Path(folder) / FACTS
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        name = found.get("model")
+    except (OSError, ValueError, AttributeError) as error:
+        raise FileFormatError(f"{file} can't be read: {error}") from None
+    return str(name) if name else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.analysis.intervals import documents_to_decide
+from gainlens.analysis.intervals import documents_by_scaling
 from gainlens.analysis.sequential import skew_interval
 from gainlens.analysis.verdict import Verdict, non_inferiority
 from gainlens.errors import InputError
@@ -153,16 +153,20 @@ def rise_verdict(
 ) -> Verdict:
     """The verdict on paired differences of the loss, one per document."""
     how = " and the rest trained" if trained else ""
-    return non_inferiority(
+    mean, interval = float(rise.mean()), skew_interval(rise, level)
+    verdict = non_inferiority(
         f"with {fraction:.0%} of the key dimensions cut{how}, the loss rises by less than "
         f"{margin:g} nats",
-        float(rise.mean()),
-        skew_interval(rise, level),
+        mean,
+        interval,
         margin,
         len(rise),
         note="paired by document with the intact model",
-        more_documents=documents_to_decide(rise, margin, level),
+        more_documents=0,
     )
+    if verdict.status != "undecided":
+        return verdict
+    return replace(verdict, more_documents=documents_by_scaling(interval, mean, margin, len(rise)))
 
 
 def row_digests(rows: Iterable[Int[torch.Tensor, " pos"]]) -> set[str]:

@@ -190,3 +190,13 @@ def test_undecided_always_says_how_many_more(curve, method):
         assert verdict.status == "undecided"
         assert verdict.more_documents >= 1
         assert str(verdict.more_documents) in verdict.note
+
+
+def test_arguments_of_another_kind(unchecked, tiny, tiny_validation, tiny_gains, curve):
+    with pytest.raises(gl.InputError, match="fractions=0.5"):
+        gl.surgery(tiny, tiny_validation, tiny_gains, 0.5, progress=False)
+    with pytest.raises(gl.InputError, match=r"cuts\['x'\]=Tensor"):
+        gl.surgery(tiny, tiny_validation, tiny_gains, cuts={"x": torch.ones(2)}, progress=False)
+    for margin in (None, "0.02"):
+        with pytest.raises(gl.InputError, match="margin"):
+            curve.verdict(0.5, margin)

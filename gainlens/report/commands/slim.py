@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 
 from gainlens.ablation import RefitCut
 from gainlens.errors import InputError
@@ -31,6 +32,7 @@ from gainlens.model.loading import load_hf
 from gainlens.model.zoo import smollm2
 from gainlens.probes import KeyGains
 from gainlens.report.commands.common import add_text_arguments, open_model, text
+from gainlens.training.folder import healed_from
 
 HELP = "write a physically smaller model, and what it saves"
 OUT = "slim"
@@ -130,11 +132,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         f"(keys {keys:,} -> {after.key_bytes:,})",
     ]
     if judge is not None:
-        losses = {"documents": len(judge), "full": mean_loss(full, judge)}
-        losses["slim"] = mean_loss(thin, judge)
+        losses, whose = _losses(options.model, full, thin, judge)
         result["validation_loss"] = losses
         lines.append(
-            f"loss {losses['full']:.3f} -> {losses['slim']:.3f} nats per token "
+            f"loss {losses['full']:.3f}{whose} -> {losses['slim']:.3f} nats per token "
             f"({losses['slim'] - losses['full']:+.3f}) on {len(judge)} validation documents"
         )
     if options.ledger:
@@ -151,6 +152,25 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             )
         lines += [found["twice_as_fast"]["verdict"], f"{where}: the ledger"]
     return {**result, "lines": lines}
+
+
+def _losses(
+    name: str, full: Any, thin: Any, judge: Int[torch.Tensor, "document pos"]
+) -> tuple[dict[str, Any], str]:
+    """Before and after the cut. A healed model is compared with the one that it was healed from.
+
+    Its own loss at full width says nothing: healing left the cut units as they were, among
+    weights that have learned to do without them.
+    """
+    losses: dict[str, Any] = {"documents": len(judge)}
+    original = healed_from(name)
+    if original is None:
+        losses["full"] = mean_loss(full, judge)
+    else:
+        intact = load_hf(original)
+        losses["full"], losses["full_model"] = mean_loss(intact, judge), original
+    losses["slim"] = mean_loss(thin, judge)
+    return losses, "" if original is None else f" (intact {original})"
 
 
 def _cut(
