@@ -112,6 +112,10 @@ def engines() -> str:
                  "predicted from bytes"],
                 times,
             ),
+            "Times are those of one more token, full and slim in turns, the median of the turns; "
+            "llama.cpp with its own defaults (a cache in float16, its fused attention). Bytes "
+            "predict no more than memory allows: where an engine's own work per token weighs "
+            "more, thin heads save less.",
             provenance(facts, "docs/results/engines.json"),
         ]
     )  # fmt: skip
