@@ -57,6 +57,26 @@ def check_writable(folder: str | Path) -> Path:
     return folder
 
 
+def check_free(folder: str | Path, name: str = "folder", but: Path | None = None) -> Path:
+    """The folder's path.
+
+    Args:
+        folder: to be made, or empty.
+        name: of the argument, for the message.
+        but: an entry that may be in it.
+
+    Raises:
+        InputError: it is a file, or holds something.
+    """
+    target = Path(folder)
+    if target.is_dir() and all(entry == but for entry in target.iterdir()):
+        return target
+    if target.exists() or target.is_symlink():
+        what = "already holds something" if target.is_dir() else "is a file"
+        raise InputError(f"{name} {str(target)!r} {what}: expected a new or an empty folder")
+    return target
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON whole, keys in the order given, one trailing newline; NaN is an error."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -18,6 +18,7 @@ from gainlens.export.engines import Engine, get_engine
 from gainlens.export.modeling import plan_of, plan_rotary_dim, slim_config
 from gainlens.export.plan import SlicePlan
 from gainlens.export.sources import open_source
+from gainlens.files import check_free
 
 GATE = 1e-4
 """Largest logit difference over the largest logit (or over 1 where that is smaller)."""
@@ -76,7 +77,7 @@ def export_model(
     target = Path(folder).absolute()
     made: list[Path] = []
     try:
-        _check_free(target)
+        check_free(target)
         row.check(slim)
         row.check_tokenizer(tokenizer, int(slim.config.vocab_size))
         _make_parents(target, made)
@@ -88,7 +89,7 @@ def export_model(
             row.write(float_copy(slim), beside, chosen, tokenizer)
             check_parity(row, slim, beside, chosen)
             _let_others_read(beside)
-            _check_free(target, but=beside)
+            check_free(target, but=beside)
             if inside:
                 _move_up(beside)
             else:
@@ -170,14 +171,6 @@ def check_parity(engine: Engine, slim: Any, folder: Path, precision: str) -> flo
                 f"{share:.1e} of the largest, expected at most {GATE:.0e}; nothing was written"
             )
     return worst
-
-
-def _check_free(target: Path, but: Path | None = None) -> None:
-    if target.is_dir() and all(entry == but for entry in target.iterdir()):
-        return
-    if target.exists() or target.is_symlink():
-        what = "already holds something" if target.is_dir() else "is a file"
-        raise InputError(f"folder {str(target)!r} {what}: expected a new or an empty folder")
 
 
 def _make_parents(target: Path, made: list[Path]) -> None:

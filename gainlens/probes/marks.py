@@ -25,6 +25,11 @@ def document_marks(documents: Iterable[torch.Tensor]) -> tuple[str, ...]:
     for item in documents:
         for row in item[None] if item.ndim == 1 else item:
             if len(row) >= LEAST:
-                ids = row.detach().to("cpu", torch.int64).contiguous().numpy().astype("<i8")
-                marks.append(hashlib.sha256(ids.tobytes()).hexdigest()[:DIGITS])
+                marks.append(row_hash(row)[:DIGITS])
     return tuple(marks)
+
+
+def row_hash(row: torch.Tensor) -> str:
+    """SHA-256 of one document's token ids ``[pos]``, the same on every machine."""
+    ids = row.detach().to("cpu", torch.int64).contiguous().numpy().astype("<i8")
+    return hashlib.sha256(ids.tobytes()).hexdigest()

@@ -14,7 +14,7 @@ from gainlens.environment import environment
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
 from gainlens.export.plan import SlicePlan
 from gainlens.export.sources import open_source
-from gainlens.files import check_writable, write_json
+from gainlens.files import check_free, check_writable, write_json
 
 PLAN, FACTS = "plan.json", "training.json"
 
@@ -64,18 +64,6 @@ def save_folder(
         raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return target
-
-
-def check_free(folder: str | Path) -> Path:
-    """The folder's path.
-
-    Raises:
-        InputError: it is a file, or holds something.
-    """
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"folder {str(target)!r} already holds something: expected a new folder")
     return target
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.frames import data_frame
 from gainlens.model.batches import Tokens, batches
+from gainlens.probes.marks import row_hash
 from gainlens.training.folder import save_folder
 from gainlens.training.student import Student
 
@@ -171,7 +171,4 @@ def rise_verdict(
 
 def row_digests(rows: Iterable[Int[torch.Tensor, " pos"]]) -> set[str]:
     """A short digest of each document's tokens."""
-    return {
-        hashlib.sha256(row.to("cpu", torch.int64).numpy().astype("<i8").tobytes()).hexdigest()[:16]
-        for row in rows
-    }
+    return {row_hash(row)[:16] for row in rows}

@@ -26,7 +26,7 @@ from gainlens.export.ledger import CONTEXTS, ledger, sizes
 from gainlens.export.plan import BASES
 from gainlens.export.recipe import mean_loss, refit_of, training_free_cut
 from gainlens.export.sources import open_source
-from gainlens.files import check_writable, write_json
+from gainlens.files import check_free, check_writable, write_json
 from gainlens.model import load_tokens
 from gainlens.model.loading import load_hf
 from gainlens.model.zoo import smollm2
@@ -226,8 +226,7 @@ def _check_plan(options: argparse.Namespace, model: Any, plan: SlicePlan) -> Non
 
 def _check_free(out: Path) -> bool:
     """Whether the folder exists; raises unless it is empty and writable, or can be made."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {str(out)!r} already holds something: expected a new folder")
+    check_free(out, "--out")
     there = out.absolute()
     while not there.exists():  # nothing is made before there is something to put in it
         there = there.parent

@@ -16,7 +16,7 @@ from gainlens.errors import GainlensError, InputError
 from gainlens.export import SlicePlan
 from gainlens.export.recipe import FISHER_DOCUMENTS, refit_of, training_free_cut
 from gainlens.export.sources import open_source
-from gainlens.files import check_writable, read_json, write_json
+from gainlens.files import check_free, check_writable, read_json, write_json
 from gainlens.model import load_tokens
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.loading import load_hf
@@ -24,7 +24,6 @@ from gainlens.probes import KeyGains
 from gainlens.report.commands.common import add_text_arguments, open_model
 from gainlens.report.plots_training import plot_training
 from gainlens.training import TrainingRun, nested_plans, train_virtual_width
-from gainlens.training.folder import check_free
 from gainlens.training.processes import Processes, gather_gains
 from gainlens.training.run import rise_verdict, row_digests
 from gainlens.training.settings import Settings
