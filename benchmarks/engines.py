@@ -21,10 +21,10 @@ import torch
 import transformers
 
 import gainlens as gl
+from gainlens.data.document_identity import text_fingerprint
 from gainlens.export import SlicePlan, export_model, slim
-from gainlens.export.ledger import machine, predict_decode
+from gainlens.export.speed_ledger import machine, predict_decode
 from gainlens.files import write_json
-from gainlens.model.fingerprint import text_fingerprint
 from gainlens.model.loading import load_hf, load_tokenizer
 from gainlens.model.zoo import smollm2
 

@@ -29,13 +29,13 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gainlens as gl
-from gainlens.analysis.sequential import skew_interval
 from gainlens.environment import environment
 from gainlens.export.attention import ATTENTION
 from gainlens.files import read_json, write_json
 from gainlens.model.loading import load_tokenizer
 from gainlens.model.wrapping import to_bridge
 from gainlens.model.zoo.cache import cache_root
+from gainlens.stats.stopping import skew_interval
 from gainlens.training import Settings, train_virtual_width
 from gainlens.training.find import TRAINABLE
 from gainlens.training.student import Student

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 import gainlens as gl
+from gainlens.data.document_identity import text_fingerprint
 from gainlens.environment import environment
 from gainlens.files import write_json
-from gainlens.model.fingerprint import text_fingerprint
 from gainlens.model.loading import load_hf
 from gainlens.model.zoo.cache import cache_root
 from gainlens.training import train_virtual_width

@@ -19,7 +19,7 @@ import torch
 
 import gainlens as gl
 from gainlens.export import SlicePlan, slim
-from gainlens.export.ledger import CONTEXTS, ledger, machine
+from gainlens.export.speed_ledger import CONTEXTS, ledger, machine
 from gainlens.files import write_json
 from gainlens.model.loading import load_hf
 

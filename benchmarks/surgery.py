@@ -4,9 +4,9 @@
 
 The method: rank rotary pairs by ``fisher`` on calibration speeches (per-head budgets within a
 layer), cut the quietest, then refit the kept query and key dimensions to the intact attention
-logits by least squares on calibration speeches (``gainlens.ablation.refit``). Nothing is chosen on
-the validation speeches; they only judge. Beside it, on the same speeches: the same cut without
-the refit, the ThinK rule, and random pairs.
+logits by least squares on calibration speeches (``gainlens.ablation.refit_cut``). Nothing is
+chosen on the validation speeches; they only judge. Beside it, on the same speeches: the same cut
+without the refit, the ThinK rule, and random pairs.
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 import gainlens as gl
-from gainlens.analysis.evaluate import Evaluator
-from gainlens.analysis.intervals import t_interval
-from gainlens.analysis.points import ORDERS, sweep_points
-from gainlens.analysis.verdict import non_inferiority
+from gainlens.analysis.sweep.evaluator import Evaluator
+from gainlens.analysis.sweep.points import ORDERS, sweep_points
 from gainlens.environment import environment
 from gainlens.files import write_json
+from gainlens.stats.intervals import t_interval
+from gainlens.stats.verdicts import non_inferiority
 
 FRACTIONS = (0.25, 0.5, 0.6, 0.8)
 MARGIN = 0.02
@@ -88,7 +88,7 @@ def point(model, gains: gl.KeyGains, repeats: int) -> dict:
         # What is left of the ratio when other processes share the cores.
         "processor_ratio": statistics.median(processor[ours]) / statistics.median(processor[plain]),
         "loss_difference": abs(losses[plain] - losses[ours]),
-        "fused": evaluator.twin is not None,
+        "fused": evaluator.fast_copy is not None,
     }
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 import gainlens as gl
+from gainlens.data.document_identity import text_fingerprint
 from gainlens.environment import environment
 from gainlens.files import write_json
-from gainlens.model.fingerprint import text_fingerprint
 from gainlens.model.loading import load_hf
 from gainlens.training import Settings
 from gainlens.training.find import TRAINABLE

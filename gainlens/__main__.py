@@ -2,6 +2,6 @@
 
 import sys
 
-from gainlens.report.cli import main
+from gainlens.cli.main import main
 
 sys.exit(main())

@@ -108,7 +108,7 @@ def _published(rows: list[dict[str, Any]]) -> str:
 
 def picture(figure: Any, rows: list[dict[str, Any]]) -> None:
     """Loss against tokens, one line per run."""
-    from gainlens.report.plots_common import CYCLE, MARKERS
+    from gainlens.plots.axes import CYCLE, MARKERS
 
     ax = figure.subplots()
     for facts, colour, marker in zip(rows, CYCLE, MARKERS, strict=False):

@@ -73,8 +73,8 @@ def _digest(name: str, facts: Any) -> str:
 
 def surgery(figure: Any, facts: dict[str, Any]) -> None:
     """Rise of the loss over the share cut, beside the controls and the margin."""
-    from gainlens.report.plots_common import BLUE
-    from gainlens.report.plots_surgery import CONTROLS
+    from gainlens.plots.axes import BLUE
+    from gainlens.plots.curves import CONTROLS
 
     ax = figure.subplots()
     rows = [r for r in facts["surgery"] if r["label"] is None and r["order"] != "intact"]
@@ -108,7 +108,7 @@ def surgery(figure: Any, facts: dict[str, Any]) -> None:
 
 def cosine(figure: Any, facts: dict[str, Any]) -> None:
     """The cosine between layers."""
-    from gainlens.report.plots_common import SEQUENTIAL
+    from gainlens.plots.axes import SEQUENTIAL
 
     found = np.array(facts["map"]["cosine"])
     _by_layer(figure, found, SEQUENTIAL, 0, 1, "cosine", "looks shared: cosine between layers")
@@ -116,7 +116,7 @@ def cosine(figure: Any, facts: dict[str, Any]) -> None:
 
 def above_null(figure: Any, facts: dict[str, Any]) -> None:
     """What is left of the cosine above what shuffles within a band of frequencies give."""
-    from gainlens.report.plots_common import DIVERGING
+    from gainlens.plots.axes import DIVERGING
 
     above = np.array(facts["map"]["cosine"]) - np.array(facts["map"]["band_null_cosine"])
     np.fill_diagonal(above, np.nan)
@@ -129,7 +129,7 @@ def above_null(figure: Any, facts: dict[str, Any]) -> None:
 def _by_layer(
     figure: Any, values: Any, colours: str, low: float, high: float, label: str, title: str
 ) -> None:
-    from gainlens.report.plots_common import whole_numbers
+    from gainlens.plots.axes import whole_numbers
 
     ax = figure.subplots()
     image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
@@ -142,7 +142,7 @@ def _by_layer(
 
 def gains(figure: Any, facts: dict[str, Any]) -> None:
     """Gain of every rotary pair in every layer."""
-    from gainlens.report.plots_common import DIVERGING, colour_bar, whole_numbers
+    from gainlens.plots.axes import DIVERGING, colour_bar, whole_numbers
 
     ax = figure.subplots()
     profiles = np.array(facts["map"]["profiles"])

@@ -101,7 +101,7 @@ def picture(figure: Any, facts: dict[str, Any]) -> None:
     """Loss against steps, the mean over seeds with their range."""
     import numpy as np
 
-    from gainlens.report.plots_common import CYCLE, MARKERS
+    from gainlens.plots.axes import CYCLE, MARKERS
 
     ax = figure.subplots()
     for (arm, said), colour, marker in zip(SAID.items(), CYCLE, MARKERS, strict=False):

@@ -46,12 +46,12 @@ class Kept:
         Args:
             ax: axes to draw into; new ones by default.
         """
-        from gainlens.report.plots import plot_kept
+        from gainlens.plots.basics import plot_kept
 
         return plot_kept(self.keep.numpy(), ax)
 
     def _repr_html_(self) -> str:
-        from gainlens.report.notebook import figure_html
+        from gainlens.plots.notebook import figure_html
 
         return figure_html(
             self,

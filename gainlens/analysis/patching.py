@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from gainlens.ablation.cache import KeyCache, one_length
-from gainlens.analysis.evaluate import Evaluator
-from gainlens.analysis.prefix import Prefix
+from gainlens.ablation.key_cache import KeyCache, one_length
+from gainlens.analysis.skipped_layers import Prefix
+from gainlens.analysis.sweep.evaluator import Evaluator
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError
 from gainlens.frames import data_frame
-from gainlens.model.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.rotation import rotate
 from gainlens.model.sites import KeySites, key_sites
@@ -121,12 +121,12 @@ class PatchEffects:
         Args:
             ax: matplotlib axes to draw into; new ones by default.
         """
-        from gainlens.report.plots_surgery import plot_patching
+        from gainlens.plots.curves import plot_patching
 
         return plot_patching(self, ax)
 
     def _repr_html_(self) -> str:
-        from gainlens.report.notebook import figure_html
+        from gainlens.plots.notebook import figure_html
 
         return figure_html(
             self,
@@ -254,7 +254,7 @@ class _Runner:
 
     def __init__(self, model: Any, prompt: torch.Tensor, sites: KeySites) -> None:
         self.model, self.prompt, self.sites = model, prompt, sites
-        self.twin = Evaluator(model).twin
+        self.fast_copy = Evaluator(model).fast_copy
         self.hooked = not hasattr(model, "original_model")
         self.residuals: list[torch.Tensor] = []
         self.prefix = None if self.hooked else Prefix(model)
@@ -263,9 +263,9 @@ class _Runner:
     def intact(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits of a prompt; keeps what each layer reads in the last one asked for."""
         tokens = tokens.to(self.prompt.device)
-        if self.twin is not None:
-            self.residuals = self.twin.residuals(tokens)
-            return self.twin.logits(self.twin.hidden(tokens))
+        if self.fast_copy is not None:
+            self.residuals = self.fast_copy.residuals(tokens)
+            return self.fast_copy.logits(self.fast_copy.hidden(tokens))
         if self.prefix is not None:
             return self.prefix.read(tokens)
         found: dict[int, torch.Tensor] = {}
@@ -292,17 +292,17 @@ class _Runner:
         taken = take.repeat_interleave(rows, 0)[:, None].to(self.prompt.device)
         source = clean.expand(rows, *clean.shape[1:]).repeat(n, 1, 1, 1)
         tokens = self.prompt.repeat(n, 1)
-        if self.twin is not None:
+        if self.fast_copy is not None:
 
             def edit(
                 q: torch.Tensor, k: torch.Tensor, at: int
             ) -> tuple[torch.Tensor, torch.Tensor]:
                 return q, torch.where(taken, source.to(k), k) if at == layer else k
 
-            with self.twin.edited(edit):
+            with self.fast_copy.edited(edit):
                 residual = self.residuals[layer].repeat(n, 1, 1)
-                hidden = self.twin.hidden_from(layer, residual, tokens)
-            logits = self.twin.logits(hidden)
+                hidden = self.fast_copy.hidden_from(layer, residual, tokens)
+            logits = self.fast_copy.logits(hidden)
         else:
             stage = self.sites.hook_stage("rotated")
 

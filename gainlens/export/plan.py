@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 
 from gainlens.ablation.kept import Kept
-from gainlens.ablation.mask import KeyMask, Scope
-from gainlens.ablation.refit import RefitCut
+from gainlens.ablation.key_mask import KeyMask, Scope
+from gainlens.ablation.refit_cut import RefitCut
 from gainlens.errors import FileFormatError, InputError
 from gainlens.export.layout import HeadLayout, head_layout
 from gainlens.files import FORMAT, read_json, write_json

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from jaxtyping import Int
 
-from gainlens.ablation.mask import Scope
-from gainlens.ablation.refit import RefitCut, refit
+from gainlens.ablation.key_mask import Scope
+from gainlens.ablation.refit_cut import RefitCut, refit
+from gainlens.data.batches import TOKENS_PER_BATCH
 from gainlens.errors import UnsupportedModelError
 from gainlens.export.families import FAMILIES
 from gainlens.export.plan import SlicePlan
-from gainlens.model.batches import TOKENS_PER_BATCH
 from gainlens.model.sites import key_sites
 from gainlens.probes import KeyGains, probe_gains
 

@@ -1,32 +1,15 @@
-"""Hashes that say which model and which text a result belongs to."""
+"""The hash that says which model a result belongs to."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from gainlens.errors import UnsupportedModelError
-
-
-def text_fingerprint(
-    tokens: Int[torch.Tensor, "row pos"] | Iterable[Int[torch.Tensor, "..."]],
-) -> str:
-    """SHA-256, in hexadecimal, of token numbers and their shape.
-
-    Args:
-        tokens: a tensor, or a sequence of documents or batches; those count in their order.
-    """
-    digest = hashlib.sha256()
-    for part in [tokens] if isinstance(tokens, torch.Tensor) else tokens:
-        plain = part.detach().to("cpu", torch.int64).contiguous()
-        digest.update(f"{tuple(plain.shape)}".encode())
-        digest.update(plain.numpy().astype("<i8", copy=False).tobytes())
-    return digest.hexdigest()
 
 
 @torch.no_grad()

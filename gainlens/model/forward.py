@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.errors import SilentSiteError
-from gainlens.model.twin import Edit, Twin
+from gainlens.model.fast_copy import Edit, FastCopy
 
 HEAD_POSITIONS = 64
 """Positions that the output head sees at a time: 64 × 49,152 logits stay within a CPU's caches."""
@@ -37,20 +36,20 @@ def token_losses(
         return cross_entropy(partial(_hooked_head, model), hidden, tokens)
 
 
-def twin_losses(
-    twin: Twin, tokens: Int[torch.Tensor, "document pos"], edit: Edit | None = None
+def fast_losses(
+    fast_copy: FastCopy, tokens: Int[torch.Tensor, "document pos"], edit: Edit | None = None
 ) -> Float[torch.Tensor, "document next_pos"]:
-    """As ``token_losses``, by a twin's fused attention, with ``edit`` made in every layer.
+    """As ``token_losses``, by a fast copy's fused attention, with ``edit`` made in every layer.
 
     Raises:
         SilentSiteError: the edit was not called once per layer.
     """
-    with torch.inference_mode(), twin.edited(edit):
-        tokens = tokens.to(twin.device)
-        hidden = twin.hidden(tokens)
-        if not twin.complete:
+    with torch.inference_mode(), fast_copy.edited(edit):
+        tokens = tokens.to(fast_copy.device)
+        hidden = fast_copy.hidden(tokens)
+        if not fast_copy.complete:
             raise SilentSiteError("a layer of the model ran without calling its attention function")
-        return cross_entropy(twin.logits, hidden, tokens)
+        return cross_entropy(fast_copy.logits, hidden, tokens)
 
 
 def cross_entropy(
@@ -79,20 +78,3 @@ def _hooked_head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = model.unembed(model.ln_final(hidden))
     cap = getattr(model.cfg, "output_logits_soft_cap", 0.0)
     return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
-
-
-class TextHasher:
-    """Fingerprint of a text that does not depend on how it is cut into batches."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def update(self, batch: Int[torch.Tensor, "document pos"]) -> None:
-        """Add documents in order."""
-        for row in batch.to("cpu", torch.int64):
-            self._hash.update(len(row).to_bytes(8, "little"))
-            self._hash.update(row.numpy().astype("<i8").tobytes())
-
-    def hexdigest(self) -> str:
-        """SHA-256 of lengths and ids of all documents so far."""
-        return self._hash.hexdigest()

@@ -3,7 +3,7 @@
 Constant keys are put in at ``hook_k`` and what comes out is looked at, so the answer does not
 rest on a flag: a rotary pair keeps its norm at every position, a wrong pair does not; a key head
 moves the attention of its own query heads and of no other. Models that fire no hook after the
-rotation are read through their attention pattern (``gainlens.model.silent``).
+rotation are read through their attention pattern (``gainlens.model.silent_rotation``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ N_POS = 24
 
 def measure_sites(model: Any) -> KeySites:
     """Probe ``model`` with a few tokens; see ``gainlens.model.sites.key_sites``."""
-    from gainlens.model import silent
+    from gainlens.model import silent_rotation
 
     cfg = model.cfg
     architecture = _architecture(model)
@@ -47,7 +47,7 @@ def measure_sites(model: Any) -> KeySites:
                 f"{architecture} normalises its keys after hook_k and fires no hook after the "
                 "norm, so nothing can be cut without moving the dimensions that stay"
             )
-        pairing, rotary_dim, frequencies = silent.measure_rotation(probe, declared)
+        pairing, rotary_dim, frequencies = silent_rotation.measure_rotation(probe, declared)
     if pairing == "none":
         _refuse_refactored(model, architecture)
     return KeySites(

@@ -74,7 +74,8 @@ class KeyGains:
         n_tokens, n_documents: how much text went in.
         texts: fingerprints of the texts that went in, one per probe.
         frequencies: radians per token of each rotary pair, ``[layer, rotary_pair]``.
-        documents: short hashes of the longer documents (``gainlens.probes.marks``), where known.
+        documents: short hashes of the longer documents, where known; see
+            ``gainlens.data.document_identity``.
     """
 
     model: ModelCard
@@ -229,7 +230,7 @@ class KeyGains:
         Raises:
             InputError: an unknown score, or statistics that were not gathered.
         """
-        from gainlens.report.plots import plot_gains
+        from gainlens.plots.basics import plot_gains
 
         return plot_gains(self, ax, score or self._shown_score)
 
@@ -239,7 +240,7 @@ class KeyGains:
         return "qk" if "qk" in held or not held else held[0]
 
     def _repr_html_(self) -> str:
-        from gainlens.report.notebook import figure_html
+        from gainlens.plots.notebook import figure_html
 
         return figure_html(
             self,

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
+from gainlens.data.document_identity import TextHasher, document_marks
 from gainlens.errors import InputError, SilentSiteError
-from gainlens.model.batches import TOKENS_PER_BATCH, Tokens, batches
 from gainlens.model.fingerprint import model_fingerprint
-from gainlens.model.forward import TextHasher, forward_layers
+from gainlens.model.forward import forward_layers
 from gainlens.model.hooks import Hook, HookFn, attached
 from gainlens.model.sites import key_sites
 from gainlens.probes.backward import forward_backward
 from gainlens.probes.gains import KeyGains, ModelCard
-from gainlens.probes.marks import document_marks
 from gainlens.probes.scores import get_score
 from gainlens.probes.statistics import STATISTICS
 
@@ -109,7 +109,7 @@ class KeyGainProbe:
 
         Args:
             fingerprint: of the text as a whole.
-            marks: of its documents, see ``gainlens.probes.marks``.
+            marks: of its documents, see ``gainlens.data.document_identity``.
         """
         self._texts.append(fingerprint)
         self._marks += marks

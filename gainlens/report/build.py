@@ -16,8 +16,8 @@ import torch
 
 from gainlens.ablation import KeyMask, RefitCut, refit
 from gainlens.analysis import CoordinateMap, SurgeryCurve, coordinate_map, surgery
-from gainlens.analysis.damage import damage_by_head
-from gainlens.analysis.map_evidence import similarity_table, with_evidence
+from gainlens.analysis.damage_by_place import damage_by_head
+from gainlens.analysis.map.evidence import similarity_table, with_evidence
 from gainlens.environment import environment
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.files import check_writable, read_json, write_json
@@ -71,7 +71,7 @@ class Plan:
 
     def check(self) -> None:
         """Refuse bad arguments before a model is loaded."""
-        from gainlens.analysis.points import sweep_points
+        from gainlens.analysis.sweep.points import sweep_points
         from gainlens.probes.scores import get_score
 
         get_score(self.score)

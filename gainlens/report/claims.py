@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from gainlens.analysis.coordinates import CoordinateMap
-from gainlens.analysis.curve import SurgeryCurve
-from gainlens.analysis.intervals import t_interval
-from gainlens.analysis.verdict import Verdict
+from gainlens.analysis.map.coordinates import CoordinateMap
+from gainlens.analysis.sweep.curve import SurgeryCurve
+from gainlens.stats.intervals import t_interval
+from gainlens.stats.verdicts import Verdict
 
 FLAT_MARGIN = 0.02
 FUNCTIONAL_MARGIN = 0.1

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gainlens.analysis.coordinates import CoordinateMap
-from gainlens.analysis.curve import SurgeryCurve
+from gainlens.analysis.map.coordinates import CoordinateMap
+from gainlens.analysis.sweep.curve import SurgeryCurve
+from gainlens.plots import coordinate_maps
+from gainlens.plots.basics import plot_gains
+from gainlens.plots.curves import plot_damage, plot_damage_by_layer, plot_surgery
 from gainlens.probes.gains import KeyGains
-from gainlens.report import plots_map
 from gainlens.report.claims import FLAT_MARGIN
-from gainlens.report.plots import plot_gains
-from gainlens.report.plots_surgery import plot_damage, plot_damage_by_layer, plot_surgery
 
 SIZE = (4.8, 3.8)
 """Inches: small enough that its words can be read on a phone."""
@@ -63,10 +63,10 @@ def draw_figures(
     drawings: dict[str, Callable[[Any], Any]] = {
         "key_gains": lambda ax: plot_gains(gains, ax, score),
         "surgery_impact": lambda ax: plot_surgery(curve, ax, FLAT_MARGIN),
-        "layer_correlation": lambda ax: plots_map.plot_cosine(cmap, ax),
-        "layer_correlation_above_null": lambda ax: plots_map.plot_above_null(cmap, ax),
-        "universal_units": lambda ax: plots_map.plot_units(cmap, ax),
-        "unit_presence": lambda ax: plots_map.plot_ranks(cmap, ax),
+        "layer_correlation": lambda ax: coordinate_maps.plot_cosine(cmap, ax),
+        "layer_correlation_above_null": lambda ax: coordinate_maps.plot_above_null(cmap, ax),
+        "universal_units": lambda ax: coordinate_maps.plot_units(cmap, ax),
+        "unit_presence": lambda ax: coordinate_maps.plot_ranks(cmap, ax),
     }
     if damage is not None:
         title = f"{DAMAGE_FRACTION:.0%} cut in one {{}} alone"
@@ -77,11 +77,11 @@ def draw_figures(
             damage.by_head, ax, title.format("key head")
         )
     if cmap.sinks is not None and len(cmap.sinks.layers):
-        drawings["sinks"] = lambda ax: plots_map.plot_sinks(cmap, ax)
+        drawings["sinks"] = lambda ax: coordinate_maps.plot_sinks(cmap, ax)
     if cmap.price is not None:
-        drawings["price"] = lambda ax: plots_map.plot_price(cmap, ax)
+        drawings["price"] = lambda ax: coordinate_maps.plot_price(cmap, ax)
     if cmap.red_line is not None:
-        drawings["red_line"] = lambda ax: plots_map.plot_red_line(cmap, ax)
+        drawings["red_line"] = lambda ax: coordinate_maps.plot_red_line(cmap, ax)
     paths = {}
     for name, draw in drawings.items():
         figure = Figure(figsize=SIZE, layout="constrained")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gainlens.analysis.coordinates import CoordinateMap
-from gainlens.analysis.curve import SurgeryCurve
+from gainlens.analysis.map.coordinates import CoordinateMap
+from gainlens.analysis.sweep.curve import SurgeryCurve
 from gainlens.report.claims import FLAT_MARGIN, FUNCTIONAL_MARGIN
 from gainlens.report.figures import DAMAGE_FRACTION, Damage
 from gainlens.report.page import PageFigure, PageTable, Section

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gainlens.analysis.coordinates import CoordinateMap
-from gainlens.analysis.verdict import Verdict
+from gainlens.analysis.map.coordinates import CoordinateMap
 from gainlens.report.page import PageFigure, PageTable, Section
+from gainlens.stats.verdicts import Verdict
 
 
 def map_section(

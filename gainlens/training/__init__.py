@@ -4,8 +4,8 @@ from gainlens.training.processes import Processes, gather_gains
 from gainlens.training.rounds import nested_plans
 from gainlens.training.run import TrainingRun
 from gainlens.training.settings import Settings
-from gainlens.training.train import train_virtual_width
 from gainlens.training.trainer import TrainingError
+from gainlens.training.virtual_width import train_virtual_width
 
 __all__ = [
     "Processes",

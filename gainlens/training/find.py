@@ -11,7 +11,7 @@ import transformers
 from jaxtyping import Float, Int
 from transformers.pytorch_utils import Conv1D
 
-from gainlens.ablation.refit import RefitCut
+from gainlens.ablation.refit_cut import RefitCut
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.export.building import parameters_on_meta
 from gainlens.export.families import SlimFamily
@@ -52,7 +52,7 @@ def find_slices(
 
     Args:
         root: the module that is run.
-        kind: ``huggingface`` (also a twin), ``bridge`` or ``hooked``.
+        kind: ``huggingface`` (also a fast copy), ``bridge`` or ``hooked``.
         family, config: of the model.
         plan: what is active.
         train: some of ``TRAINABLE``.

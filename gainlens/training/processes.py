@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gainlens.model.batches import Tokens, as_documents
+from gainlens.data.batches import Tokens, as_documents
 from gainlens.probes import KeyGains, probe_gains
 
 

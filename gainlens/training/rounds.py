@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gainlens.ablation.mask import KeyMask, Scope
-from gainlens.ablation.refit import RefitCut
+from gainlens.ablation.key_mask import KeyMask, Scope
+from gainlens.ablation.refit_cut import RefitCut
+from gainlens.data.document_identity import tensor_digest
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
-from gainlens.model.fingerprint import text_fingerprint
 from gainlens.probes import KeyGains
 from gainlens.training.settings import Settings
 from gainlens.training.student import Student
@@ -30,7 +30,7 @@ class Round:
     @property
     def identity(self) -> dict[str, Any]:
         """What a later round must find the same to go on."""
-        return {"plan": text_fingerprint([self.plan.keep.long()]), "steps": self.settings.steps}
+        return {"plan": tensor_digest([self.plan.keep]), "steps": self.settings.steps}
 
 
 def nested_plans(

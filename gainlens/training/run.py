@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.analysis.intervals import documents_by_scaling
-from gainlens.analysis.sequential import skew_interval
-from gainlens.analysis.verdict import Verdict, non_inferiority
+from gainlens.data.batches import Tokens, batches
+from gainlens.data.document_identity import row_hash
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.frames import data_frame
-from gainlens.model.batches import Tokens, batches
-from gainlens.probes.marks import row_hash
+from gainlens.stats.intervals import documents_by_scaling
+from gainlens.stats.stopping import skew_interval
+from gainlens.stats.verdicts import Verdict, non_inferiority
 from gainlens.training.folder import save_folder
 from gainlens.training.student import Student
 
@@ -133,12 +133,12 @@ class TrainingRun:
         Returns:
             The axes.
         """
-        from gainlens.report.plots_training import plot_training
+        from gainlens.plots.training_runs import plot_training
 
         return plot_training(self.curve, ax)
 
     def _repr_html_(self) -> str:
-        from gainlens.report.notebook import figure_html
+        from gainlens.plots.notebook import figure_html
 
         return figure_html(self, "Rise of the loss against training tokens")
 

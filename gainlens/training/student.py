@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.ablation.ablate import ablation_hooks
-from gainlens.ablation.mask import KeyMask
-from gainlens.ablation.refit import RefitCut
+from gainlens.ablation.hooks import ablation_hooks
+from gainlens.ablation.key_mask import KeyMask
+from gainlens.ablation.refit_cut import RefitCut
+from gainlens.data.batches import Tokens, batches
 from gainlens.errors import InputError, SilentSiteError
 from gainlens.export.plan import SlicePlan
-from gainlens.export.slim import check_refit
+from gainlens.export.slim_model import check_refit
 from gainlens.export.sources import open_source
-from gainlens.model.batches import Tokens, batches
+from gainlens.model.fast_copy import FastCopy, build_fast_copy
 from gainlens.model.forward import _hooked_head, cross_entropy
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.rotation import rotate
 from gainlens.model.sites import key_sites
-from gainlens.model.twin import Twin, build_twin
 from gainlens.training.find import find_slices
 from gainlens.training.processes import Processes
 from gainlens.training.sharding import Shards, check_whole, sharded
@@ -38,7 +38,7 @@ from gainlens.training.slices import (
 )
 
 SAME_LOGITS = 1e-3
-"""Largest difference from the model's own logits at which its twin is used, in float32."""
+"""Largest difference from the model's own logits at which its fast copy is used, in float32."""
 PRECISIONS = ("float32", "bfloat16")
 
 QueriesKeys = list[tuple[torch.Tensor, torch.Tensor]]
@@ -48,8 +48,8 @@ QueriesKeys = list[tuple[torch.Tensor, torch.Tensor]]
 class Student:
     """A model whose planned units are trained, and the intact model in one.
 
-    Forward passes go through a twin with fused attention (``gainlens.model.twin``) where there is
-    one that gives the model's own logits, otherwise through the model itself.
+    Forward passes go through a fast copy with fused attention (``gainlens.model.fast_copy``) where
+    there is one that gives the model's own logits, otherwise through the model itself.
 
     Args:
         model: a TransformerBridge, a HookedTransformer or a transformers model.
@@ -102,16 +102,18 @@ class Student:
             self._longest = int(model.cfg.n_ctx)
         elif not self.family.rotary_dim(self.config):
             self._longest = int(self.config.max_position_embeddings)
-        # A bridge trains its own parts of a joint matrix, which a twin does not run.
+        # A bridge trains its own parts of a joint matrix, which a fast copy does not run.
         joint = bridge and source.family.key_site in ("query_key_value", "c_attn")
-        self.twin = None if joint or (lens and not bridge) else self._verified_twin(bridge)
-        if self.twin is None and not lens:
+        self.fast_copy = (
+            None if joint or (lens and not bridge) else self._verified_fast_copy(bridge)
+        )
+        if self.fast_copy is None and not lens:
             raise InputError(
                 f"model={type(model).__name__}: this transformers model can't be run by gainlens; "
                 "wrap it as a TransformerBridge"
             )
-        root: Any = model if self.twin is None else self.twin.model
-        kind = "huggingface" if self.twin is not None else "bridge" if bridge else "hooked"
+        root: Any = model if self.fast_copy is None else self.fast_copy.model
+        kind = "huggingface" if self.fast_copy is not None else "bridge" if bridge else "hooked"
         self.root = root
         self.shards: Shards | None = None
         self.slices: list[Slice] = find_slices(
@@ -119,16 +121,16 @@ class Student:
         )
         self._mask = KeyMask(plan.keep) if self.family.norm else None
         self._hooks: list[Hook] = []
-        if self.twin is None and self._mask is not None:
+        if self.fast_copy is None and self._mask is not None:
             self._hooks = list(ablation_hooks(model, self._mask))
 
-    def _verified_twin(self, bridge: bool) -> Twin | None:
+    def _verified_fast_copy(self, bridge: bool) -> FastCopy | None:
         inner = self.model.original_model if bridge else self.model
         shim = SimpleNamespace(
             original_model=inner, cfg=SimpleNamespace(n_layers=self.plan.shape[0])
         )
-        twin = build_twin(shim)
-        if twin is None:
+        fast_copy = build_fast_copy(shim)
+        if fast_copy is None:
             return None
         generator = torch.Generator().manual_seed(0)
         length = min(12, int(getattr(self.config, "max_position_embeddings", 12)))
@@ -141,12 +143,12 @@ class Student:
                     if bridge
                     else self.model(tokens, use_cache=False).logits
                 )
-                got = twin.logits(twin.hidden(tokens))
+                got = fast_copy.logits(fast_copy.hidden(tokens))
         except Exception:  # a family that can't be run this way; the model itself does the work
             return None
         size = float(own.abs().max().clamp_min(1.0))
-        tolerance = SAME_LOGITS if twin.exact else 5e-2
-        return twin if float((own - got).abs().max()) <= tolerance * size else None
+        tolerance = SAME_LOGITS if fast_copy.exact else 5e-2
+        return fast_copy if float((own - got).abs().max()) <= tolerance * size else None
 
     @property
     def leaves(self) -> list[torch.Tensor]:
@@ -179,14 +181,14 @@ class Student:
         Raises:
             InputError: a model that only its own code runs.
         """
-        if self.twin is None:
+        if self.fast_copy is None:
             raise InputError(
                 f"shard=True: {self.architecture} as {type(self.model).__name__} keeps weights "
                 "that can't be divided; expected a transformers model"
             )
         trained = {id(part.stored) for part in self.slices}
         try:
-            with sharded(self.twin._layers, trained, processes) as self.shards:
+            with sharded(self.fast_copy._layers, trained, processes) as self.shards:
                 yield
         finally:
             self.shards = None
@@ -199,7 +201,7 @@ class Student:
         cut: bool,
         seen: QueriesKeys | None = None,
     ) -> Float[torch.Tensor, "document pos width"]:
-        """What the output head reads (logits, of a bridge without a twin).
+        """What the output head reads (logits, of a bridge without a fast copy).
 
         Args:
             tokens: the text.
@@ -217,8 +219,8 @@ class Student:
     ) -> Float[torch.Tensor, "row vocab"]:
         """The output head on some positions, float32."""
         with swapped(weights), self._autocast():
-            if self.twin is not None:
-                found = self.twin.logits(hidden[None])[0]
+            if self.fast_copy is not None:
+                found = self.fast_copy.logits(hidden[None])[0]
             elif hasattr(self.model, "original_model"):
                 found = hidden
             else:
@@ -254,7 +256,7 @@ class Student:
             name: what an error calls them.
 
         Raises:
-            InputError: see ``gainlens.model.batches``; a document beyond learned positions.
+            InputError: see ``gainlens.data.batches``; a document beyond learned positions.
         """
         for batch in batches(tokens, self.vocabulary):
             if self._longest is not None and batch.shape[1] > self._longest:
@@ -279,7 +281,7 @@ class Student:
 
     def _hidden(self, tokens: torch.Tensor, cut: bool, seen: QueriesKeys | None) -> torch.Tensor:
         keep = None if self._mask is None or not cut else self._mask.keep.to(self.device)
-        if self.twin is not None:
+        if self.fast_copy is not None:
 
             def edit(
                 queries: torch.Tensor, keys: torch.Tensor, layer: int
@@ -290,9 +292,9 @@ class Student:
                     seen.append((queries, keys))
                 return queries, keys
 
-            with self.twin.edited(edit):
-                found = self.twin.hidden(tokens)
-            if not self.twin.complete:
+            with self.fast_copy.edited(edit):
+                found = self.fast_copy.hidden(tokens)
+            if not self.fast_copy.complete:
                 raise SilentSiteError("a layer ran without calling its attention function")
             return found
         hooks = list(self._hooks) if keep is not None else []

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
-from gainlens.ablation.refit import RefitCut
-from gainlens.analysis.sequential import skew_interval
+from gainlens.ablation.refit_cut import RefitCut
+from gainlens.data.batches import batches
+from gainlens.data.document_identity import tensor_digest, text_fingerprint
 from gainlens.errors import GainlensError
-from gainlens.model.batches import batches
-from gainlens.model.fingerprint import text_fingerprint
+from gainlens.stats.stopping import skew_interval
 from gainlens.training.checkpoint import load_checkpoint, save_checkpoint
 from gainlens.training.objectives import attention_divergence, get_objective
 from gainlens.training.processes import Processes
@@ -77,13 +77,11 @@ class Trainer:
         before = {"earlier rounds": self.earlier} if self.earlier else {}
         return {
             "model": student.fingerprint,
-            "plan": text_fingerprint([student.plan.keep.long()]),
+            "plan": tensor_digest([student.plan.keep]),
             **before,
             "refit": None
             if self.refit is None
-            else text_fingerprint(
-                [self.refit.query_maps.view(torch.int32), self.refit.key_maps.view(torch.int32)]
-            ),
+            else tensor_digest([self.refit.query_maps, self.refit.key_maps]),
             "text": self._texts[0],
             "monitored text": self._texts[1],
             "seed": self.settings.seed,
@@ -107,7 +105,7 @@ class Trainer:
             "stopped": self.stopped,
             "seconds": self.seconds,
             "processes": self.processes.count,
-            "fused_attention": self.student.twin is not None,
+            "fused_attention": self.student.fast_copy is not None,
             "active_parameters": sum(leaf.numel() for leaf in self.leaves),
             "active_bytes": active,
             **self.bytes,

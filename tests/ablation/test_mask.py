@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gainlens as gl
-from gainlens.ablation.mask import SCOPES, keep_by_order
+from gainlens.ablation.key_mask import SCOPES, keep_by_order
 from gainlens.model.sites import pair_partners
 
 pytestmark = pytest.mark.one_env

@@ -9,7 +9,7 @@ from planted import planted_llama, written_by
 
 import gainlens as gl
 from gainlens.ablation.least_squares import make_turn
-from gainlens.analysis.evaluate import Evaluator
+from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.model.rotation import rotate
 
 
@@ -74,7 +74,7 @@ def test_both_ways_agree(doubled, tiny, tiny_calibration, tiny_validation, tiny_
     small = gl.refit(tiny, tiny_calibration, mask, rounds=1, iterations=4, progress=False)
     for model, cut, tokens in ((tiny, small, tiny_validation),):
         fast, slow = (Evaluator(model, fast=f).tokens(tokens, cut) for f in (True, False))
-        assert Evaluator(model).twin is not None
+        assert Evaluator(model).fast_copy is not None
         assert torch.allclose(fast, slow, atol=1e-4)
         assert (fast - Evaluator(model).tokens(tokens)).abs().max() > 1e-3
     assert small.facts["misfit_after"] < small.facts["misfit_before"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import gainlens as gl
-from gainlens.analysis.evaluate import Evaluator
+from gainlens.analysis.sweep.evaluator import Evaluator
 
-module = importlib.import_module("gainlens.analysis.behaviours")
+module = importlib.import_module("gainlens.analysis.behaviour_curves")
 
 
 def test_copying_prompts_hold_what_they_say():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gainlens as gl
-from gainlens.analysis.damage import damage_by_head
+from gainlens.analysis.damage_by_place import damage_by_head
 
 
 def hooked_loss(model, tokens, mask):

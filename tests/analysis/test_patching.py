@@ -72,24 +72,24 @@ def test_every_family(name):
 
 
 def test_layers_below_are_not_run_again(monkeypatch, tiny, tiny_calibration):
-    from gainlens.model.twin import Twin
+    from gainlens.model.fast_copy import FastCopy
 
     clean, corrupted = prompts(tiny_calibration)
     started = []
-    real = Twin.hidden_from
+    real = FastCopy.hidden_from
 
     def noted(self, layer, *rest):
         started.append(layer)
         return real(self, layer, *rest)
 
-    monkeypatch.setattr(Twin, "hidden_from", noted)
+    monkeypatch.setattr(FastCopy, "hidden_from", noted)
     evaluator_layers = []
     import gainlens.analysis.patching as patching
 
     class Spy(patching._Runner):
         def __init__(self, *args):
             super().__init__(*args)
-            for number, layer in enumerate(self.twin._layers):
+            for number, layer in enumerate(self.fast_copy._layers):
                 layer.self_attn.register_forward_hook(
                     lambda *_, number=number: evaluator_layers.append(number)
                 )
@@ -145,8 +145,8 @@ def test_bad_input(tiny, tiny_calibration):
 
 
 @pytest.mark.parametrize("name", ["GPTJForCausalLM", "FalconForCausalLM", "LlamaForCausalLM"])
-def test_blocks_below_are_skipped_where_no_twin_can_be_made(name, monkeypatch):
-    """GPT-J and Falcon keep attention to themselves; bfloat16 twins are not equal to the bit."""
+def test_blocks_below_are_skipped_where_no_fast_copy_can_be_made(name, monkeypatch):
+    """GPT-J and Falcon keep attention to themselves; bfloat16 copies are not equal to the bit."""
     import gainlens.analysis.patching as patching
 
     if name not in FAMILIES:
@@ -157,7 +157,7 @@ def test_blocks_below_are_skipped_where_no_twin_can_be_made(name, monkeypatch):
     settings = {"metric": metric, "layers": [1], "progress": False}
     if name == "LlamaForCausalLM":
         usual = gl.patch_keys(model, clean, corrupted, **settings)
-        monkeypatch.setattr(patching, "Evaluator", lambda model: SimpleNamespace(twin=None))
+        monkeypatch.setattr(patching, "Evaluator", lambda model: SimpleNamespace(fast_copy=None))
     runs = [0, 0]
 
     def counter(layer):

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 import gainlens as gl
-from gainlens.report.cli import build_parser
+from gainlens.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

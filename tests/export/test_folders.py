@@ -13,7 +13,7 @@ from slim_families import SMALL
 from gainlens.errors import InputError
 from gainlens.export import ENGINES, EngineLimitError, SlicePlan, export_model, load_slim, slim
 from gainlens.export.engines.llama_cpp import llama_from_gguf
-from gainlens.export.export import check_plan
+from gainlens.export.writing import check_plan
 
 pytestmark = pytest.mark.one_env
 TOKENS = torch.randint(3, 96, (3, 40), generator=torch.Generator().manual_seed(5))

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import gainlens as gl
 from gainlens.export import SlicePlan, slim
 from gainlens.export.attention import ATTENTION
-from gainlens.export.ledger import ledger, predict_decode, sizes, verdict_on_doubling
+from gainlens.export.speed_ledger import ledger, predict_decode, sizes, verdict_on_doubling
 from gainlens.model.loading import load_hf
 
 pytestmark = pytest.mark.one_env

@@ -147,7 +147,7 @@ def test_red_line_table_is_what_the_facts_have(made, page):
 
 @pytest.mark.one_env
 def test_the_command_on_the_page_makes_the_same_plan():
-    from gainlens.report.cli import build_parser
+    from gainlens.cli.main import build_parser
 
     plan = Plan("my model", "notes dir", n_docs=3, fractions=(0.3,), score="fisher", seeds=(4, 5),
                 refit_rounds=0, seed=4, device="cuda")  # fmt: skip

@@ -29,7 +29,7 @@ model = load_hf("tiny")
 plan = gl.SlicePlan.load(folder + "/plan.json")
 from gainlens.files import load_tensors
 tensors, _ = load_tensors(folder + "/tokens.safetensors", "tokens")
-Trainer = sys.modules["gainlens.training.train"].Trainer
+Trainer = sys.modules["gainlens.training.virtual_width"].Trainer
 step = Trainer.step
 def slow(self, n):
     time.sleep(pause)
@@ -124,7 +124,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(
     model, plan, tokens = small()
     before = copy.deepcopy(model.state_dict())
     file = tmp_path / "checkpoint.safetensors"
-    module = sys.modules["gainlens.training.train"]
+    module = sys.modules["gainlens.training.virtual_width"]
     real = module.Trainer._backward
     count = []
 

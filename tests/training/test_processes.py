@@ -48,7 +48,7 @@ save_tensors(
 
 PROBE = """
 import sys
-from gainlens.report.cli import main
+from gainlens.cli.main import main
 text = ["--n-docs", "5", "--length", "40"]
 sys.exit(main(["probe", "--model", "tiny", *text, "--out", sys.argv[1]]))
 """

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from gainlens.model.sites import KeySites, Stage
 
 if TYPE_CHECKING:
-    from gainlens.ablation.cache import KeyCache
+    from gainlens.ablation.key_cache import KeyCache
     from gainlens.probes.gains import KeyGains
 
 Replacement = Callable[[Float[torch.Tensor, "batch pos kv_head d_head"], int], torch.Tensor]

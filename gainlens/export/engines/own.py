@@ -24,7 +24,7 @@ class GainlensEngine(Engine):
         """Through ``load_slim``."""
         import torch
 
-        from gainlens.export.slim import load_slim
+        from gainlens.export.slim_model import load_slim
 
         return load_slim(folder, dtype=torch.float32)
 

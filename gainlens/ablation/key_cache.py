@@ -1,0 +1,95 @@
+"""``KeyCache``: the keys of one run, to be put into another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+
+from gainlens.data.batches import Tokens, as_documents
+from gainlens.errors import InputError, SilentSiteError
+from gainlens.model.forward import forward_layers
+from gainlens.model.hooks import Hook, attached
+from gainlens.model.rotation import rotate
+from gainlens.model.sites import STAGES, KeySites, Stage, key_sites
+
+
+@dataclass(frozen=True, eq=False)
+class KeyCache:
+    """The keys of every layer in one run.
+
+    Attributes:
+        keys: per layer ``[document, pos, kv_head, d_head]``, in the units of the activation.
+        stage: where they were read.
+    """
+
+    keys: list[Float[torch.Tensor, "document pos kv_head d_head"]]
+    stage: Stage = "rotated"
+
+    @property
+    def n_documents(self) -> int:
+        """Documents in the run."""
+        return self.keys[0].shape[0]
+
+    @property
+    def n_pos(self) -> int:
+        """Positions in the run."""
+        return self.keys[0].shape[1]
+
+    @classmethod
+    def run(cls, model: Any, tokens: Tokens, stage: Stage = "rotated") -> KeyCache:
+        """Run ``model`` on ``tokens`` and keep its keys.
+
+        Where the model fires no hook after its rotation the rotation is computed here.
+
+        Raises:
+            InputError: documents of unequal length, an unknown stage.
+            SilentSiteError: a layer's hook did not fire.
+        """
+        if stage not in STAGES:
+            raise InputError(f"stage={stage!r} is not one of {', '.join(STAGES)}")
+        sites = key_sites(model)
+        batch = one_length(tokens, int(model.cfg.d_vocab), "tokens")
+        found: dict[int, torch.Tensor] = {}
+        with attached(model, _recorders(sites, stage, found)):
+            forward_layers(model, batch)
+        silent = [layer for layer in range(sites.n_layers) if layer not in found]
+        if silent:
+            raise SilentSiteError(f"the key hooks of layer(s) {silent} stayed silent")
+        return cls([found[layer] for layer in range(sites.n_layers)], stage)
+
+
+def one_length(tokens: Tokens, vocabulary: int, name: str) -> Int[torch.Tensor, "document pos"]:
+    """Tokens as one batch.
+
+    Args:
+        tokens: documents, checked as ``batches`` does.
+        vocabulary: number of token ids of the model.
+        name: of the argument, for the message.
+
+    Raises:
+        InputError: documents of unequal length.
+    """
+    documents = as_documents(tokens, vocabulary)
+    lengths = sorted({len(document) for document in documents})
+    if len(lengths) > 1:
+        raise InputError(
+            f"{name} has documents of {lengths[0]} to {lengths[-1]} tokens: expected one length"
+        )
+    return torch.stack(documents)
+
+
+def _recorders(sites: KeySites, stage: Stage, found: dict[int, torch.Tensor]) -> list[Hook]:
+    at = sites.hook_stage(stage)
+
+    def record(keys: torch.Tensor, hook: Any, *, layer: int) -> None:
+        if at != stage:
+            keys = rotate(keys, sites.frequencies[layer], sites.pairing)
+        found[layer] = keys.detach().clone()
+
+    return [
+        (sites.key_hook(layer, at), partial(record, layer=layer)) for layer in range(sites.n_layers)
+    ]

@@ -1,0 +1,296 @@
+"""What the loss hardly shows: induction, copying over a distance, agreement with the intact model.
+
+A mean loss is made of tokens that need no far-reaching attention. These curves ask for what
+attention alone can do, over the same fractions, each with the value that chance would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from tqdm.auto import tqdm
+
+from gainlens.ablation.key_mask import KeyMask, Scope, check_something_stays
+from gainlens.ablation.refit_cut import RefitCut
+from gainlens.analysis.sweep.evaluator import Evaluator
+from gainlens.analysis.sweep.judging_text import check_judge
+from gainlens.analysis.sweep.points import Point, check_fractions
+from gainlens.data.batches import Tokens, as_documents
+from gainlens.errors import InputError
+from gainlens.files import FORMAT
+from gainlens.frames import data_frame
+from gainlens.model.fingerprint import model_fingerprint
+from gainlens.probes.gains import KeyGains, check_same_weights
+
+CANDIDATES = 8
+"""A copied value is told from seven other tokens of the prompt, so chance is 1/8."""
+
+
+@dataclass(frozen=True)
+class BehaviourRow:
+    """One figure.
+
+    Attributes:
+        behaviour: ``induction``, ``copying``, ``agreement`` (shares, 0 to 1), ``kl`` or ``loss``
+            (nats per token), the last for comparison.
+        fraction: of key dimensions cut; 0 is the intact model.
+        order: of the cut, as in a sweep; ``given`` for cuts passed in.
+        seed: of a random order, else None.
+        distance: tokens between the pair and its second key (``copying`` only).
+        value: the figure; for ``kl`` and ``loss`` lower is better, else higher.
+        standard_error: over sequences or documents, in the same units.
+        chance: what a model without the behaviour would score.
+        label: of a given cut, else None.
+    """
+
+    behaviour: str
+    fraction: float
+    order: str
+    seed: int | None
+    distance: int | None
+    value: float
+    standard_error: float
+    chance: float
+    label: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Behaviours:
+    """Curves of behaviours over fractions.
+
+    Attributes:
+        rows: all figures.
+        facts: model, seed, sizes.
+    """
+
+    rows: list[BehaviourRow]
+    facts: dict[str, Any]
+
+    def table(self) -> list[dict[str, Any]]:
+        """One plain row per figure."""
+        return [dict(vars(row)) for row in self.rows]
+
+    def find(self, **wanted: Any) -> list[BehaviourRow]:
+        """Rows with these values, e.g. ``behaviour="copying", distance=32``."""
+        return [r for r in self.rows if all(getattr(r, k) == v for k, v in wanted.items())]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"format": FORMAT, "kind": "behaviours", "facts": self.facts, "rows": self.table()}
+
+    def to_dataframe(self) -> Any:
+        """The rows of ``table``; see ``BehaviourRow`` for the units.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        return data_frame(self.table())
+
+    def plot(self, ax: Any = None) -> Any:
+        """One panel per behaviour, chance drawn in; returns the axes, shows nothing.
+
+        Args:
+            ax: as many matplotlib axes as there are panels; new ones by default.
+        """
+        from gainlens.plots.curves import plot_behaviours
+
+        return plot_behaviours(self, ax)
+
+    def __repr__(self) -> str:
+        kinds = list(dict.fromkeys(row.behaviour for row in self.rows))
+        fractions = sorted({row.fraction for row in self.rows})
+        cuts = ", ".join(f"{f:.0%}" for f in fractions)
+        return f"Behaviours({', '.join(kinds)}; {len(self.rows)} figures at {cuts} cut)"
+
+    def _repr_html_(self) -> str:
+        from gainlens.plots.notebook import figure_html
+
+        panels = len({(row.behaviour, row.distance) for row in self.rows})
+        return figure_html(
+            self,
+            "Behaviours of the model against the share of key dimensions cut, each beside what "
+            "chance would give.",
+            size=(3.2 * panels, 3),
+            panels=(1, panels),
+        )
+
+
+def behaviours(
+    model: Any,
+    tokens: Tokens,
+    gains: KeyGains,
+    fractions: Sequence[float] = (0.25, 0.5, 0.8),
+    *,
+    score: str = "qk",
+    scope: Scope = "head",
+    orders: Sequence[str] = ("quietest", "random"),
+    cuts: dict[str, KeyMask | RefitCut] | None = None,
+    distances: Sequence[int] = (4, 16, 64),
+    n_sequences: int = 16,
+    repeat: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> Behaviours:
+    """Measure behaviours of the intact and the cut model.
+
+    Args:
+        model: a TransformerBridge or HookedTransformer.
+        tokens: validation text, for loss, agreement and KL, and the pool that random tokens come
+            from.
+        gains: calibration gains, which choose what is cut.
+        fractions: of key dimensions, below 1; the intact model is always measured.
+        score, scope, orders: of the cuts; see ``surgery``.
+        cuts: further cuts by name.
+        distances: tokens between a key–value pair and the second appearance of its key, 2 or
+            more.
+        n_sequences: random sequences per figure.
+        repeat: length of the random sequence that is repeated for induction.
+        seed: of the random sequences and the random order.
+        progress: show a progress bar over cuts.
+
+    Raises:
+        InputError: fractions or sizes out of range, prompts beyond the context, gains of another
+            model, text that also chose the cut or has too few different tokens.
+    """
+    check_fractions(tuple(fractions))
+    documents = as_documents(tokens, int(model.cfg.d_vocab))
+    check_same_weights(gains.model, model_fingerprint(model))
+    check_judge(documents, gains, (cuts or {}).values())
+    pool = torch.unique(torch.cat(documents))
+    longest = max(2 * repeat, max(distances, default=2) + CANDIDATES + 2)
+    context = int(getattr(model.cfg, "n_ctx", longest) or longest)
+    if min(distances, default=2) < 2 or n_sequences < 2 or repeat < 2 or longest > context:
+        raise InputError(
+            f"distances={tuple(distances)}, n_sequences={n_sequences}, repeat={repeat}: expected "
+            f"2 or more each, and prompts of at most {context} tokens"
+        )
+    if len(pool) < max(repeat, longest):
+        raise InputError(f"tokens has {len(pool)} different ids: expected at least {longest}")
+    generator = torch.Generator().manual_seed(seed)
+    repeated = random_rows(pool, n_sequences, repeat, generator).repeat(1, 2)
+    prompts = {
+        n: copying_prompts(random_rows(pool, n_sequences, n + CANDIDATES + 2, generator), n)
+        for n in distances
+    }
+    evaluator = Evaluator(model)
+    reference = [evaluator.logits(d[None])[0].log_softmax(-1) for d in documents]
+    todo: list[tuple[Point | None, KeyMask | RefitCut | None]] = [(None, None)]
+    for order in orders:
+        for fraction in fractions:
+            drawn = seed if order in ("random", "matched") else None
+            point = Point(score, scope, "pair", "zero", order, fraction, drawn)
+            mask = point.mask(gains)
+            check_something_stays(mask, fraction)
+            todo.append((point, mask))
+    for name, cut in (cuts or {}).items():
+        mask = cut.mask if isinstance(cut, RefitCut) else cut
+        fraction = 1 - mask.fraction_kept
+        check_fractions((fraction,))
+        todo.append((Point("given", "given", "pair", "zero", "given", fraction, None, name), cut))
+    chance = _chances(reference, documents, len(pool))
+    rows: list[BehaviourRow] = []
+    for at, cut in tqdm(todo, desc="behaviours", unit="cut", disable=not progress):
+
+        def add(
+            what: str,
+            values: torch.Tensor,
+            level: float,
+            distance: int | None = None,
+            at: Point | None = at,
+        ) -> None:
+            where = (0.0, "intact", None) if at is None else (at.fraction, at.order, at.seed)
+            spread = float(values.double().std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+            mean = float(values.double().mean())
+            label = None if at is None else at.label
+            rows.append(BehaviourRow(what, *where, distance, mean, spread, level, label))
+
+        add(
+            "induction", induction_score(evaluator.logits(repeated, cut), repeated), chance["token"]
+        )
+        for n, (prompt, candidates) in prompts.items():
+            last = evaluator.logits(prompt, cut)[:, -1]
+            add("copying", copying_score(last, candidates), 1 / CANDIDATES, n)
+        same, divergence, losses = [], [], []
+        for document, wanted in zip(documents, reference, strict=True):
+            got = evaluator.logits(document[None], cut)[0].log_softmax(-1)
+            same.append((got.argmax(-1) == wanted.argmax(-1)).double().mean())
+            divergence.append((wanted.exp() * (wanted - got)).sum(-1).double().mean())
+            losses.append(_loss(got, document))
+        add("agreement", torch.stack(same), chance["agreement"])
+        add("kl", torch.stack(divergence), chance["kl"])
+        add("loss", torch.stack(losses), chance["loss"])
+    facts = {
+        "model": gains.model.fingerprint,
+        "seed": seed,
+        "n_sequences": n_sequences,
+        "repeat": repeat,
+        "n_documents": len(documents),
+    }
+    return Behaviours(rows, facts)
+
+
+def random_rows(
+    pool: Int[torch.Tensor, " token"], rows: int, length: int, generator: torch.Generator
+) -> Int[torch.Tensor, "row pos"]:
+    """Rows of different tokens from ``pool``, in random order."""
+    drawn = [pool[torch.randperm(len(pool), generator=generator)[:length]] for _ in range(rows)]
+    return torch.stack(drawn)
+
+
+def copying_prompts(
+    rows: Int[torch.Tensor, "row pos"], distance: int
+) -> tuple[Int[torch.Tensor, "row prompt_pos"], Int[torch.Tensor, "row candidate"]]:
+    """Prompts that end in a key whose pair stands ``distance`` tokens back, and the candidates.
+
+    The first candidate is the pair's value, the others are tokens from before the pair.
+    """
+    prompt = rows[:, : CANDIDATES + distance + 1].clone()
+    key_at = prompt.shape[1] - 1 - distance
+    prompt[:, -1] = prompt[:, key_at]
+    others = prompt[:, : CANDIDATES - 1]
+    return prompt, torch.cat([prompt[:, key_at + 1 : key_at + 2], others], dim=1)
+
+
+def induction_score(
+    logits: Float[torch.Tensor, "row pos vocab"], tokens: Int[torch.Tensor, "row pos"]
+) -> Float[torch.Tensor, " row"]:
+    """Share of the repeated half (after its first token) that is predicted exactly, per row."""
+    half = tokens.shape[1] // 2
+    hits = logits[:, half:-1].argmax(-1) == tokens[:, half + 1 :]
+    return hits.float().mean(1)
+
+
+def copying_score(
+    last: Float[torch.Tensor, "row vocab"], candidates: Int[torch.Tensor, "row candidate"]
+) -> Float[torch.Tensor, " row"]:
+    """1 where the value has the largest logit of all candidates, per row."""
+    return (last.gather(1, candidates).argmax(1) == 0).float()
+
+
+def _loss(
+    logp: Float[torch.Tensor, "pos vocab"], document: Int[torch.Tensor, " pos"]
+) -> torch.Tensor:
+    """Mean next-token loss in nats, from log-probabilities."""
+    return -logp[:-1].gather(1, document[1:, None].to(logp.device)).double().mean()
+
+
+def _chances(
+    reference: list[torch.Tensor], documents: list[torch.Tensor], n_pool: int
+) -> dict[str, float]:
+    """Agreement, KL and loss of the intact model's predictions for other positions of the text."""
+    same, divergence, losses = [], [], []
+    for logp, document in zip(reference, documents, strict=True):
+        other = logp.roll(max(1, len(logp) // 2), 0)
+        same.append((logp.argmax(-1) == other.argmax(-1)).double().mean())
+        divergence.append((logp.exp() * (logp - other)).sum(-1).double().mean())
+        losses.append(_loss(other, document))
+    return {
+        "token": 1 / n_pool,
+        "agreement": float(torch.stack(same).mean()),
+        "kl": float(torch.stack(divergence).mean()),
+        "loss": float(torch.stack(losses).mean()),
+    }

@@ -1,0 +1,144 @@
+"""Two maps side by side: two models, or two checkpoints of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import hypergeom
+
+from gainlens.analysis.map.coordinates import CoordinateMap
+from gainlens.analysis.map.similarity import centred_rows, unit_length
+from gainlens.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class MapComparison:
+    """What two maps have in common. Nulls: units of the second map shuffled, layer by layer.
+
+    Attributes:
+        a, b: the maps.
+        cosine, centred: of every layer of ``a`` with every layer of ``b``, ``[layer_a, layer_b]``.
+        partner: for each layer of ``a`` the layer of ``b`` at the same relative depth.
+        same_depth: centred cosine at the same depth, ``[layer_a]``; for two checkpoints of one
+            model, how much each layer has stayed the same.
+        null_high: 95th percentile of the mean of ``same_depth`` over shuffles.
+        p_value: one-sided, of that mean.
+        common: units universal in both.
+        gained, lost: universal in ``b`` only, in ``a`` only.
+        p_common: chance of as many common units for two sets of these sizes (hypergeometric).
+        same_frequencies: whether unit i rotates equally fast in both; if not, equal indices do
+            not mean equal frequencies.
+    """
+
+    a: CoordinateMap
+    b: CoordinateMap
+    cosine: Float[np.ndarray, "layer_a layer_b"]
+    centred: Float[np.ndarray, "layer_a layer_b"]
+    partner: np.ndarray
+    same_depth: Float[np.ndarray, " layer_a"]
+    null_high: float
+    p_value: float
+    common: tuple[int, ...]
+    gained: tuple[int, ...]
+    lost: tuple[int, ...]
+    p_common: float
+    same_frequencies: bool
+
+    def __repr__(self) -> str:
+        return (
+            f"MapComparison({self.a.answer} → {self.b.answer}; centred cosine at equal depth "
+            f"{self.same_depth.mean():.3f} (95% of shuffles below {self.null_high:.3f}, p = "
+            f"{self.p_value:.2g}); universal units: {len(self.common)} in both, "
+            f"{len(self.gained)} gained, {len(self.lost)} lost)"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Both maps' summaries and what changed."""
+        first, second = self.a.summary(), self.b.summary()
+        return {
+            "answer": [self.a.answer, self.b.answer],
+            "a": first,
+            "b": second,
+            "change": {k: second[k] - first[k] for k in first if k in second},
+            "same_depth_centred_cosine": float(self.same_depth.mean()),
+            "null_high": self.null_high,
+            "p_value": self.p_value,
+            "common": list(self.common),
+            "gained": list(self.gained),
+            "lost": list(self.lost),
+            "p_common": self.p_common,
+            "same_frequencies": self.same_frequencies,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        from gainlens.analysis.map.files import plain
+
+        found: dict[str, Any] = plain(
+            {
+                **self.summary(),
+                "same_depth": self.same_depth,
+                "partner": self.partner,
+                "cosine": self.cosine,
+                "centred": self.centred,
+            }
+        )
+        return found
+
+    def plot(self, ax: Any = None) -> Any:
+        """Layers against layers, change per layer, presence against presence; returns the axes."""
+        from gainlens.plots.coordinate_maps import plot_comparison
+
+        return plot_comparison(self, ax)
+
+
+def compare_maps(
+    a: CoordinateMap, b: CoordinateMap, *, n_permutations: int = 1000, seed: int = 0
+) -> MapComparison:
+    """Compare two maps unit by unit and layer by layer.
+
+    Args:
+        a, b: maps with as many units per head; their numbers of layers and heads may differ.
+        n_permutations, seed: of the null.
+
+    Raises:
+        InputError: heads of different width, or units of different kinds.
+    """
+    if len(a.units) != len(b.units) or a.units.kind != b.units.kind:
+        raise InputError(
+            f"maps can't be compared: a has {len(a.units)} {a.units.kind}s per head, b has "
+            f"{len(b.units)} {b.units.kind}s; expected heads of the same width"
+        )
+    if n_permutations < 1:
+        raise InputError(f"n_permutations={n_permutations} is not above 0")
+    n_a, n_b, n = len(a.cv), len(b.cv), len(a.units)
+    partner = np.rint(np.linspace(0, n_b - 1, n_a)).astype(int)
+    rows_a, rows_b = centred_rows(a.profiles), centred_rows(b.profiles)
+    same = (rows_a * rows_b[partner]).sum(1)
+    rng = np.random.default_rng(seed)
+    draws = np.array(
+        [
+            (rows_a * rng.permuted(rows_b, axis=1)[partner]).sum(1).mean()
+            for _ in range(n_permutations)
+        ]
+    )
+    first, second = set(a.universal_units), set(b.universal_units)
+    common = first & second
+    return MapComparison(
+        a=a,
+        b=b,
+        cosine=unit_length(a.profiles) @ unit_length(b.profiles).T,
+        centred=rows_a @ rows_b.T,
+        partner=partner,
+        same_depth=same,
+        null_high=float(np.quantile(draws, 0.95)),
+        p_value=float((1 + (draws >= same.mean() - 1e-9).sum()) / (1 + n_permutations)),
+        common=tuple(sorted(common)),
+        gained=tuple(sorted(second - first)),
+        lost=tuple(sorted(first - second)),
+        p_common=float(hypergeom.sf(len(common) - 1, n, len(first), len(second))),
+        same_frequencies=bool(np.allclose(a.units.frequency, b.units.frequency, rtol=1e-3)),
+    )

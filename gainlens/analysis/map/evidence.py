@@ -1,0 +1,178 @@
+"""Fill a map with what only the model can tell: sinks, red line, price, stability."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from gainlens.analysis.map.coordinates import CoordinateMap, coordinate_map
+from gainlens.analysis.map.observation import observe_keys
+from gainlens.analysis.map.red_line import find_red_line
+from gainlens.analysis.map.sharing_cost import price_of_universality
+from gainlens.analysis.map.sinks import find_sinks
+from gainlens.analysis.map.stability import map_stability
+from gainlens.analysis.map.units import Units, unit_gains
+from gainlens.data.batches import Tokens
+from gainlens.errors import InputError
+from gainlens.probes.gains import KeyGains
+from gainlens.probes.scores import SCORES
+
+PARTS = ("sinks", "red_line", "price", "stability")
+
+
+def with_evidence(
+    cmap: CoordinateMap,
+    model: Any,
+    gains: KeyGains,
+    calibration: Tokens,
+    validation: Tokens,
+    *,
+    parts: Sequence[str] = ("sinks", "red_line", "price"),
+    texts: Mapping[str, KeyGains] | None = None,
+    score: str | Sequence[str] = "qk",
+    margin: float = 0.05,
+    fractions: Sequence[float] = (0.25, 0.5),
+    patch: Tokens | bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> CoordinateMap:
+    """The same map with ``sinks``, ``red_line``, ``price`` and ``stability`` measured.
+
+    Costs about 25 forward passes over a text for the default parts, and one more per unit with
+    ``patch``: keep the texts small on a CPU.
+
+    Args:
+        cmap: a map of ``gains`` in their pairs (or dimensions, where the model does not rotate).
+        model: the model that the gains are of.
+        gains: as given to ``coordinate_map``.
+        calibration: text that may choose: sinks are observed and the red line's size picked on it.
+        validation: text that judges; other documents.
+        parts: which to measure, of ``PARTS``.
+        texts: gains on further texts, by name, for ``stability``.
+        score: what ranks the units of the red line and the price; of several, ``calibration``
+            picks.
+        margin: of the red line, nats per token.
+        fractions: cuts of the price.
+        patch: patch each unit of the red line alone as well: on these documents, or with True on
+            ``validation``.
+        seed: of random controls and permutations.
+        progress: show progress bars.
+
+    Raises:
+        InputError: an unknown part, gains of another model or of other units, a validation text
+            that chose.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise InputError(f"parts holds {part!r}: expected of {', '.join(PARTS)}")
+    units = _units_of(cmap, gains)
+    found: dict[str, Any] = {}
+    observation = None
+    if "sinks" in parts or "red_line" in parts:
+        observation = observe_keys(model, calibration, gains, units, progress=progress)
+    if "sinks" in parts and observation is not None:
+        found["sinks"] = find_sinks(observation, units, seed=seed)
+    if "price" in parts:
+        found["price"] = price_of_universality(
+            model,
+            validation,
+            gains,
+            fractions,
+            score=score,
+            choose=calibration,
+            seeds=(seed,),
+            progress=progress,
+        )
+    if "red_line" in parts:
+        found["red_line"] = find_red_line(
+            model,
+            gains,
+            calibration,
+            validation,
+            margin=margin,
+            score=score,
+            observation=observation,
+            patch=validation if patch is True else None if patch is False else patch,
+            progress=progress,
+        )
+    if "stability" in parts:
+        if not texts:
+            raise InputError(
+                "parts holds 'stability' but texts is empty: expected gains by name of text"
+            )
+        found["stability"] = map_stability(
+            {"this": gains, **texts},
+            score=cmap.facts["score"],
+            stage=cmap.facts["stage"],
+            unit=cmap.units.kind,
+        )
+    return replace(cmap, **found)
+
+
+def _units_of(cmap: CoordinateMap, gains: KeyGains) -> Units:
+    fingerprint = (cmap.facts.get("model") or {}).get("fingerprint")
+    if fingerprint != gains.model.fingerprint:
+        raise InputError(
+            "cmap and gains are of different models: expected the gains that the map was made of"
+        )
+    units = unit_gains(gains, "rms", "rotated")[1]
+    if units.kind != cmap.units.kind:
+        raise InputError(
+            f"cmap is a map of {cmap.units.kind}s: expected {units.kind}s, the units that can be "
+            "cut on this model"
+        )
+    return units
+
+
+def similarity_table(
+    gains: KeyGains,
+    *,
+    scores: Sequence[str] | None = None,
+    stages: Sequence[str] = ("projected", "rotated"),
+    units: Sequence[str] = ("dim", "pair"),
+    n_permutations: int = 1000,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """One row per gain definition, stage and unit: summary, answer and universal units.
+
+    Args:
+        gains: of a model.
+        scores: gain definitions; by default all that the gains hold statistics for.
+        stages, units: without rotary embeddings both stages are the same and there are no pairs;
+            those rows are left out, and so are those that a gain definition does not have.
+        n_permutations, seed: of the nulls.
+    """
+    rows = []
+    rotates = bool(gains.model.rotary_dim)
+    for score in scores or tuple(SCORES):
+        for stage in stages if rotates else ("projected",):
+            for unit in units if rotates else ("dim",):
+                if scores is None and not _holds(gains, score, stage, unit):
+                    continue
+                cmap = coordinate_map(
+                    gains, score, stage, unit=unit, n_permutations=n_permutations, seed=seed,
+                    heads=False,
+                )  # fmt: skip
+                top = {r["measure"]: r["value"] for r in cmap.table() if r["null"] == "plain"}
+                rows.append(
+                    {
+                        "score": score,
+                        "stage": stage,
+                        "unit": unit,
+                        "answer": cmap.answer,
+                        "effect_interval": list(cmap.effect_interval),
+                        **cmap.summary(),
+                        **{k: v for k, v in top.items() if k.startswith("top ")},
+                        "universal_units": list(cmap.universal_units),
+                    }
+                )
+    return rows
+
+
+def _holds(gains: KeyGains, score: str, stage: str, unit: str) -> bool:
+    try:
+        gains.score(score, stage=stage, unit=unit)  # type: ignore[arg-type]
+    except InputError:
+        return False
+    return True

@@ -1,0 +1,153 @@
+"""Coordinate maps on disk: one safetensors file, its JSON header a tree of the map's parts.
+
+Arrays are tensors named by their place in the tree; everything else is JSON. Only the classes in
+``PARTS`` are ever built from a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gainlens.errors import FileFormatError
+from gainlens.files import FORMAT, load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from gainlens.analysis.map.coordinates import CoordinateMap
+
+
+def _parts() -> dict[str, Any]:
+    from gainlens.analysis.map.coordinates import CoordinateMap
+    from gainlens.analysis.map.heads import HeadSimilarity
+    from gainlens.analysis.map.nulls import PairTest
+    from gainlens.analysis.map.red_line import RedLine
+    from gainlens.analysis.map.sharing_cost import Price
+    from gainlens.analysis.map.sinks import Sinks
+    from gainlens.analysis.map.stability import Stability
+    from gainlens.analysis.map.units import Units
+    from gainlens.analysis.map.universal import Universal
+
+    classes = (
+        CoordinateMap,
+        HeadSimilarity,
+        PairTest,
+        Price,
+        RedLine,
+        Sinks,
+        Stability,
+        Universal,
+        Units,
+    )
+    return {c.__name__: c for c in classes}
+
+
+def save_map(cmap: CoordinateMap, path: str | Path) -> None:
+    """Write a map whole or not at all."""
+    tensors: dict[str, torch.Tensor] = {}
+    tree = _pack(cmap, "map", tensors)
+    save_tensors(path, "map", tensors, {"map": tree})
+
+
+def load_map(path: str | Path) -> CoordinateMap:
+    """Read a map; see ``CoordinateMap.load``."""
+    from gainlens.analysis.map.coordinates import CoordinateMap
+
+    tensors, facts = load_tensors(path, "map")
+    try:
+        found = _unpack(facts["map"], tensors)
+        if not isinstance(found, CoordinateMap):
+            raise TypeError("its root is no map")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileFormatError(f"{path} lacks or mislabels a field of a map: {error}") from None
+    return found
+
+
+def _pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, np.ndarray):
+        tensors[name] = torch.tensor(value)  # a copy: the parts of a map share arrays
+        return {"$tensor": name}
+    if is_dataclass(value) and not isinstance(value, type):
+        packed = {f.name: _pack(getattr(value, f.name), f"{name}.{f.name}", tensors)
+                  for f in fields(value)}  # fmt: skip
+        return {"$class": type(value).__name__, "fields": packed}
+    if isinstance(value, tuple):
+        return {"$tuple": [_pack(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
+    if isinstance(value, list):
+        return [_pack(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+    if isinstance(value, dict):
+        # Keys may be numbers, which JSON would turn into text.
+        return {"$dict": [[k, _pack(v, f"{name}.{k}", tensors)] for k, v in value.items()]}
+    return plain(value)
+
+
+def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tensor" in value:
+        return tensors[value["$tensor"]].numpy()
+    if "$tuple" in value:
+        return tuple(_unpack(v, tensors) for v in value["$tuple"])
+    if "$dict" in value:
+        return {k: _unpack(v, tensors) for k, v in value["$dict"]}
+    cls = _parts()[value["$class"]]
+    return cls(**{k: _unpack(v, tensors) for k, v in value["fields"].items()})
+
+
+def plain(value: Any) -> Any:
+    """Numbers, text and containers that JSON knows; NaN and infinity become None."""
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def map_json(cmap: CoordinateMap) -> dict[str, Any]:
+    """The numbers of a map for a report: matrices of layers in full, heads as their summary."""
+    low, high = cmap.effect_interval
+    found: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": "map",
+        "answer": cmap.answer,
+        "effect": {"centred_cosine": cmap.effect, "interval": [low, high]},
+        "summary": cmap.summary(),
+        "facts": cmap.facts,
+        "n_documents": cmap.n_documents,
+        "units": {**cmap.units.to_json(), "wavelength": cmap.units.wavelength},
+        "measures": cmap.table(),
+        "universal_units": cmap.universal_units,
+        "units_beyond_chance": cmap.universal.beyond_chance,
+        "universal_beyond_frequency": cmap.universal.units_beyond_frequency,
+        "universal": cmap.universal.table(),
+        "heads": cmap.heads.summary() if cmap.heads else None,
+        "head_order": cmap.heads.order if cmap.heads else None,
+        "cv": cmap.cv,
+        "cosine": cmap.cosine,
+        "centred_cosine": cmap.centred_cosine,
+        "null_cosine": cmap.null_cosine,
+        "band_null_cosine": cmap.band_null_cosine,
+        "p_values": cmap.p_values,
+        "profiles": cmap.profiles,
+        "verdicts": [cmap.verdict().to_json(), cmap.verdict(claim="shared").to_json()],
+    }
+    for name in ("sinks", "red_line", "price", "stability"):
+        part = getattr(cmap, name)
+        found[name] = None if part is None else part.to_json()
+    if cmap.sinks is not None:
+        found["verdicts"].append(cmap.verdict(claim="sinks").to_json())
+    if cmap.price is not None:
+        found["verdicts"].append(cmap.verdict(claim="price").to_json())
+    rounded: dict[str, Any] = plain(found)
+    return rounded

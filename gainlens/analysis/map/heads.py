@@ -1,0 +1,215 @@
+"""Similarity between single heads of different layers, with their heads matched.
+
+Head h of one layer has nothing to do with head h of the next, so layers are compared twice: by the
+mean of their heads (``CoordinateMap.cosine``), which needs no order, and head by head after the
+best one-to-one assignment. An assignment picks the best of many by chance too; its null repeats it
+on every shuffle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import linear_sum_assignment
+
+from gainlens.analysis.map.nulls import TOLERANCE, Orders, shuffle
+from gainlens.analysis.map.similarity import centred_rows, rank_rows, unit_length
+
+BLOCK_ROWS = 128
+"""Heads per matrix product: large enough for the processor, small enough for its cache."""
+MATCHINGS = 30_000
+"""Assignments that the null may cost (some 50 µs each for 32 heads)."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSimilarity:
+    """Heads against heads; heads are numbered layer · n_heads + head.
+
+    Attributes:
+        cosine, centred, spearman: ``[layer·head, layer·head]``, float32; 0 with a head that is
+            all zero.
+        p_raw: per null (``plain``, ``band``) the one-sided p-value of each pair's cosine,
+            ``[layer·head, layer·head]``, float32; 1 within a layer, which the shuffle does not
+            test.
+        p_corrected_cut: per null the centred cosine (for ``band``: centred within bands) from
+            which a pair is significant at 5% after correction for all pairs.
+        share_significant: per null the share of pairs of heads above that.
+        matched: mean centred cosine of matched heads, ``[layer, layer]``.
+        matched_null: its mean over shuffles, with the matching repeated.
+        matched_p: one-sided p-value of the mean over pairs of layers; its resolution is
+            1 / (1 + matched_permutations).
+        matched_permutations: shuffles behind it.
+        order: for each layer its heads, put in the order of the heads of ``reference``.
+        reference: the layer that all others were matched to, the one most like the rest.
+    """
+
+    cosine: Float[np.ndarray, "flat_head flat_head2"]
+    centred: Float[np.ndarray, "flat_head flat_head2"]
+    spearman: Float[np.ndarray, "flat_head flat_head2"]
+    p_raw: dict[str, np.ndarray]
+    p_corrected_cut: dict[str, float]
+    share_significant: dict[str, float]
+    matched: Float[np.ndarray, "layer layer2"]
+    matched_null: Float[np.ndarray, "layer layer2"]
+    matched_p: float
+    matched_permutations: int
+    order: Int[np.ndarray, "layer head"]
+    reference: int
+
+    def summary(self) -> dict[str, float]:
+        """Means over pairs of heads of different layers, and over matched pairs."""
+        n_layers = len(self.matched)
+        across = _across(n_layers, len(self.cosine) // n_layers)
+        above = np.triu_indices(n_layers, 1)
+        return {
+            "cosine": float(self.cosine[across].mean()),
+            "centred_cosine": float(self.centred[across].mean()),
+            "spearman": float(self.spearman[across].mean()),
+            "matched_centred_cosine": float(self.matched[above].mean()),
+            "matched_null": float(self.matched_null[above].mean()),
+            "matched_p": self.matched_p,
+            **{f"share_significant_{k}": v for k, v in self.share_significant.items()},
+        }
+
+
+def _across(n_layers: int, n_heads: int) -> Bool[np.ndarray, "flat_head flat_head2"]:
+    layer = np.repeat(np.arange(n_layers), n_heads)
+    different: Bool[np.ndarray, "flat_head flat_head2"] = layer[:, None] != layer[None, :]
+    return different
+
+
+def head_similarity(
+    x: Float[np.ndarray, "layer head unit"],
+    orders: dict[str, Orders],
+    bands: Int[np.ndarray, " unit"] | None,
+    seed: int,
+) -> HeadSimilarity:
+    """Compare all heads, and layers by their matched heads.
+
+    Args:
+        x: gains per unit.
+        orders: shuffles per null, ``plain`` and, where units have bands, ``band``.
+        bands: of the units.
+        seed: of the pairs of layers drawn for the null of the matching.
+    """
+    n_layers, n_heads, n_units = x.shape
+    flat = x.reshape(-1, n_units)
+    centred = centred_rows(flat)
+    between = (centred @ centred.T).astype(np.float32)
+    ranked = centred_rows(rank_rows(flat)).astype(np.float32)
+    length = unit_length(flat).astype(np.float32)
+    tests: dict[str, tuple[np.ndarray, float, float]] = {}
+    for name, drawn in orders.items():
+        rows = centred if name == "plain" else centred_rows(flat, bands)
+        tests[name] = _shuffled_heads(rows.reshape(x.shape), drawn)
+    blocks = between.reshape(n_layers, n_heads, n_layers, n_heads).transpose(0, 2, 1, 3)
+    matched, null, p_matched, used = _matching(
+        blocks, centred.reshape(x.shape), orders["plain"], seed
+    )
+    reference = int(matched.sum(1).argmax())
+    order = np.stack([_assign(blocks[reference, layer])[1] for layer in range(n_layers)])
+    return HeadSimilarity(
+        cosine=length @ length.T,
+        centred=between,
+        spearman=ranked @ ranked.T,
+        p_raw={name: t[0] for name, t in tests.items()},
+        p_corrected_cut={name: t[1] for name, t in tests.items()},
+        share_significant={name: t[2] for name, t in tests.items()},
+        matched=matched,
+        matched_null=null,
+        matched_p=p_matched,
+        matched_permutations=used,
+        order=order,
+        reference=reference,
+    )
+
+
+def _shuffled_heads(
+    rows: Float[np.ndarray, "layer head unit"], orders: Orders
+) -> tuple[np.ndarray, float, float]:
+    """Raw p-values, the 5% cut of the largest over all pairs, and the share of pairs above it.
+
+    For a fixed pair cosine, centred cosine and band-centred cosine differ by constants under the
+    shuffle, so one count serves all. Only blocks above the diagonal are computed.
+    """
+    n_layers, n_heads, n_units = rows.shape
+    n = n_layers * n_heads
+    step = n_heads * max(1, BLOCK_ROWS // n_heads)
+    spans = [(a, min(a + step, n), a + n_heads) for a in range(0, n - n_heads, step)]
+    small = np.ascontiguousarray(rows, dtype=np.float32)
+    flat = torch.from_numpy(small).reshape(n, n_units)
+    layer = torch.arange(n_layers).repeat_interleave(n_heads)
+    observed, reached, outside, work = [], [], [], []
+    for a, b, c in spans:
+        block = flat[a:b] @ flat[c:].T
+        same = layer[a:b, None] >= layer[None, c:]
+        block[same] = 9.0  # never reached, so never counted
+        observed.append(block - TOLERANCE)
+        reached.append(torch.zeros(block.shape, dtype=torch.float32))
+        outside.append(torch.where(same, -9.0, 0.0) if bool(same.any()) else None)
+        work.append((torch.empty_like(block), torch.empty_like(block)))
+    largest = np.empty(len(orders))
+    for i in range(len(orders)):
+        moved = torch.from_numpy(shuffle(small, orders[i : i + 1]).reshape(n, n_units))
+        top = -1.0
+        for k, (a, b, c) in enumerate(spans):
+            product, hit = work[k]
+            torch.mm(moved[a:b], moved[c:].T, out=product)
+            torch.ge(product, observed[k], out=hit)
+            reached[k] += hit
+            extra = outside[k]
+            if extra is not None:
+                product += extra
+            top = max(top, float(product.max()))
+        largest[i] = top
+    cut = float(np.quantile(largest, 0.95, method="higher"))
+    p = np.ones((n, n), dtype=np.float32)
+    above = pairs = 0
+    for k, (a, b, c) in enumerate(spans):
+        tested = (observed[k] < 5).numpy()
+        values = ((1 + reached[k]) / (1 + len(orders))).numpy()
+        p[a:b, c:] = np.where(tested, values, p[a:b, c:])
+        above += int((tested & (observed[k].numpy() + TOLERANCE > cut + TOLERANCE)).sum())
+        pairs += int(tested.sum())
+    return np.minimum(p, p.T), cut, above / max(pairs, 1)
+
+
+def _assign(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    rows, columns = linear_sum_assignment(block, maximize=True)
+    return rows, columns
+
+
+def _matching(
+    blocks: Float[np.ndarray, "layer layer2 head head2"],
+    rows: Float[np.ndarray, "layer head unit"],
+    orders: Orders,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, float, int]:
+    """Mean centred cosine of matched heads for every pair of layers, its null and its p-value.
+
+    Under the null only the relative order of two layers matters, so each shuffle is drawn per
+    pair of layers, as many as the budget allows.
+    """
+    n_layers = len(blocks)
+    matched, null = np.eye(n_layers), np.eye(n_layers)
+    i, j = np.triu_indices(n_layers, 1)
+    used = int(max(19, min(len(orders), MATCHINGS // len(i))))
+    chosen = np.random.default_rng(seed).permutation(len(orders))[:used]
+    draws = np.empty((len(chosen), len(i)))
+    for a, b in zip(i, j, strict=True):
+        matched[a, b] = matched[b, a] = blocks[a, b][_assign(blocks[a, b])].mean()
+    flat = rows.astype(np.float32)
+    for row, number in enumerate(chosen):
+        moved = shuffle(flat, orders[number : number + 1])[0]
+        every = moved.reshape(-1, moved.shape[-1])
+        products = (every @ every.T).reshape(n_layers, rows.shape[1], n_layers, rows.shape[1])
+        for column, (a, b) in enumerate(zip(i, j, strict=True)):
+            block = products[a, :, b]
+            draws[row, column] = block[_assign(block)].mean()
+    null[i, j] = null[j, i] = draws.mean(0)
+    seen = matched[i, j].mean()
+    p = (1 + int((draws.mean(1) >= seen - TOLERANCE).sum())) / (1 + len(chosen))
+    return matched, null, float(p), len(chosen)

@@ -1,0 +1,231 @@
+"""The red line: the smallest set of units that keeps the loss within a margin.
+
+Once for one set that all layers and heads share, and once with a set per layer (shared by its
+heads, equally large in every layer). The size is found by bisection on a text that may choose; the
+sets found are then judged on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from gainlens.analysis.map.observation import KeyObservation
+from gainlens.analysis.map.sharing_cost import Bench, ranked_units, shared_mask, unit_mask
+from gainlens.analysis.map.similarity import loudest
+from gainlens.analysis.map.units import Units, unit_gains
+from gainlens.data.batches import Tokens
+from gainlens.errors import InputError
+from gainlens.probes.gains import KeyGains
+from gainlens.stats.intervals import t_interval
+from gainlens.stats.verdicts import Verdict, non_inferiority
+
+DESIGNS = {"shared": "model", "per layer": "layer"}
+
+
+@dataclass(frozen=True, eq=False)
+class RedLine:
+    """The sets, what they cost on the judging text, and what each shared unit is.
+
+    Attributes:
+        margin: nats per token that the loss may rise by.
+        scores: per design the gain that ranked its units: the one that needed the fewest.
+        shared: the shared set, loudest first.
+        per_layer: a set for each layer, loudest first.
+        judged: per design the rise on the judging text, its interval and the verdict.
+        steps: every bisection step on the choosing text.
+        details: per unit of the shared set what a person needs to study it.
+        n_units: units per head.
+    """
+
+    margin: float
+    scores: dict[str, str]
+    shared: tuple[int, ...]
+    per_layer: tuple[tuple[int, ...], ...]
+    judged: dict[str, dict[str, Any]]
+    steps: list[dict[str, Any]]
+    details: list[dict[str, Any]]
+    n_units: int
+
+    def __repr__(self) -> str:
+        return (
+            f"RedLine({self.margin:g} nats: {len(self.shared)} of {self.n_units} units if all "
+            f"layers share them, {len(self.per_layer[0])} if each layer has its own)"
+        )
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per unit of the shared set, loudest first."""
+        return self.details
+
+    def verdict(self, design: str = "shared") -> Verdict:
+        """Whether the set of a design keeps the loss within the margin on the judging text."""
+        if design not in self.judged:
+            raise InputError(f"design={design!r} is not one of {', '.join(self.judged)}")
+        row = self.judged[design]
+        low, high = row["interval"]
+        return non_inferiority(
+            f"{row['kept']} of {self.n_units} units ({design}) keep the loss within "
+            f"{self.margin:g} nats",
+            row["rise"], (low, high), self.margin, row["n_documents"],
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "margin": self.margin,
+            "scores": self.scores,
+            "n_units": self.n_units,
+            "shared": list(self.shared),
+            "per_layer": [list(units) for units in self.per_layer],
+            "judged": self.judged,
+            "verdicts": {name: self.verdict(name).to_json() for name in self.judged},
+            "steps": self.steps,
+            "units": self.details,
+        }
+
+
+def find_red_line(
+    model: Any,
+    gains: KeyGains,
+    choose: Tokens,
+    judge: Tokens,
+    *,
+    margin: float = 0.05,
+    score: str | Sequence[str] = "qk",
+    mode: str = "zero",
+    observation: KeyObservation | None = None,
+    patch: Tokens | None = None,
+    patch_mode: str = "mean",
+    progress: bool = True,
+) -> RedLine:
+    """Find the sets by bisection, judge them, and describe every unit of the shared one.
+
+    The bisection takes it that a larger set of louder units never hurts; every step is in
+    ``steps``. Costs about 2·log2(units) forward passes over ``choose`` per score, three over
+    ``judge``, and one over ``patch`` per unit.
+
+    Args:
+        model: the model.
+        gains: what ranks the units.
+        choose: text that picks the size: calibration or training documents.
+        judge: validation text.
+        margin: rise of the loss in nats per token, above 0.
+        score: which gain ranks; of several, that with the smallest set on ``choose``.
+        mode: of the cut.
+        observation: from ``observe_keys``, for gain by position and tokens.
+        patch: text on which each unit of the shared set is patched alone, in all layers and
+            heads; None skips that.
+        patch_mode: what such a unit carries instead; ``mean`` takes away only what it says about
+            a position.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: a margin of zero or below, gains of another model, a judging text that chose.
+    """
+    if not margin > 0:
+        raise InputError(f"margin={margin!r} is not above 0: no finite text can show zero damage")
+    names = (score,) if isinstance(score, str) else tuple(score)
+    values = {name: unit_gains(gains, name, "rotated")[0] for name in names}
+    units = unit_gains(gains, names[0], "rotated")[1]
+    d_head = gains.shape[-1]
+    chooser = Bench(model, choose, gains, judges=False, name="choose")
+    judger = Bench(model, judge, gains, judges=True, name="judge")
+    if chooser.text == judger.text:
+        raise InputError("judge is the text that chooses: expected other documents")
+    n_patched = len(units) if patch is not None else 0
+    total = 2 * len(names) * int(np.ceil(np.log2(len(units)))) + 2 + n_patched
+    steps: list[dict[str, Any]] = []
+    judged: dict[str, dict[str, Any]] = {}
+    sets: dict[str, np.ndarray] = {}
+    scores: dict[str, str] = {}
+    with tqdm(total=total, desc="red line", unit="run", disable=not progress) as bar:
+        for design, sharing in DESIGNS.items():
+            needed = {}
+            for name, x in values.items():
+                low, high = 0, len(units)  # `low` is not enough, `high` is
+                while high - low > 1:
+                    kept = (low + high) // 2
+                    mask = shared_mask(x, units, d_head, kept, sharing)
+                    rise = float(chooser.rise(mask, mode).mean())
+                    steps.append({"design": design, "score": name, "kept": kept, "rise": rise})
+                    low, high = (low, kept) if rise <= margin else (kept, high)
+                    bar.update()
+                needed[name] = high
+            best = min(names, key=lambda name: needed[name])
+            x, high = values[best], needed[best]
+            scores[design] = best
+            sets[design] = ranked_units(x, sharing)[:, 0, :high]
+            found = judger.rise(shared_mask(x, units, d_head, high, sharing), mode)
+            bar.update()
+            judged[design] = {
+                "score": best,
+                "kept": high,
+                "rise": float(found.mean()),
+                "interval": list(t_interval(found)),
+                "n_documents": len(found),
+            }
+        x = values[scores["shared"]]
+        shared = tuple(int(u) for u in sets["shared"][0])
+        details = _describe(shared, x, units, observation)
+        if patch is not None:
+            patcher = Bench(model, patch, gains, judges=True, name="patch")
+            for row in details:
+                keep = np.ones(x.shape, dtype=bool)
+                keep[..., row["unit"]] = False
+                found = patcher.rise(unit_mask(keep, units, d_head), patch_mode)
+                row["patched_rise"] = float(found.mean())
+                row["patched_interval"] = list(t_interval(found))
+                row["patch_mode"] = patch_mode
+                bar.update()
+        bar.total = bar.n
+        bar.refresh()
+    return RedLine(
+        margin=margin,
+        scores=scores,
+        shared=shared,
+        per_layer=tuple(tuple(int(u) for u in row) for row in sets["per layer"]),
+        judged=judged,
+        steps=steps,
+        details=details,
+        n_units=len(units),
+    )
+
+
+def _describe(
+    shared: tuple[int, ...],
+    x: Float[np.ndarray, "layer head unit"],
+    units: Units,
+    observation: KeyObservation | None,
+) -> list[dict[str, Any]]:
+    """What a person needs to study each unit."""
+    top = max(1, len(units) // 4)
+    marks = loudest(x.reshape(-1, len(units)), top).reshape(x.shape)
+    rows = []
+    for rank, u in enumerate(shared):
+        used = np.argwhere(marks[..., u] > 0.5)
+        row: dict[str, Any] = {
+            "rank": rank,
+            "unit": u,
+            "dims": list(units.dims[u]),
+            "frequency": float(units.frequency[u]),
+            "wavelength": units.wavelength[u],
+            "used_top": top,
+            "used_by_heads": [[int(a), int(b)] for a, b in used],
+            "used_by_layers": sorted({int(a) for a, _ in used}),
+        }
+        if observation is not None:
+            rms = observation.rms[..., u]
+            level = np.sqrt((rms**2).mean(1, keepdims=True))
+            relative = np.divide(rms, level, out=np.zeros_like(rms), where=level > 0)
+            row["gain_by_position"] = {
+                "from_position": observation.bins.tolist(),
+                "relative_rms": relative.mean((0, 2)).tolist(),
+            }
+            row["tokens"] = observation.tokens[u]
+        rows.append(row)
+    return rows

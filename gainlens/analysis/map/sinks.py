@@ -1,0 +1,256 @@
+"""Attention sinks: which units carry them, layer by layer, and whether they stay the same.
+
+A *sink head* is a key head whose queries give the first position far more attention than an even
+spread would. A *sink unit* of it is one of the fewest units that together make up half of what
+raises the first key's logit above that of the other keys. That part is measured as it enters the
+softmax (q·k₀ less the mean q·kⱼ, in nats), and not as the size of the key: a first key near zero
+is a sink too, where the keys of all other positions share a component that queries dislike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from gainlens.analysis.map.nulls import shuffled_orders
+from gainlens.analysis.map.observation import KeyObservation
+from gainlens.analysis.map.units import Units
+from gainlens.analysis.map.verdicts import jackknife
+from gainlens.errors import InputError
+from gainlens.stats.verdicts import Status, Verdict
+
+MIN_MASS = 0.25
+"""Attention to the first position from which a head is a sink head."""
+CARRIED = 0.5
+"""Share of the first key's advantage that the sink units of a head make up."""
+EVERY_DEPTH = 0.9
+
+
+@dataclass(frozen=True, eq=False)
+class Sinks:
+    """Sink heads and sink units.
+
+    Attributes:
+        units: of the map.
+        mass: mean attention of a key head's queries to position 0, ``[layer, kv_head]``.
+        uniform: what an even spread would give.
+        advantage: each unit's part of the first key's advantage, nats,
+            ``[layer, kv_head, unit]``.
+        size: rms of the first key over that of keys from position 2 on, per unit.
+        constancy: |E k₀|² / E|k₀|² over documents: 1 for a first key that is always the same.
+        is_sink: the sink units of sink heads.
+        min_mass, carried: the bounds that were set.
+        n_documents: of the text.
+        nulls: chance and p-values of the agreement between layers, per null.
+    """
+
+    units: Units
+    mass: Float[np.ndarray, "layer kv_head"]
+    uniform: float
+    advantage: Float[np.ndarray, "layer kv_head unit"]
+    size: Float[np.ndarray, "layer kv_head unit"]
+    constancy: Float[np.ndarray, "layer kv_head unit"]
+    is_sink: Bool[np.ndarray, "layer kv_head unit"]
+    min_mass: float
+    carried: float
+    n_documents: int
+    nulls: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"Sinks({len(self.layers)} of {len(self.mass)} layers have sink heads, "
+            f"{len(self.sink_units)} of {len(self.units)} units carry one somewhere)"
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with a sink head."""
+        return tuple(int(i) for i in np.flatnonzero(self.is_sink.any((1, 2))))
+
+    @property
+    def sink_units(self) -> tuple[int, ...]:
+        """Units that carry a sink in some head."""
+        return tuple(int(i) for i in np.flatnonzero(self.is_sink.any((0, 1))))
+
+    @property
+    def per_layer(self) -> Bool[np.ndarray, "layer unit"]:
+        """Whether a unit carries a sink in any head of a layer."""
+        found: Bool[np.ndarray, "layer unit"] = np.asarray(self.is_sink.any(1))
+        return found
+
+    def persistence(self) -> float:
+        """The chance that a sink unit of one sink layer is one in another; NaN under two layers."""
+        marks = self.per_layer[list(self.layers)].astype(np.float64)
+        return float("nan") if len(marks) < 2 else _agreement(marks)[0]
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per sink unit of each sink head, by layer."""
+        wavelength = self.units.wavelength
+        total = np.clip(self.advantage, 0, None).sum(-1)
+        return [
+            {
+                "layer": int(layer),
+                "kv_head": int(head),
+                "unit": int(u),
+                "frequency": float(self.units.frequency[u]),
+                "wavelength": wavelength[u],
+                "attention_to_first": float(self.mass[layer, head]),
+                "advantage_nats": float(self.advantage[layer, head, u]),
+                "share_of_advantage": float(self.advantage[layer, head, u] / total[layer, head]),
+                "size_of_first_key": float(self.size[layer, head, u]),
+                "constancy": float(self.constancy[layer, head, u]),
+            }
+            for layer, head, u in np.argwhere(self.is_sink)
+        ]
+
+    def through_depth(self) -> list[dict[str, Any]]:
+        """One row per sink unit: in which layers it carries a sink, the most frequent first."""
+        marks = self.per_layer
+        rows = [
+            {
+                "unit": u,
+                "frequency": float(self.units.frequency[u]),
+                "wavelength": self.units.wavelength[u],
+                "layers": [int(i) for i in np.flatnonzero(marks[:, u])],
+                "share_of_sink_layers": float(marks[:, u].sum() / max(1, len(self.layers))),
+                "largest_advantage_nats": float(self.advantage[..., u][self.is_sink[..., u]].max()),
+            }
+            for u in self.sink_units
+        ]
+        return sorted(rows, key=lambda r: (-r["share_of_sink_layers"], r["unit"]))
+
+    def verdict(self, threshold: float = EVERY_DEPTH) -> Verdict:
+        """ "A sink unit is a sink at every depth".
+
+        The estimate is the chance that a sink unit of one layer is one in another layer that has
+        sinks, with a jackknife interval over layers.
+        """
+        marks = self.per_layer[list(self.layers)].astype(np.float64)
+        claim = f"a sink unit is a sink at every depth (in {threshold:.0%} of layers with sinks)"
+        if len(marks) < 3:
+            return Verdict(
+                "undecided", claim, 0.0, (0.0, 1.0), threshold, self.n_documents,
+                f"{len(marks)} layers have a sink head (attention to the first position of "
+                f"{self.min_mass:g} or more): expected three",
+            )  # fmt: skip
+        estimate, matrix = _agreement(marks)
+        low, high = jackknife(matrix)
+        status: Status = "undecided"
+        if low > threshold:
+            status = "holds"
+        elif high < threshold:
+            status = "fails"
+        null = "; ".join(
+            f"{name} null {n['chance']:.3f} (p = {n['p']:.2g})" for name, n in self.nulls.items()
+        )
+        at_most = max(r["share_of_sink_layers"] for r in self.through_depth())
+        return Verdict(
+            status, claim, estimate, (low, high), threshold, self.n_documents,
+            f"{null}; {len(marks)} layers have sink heads, the most lasting unit carries one in "
+            f"{at_most:.0%} of them; median size of the first key there "
+            f"{float(np.median(self.size[self.is_sink])):.2f} of other keys",
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "layers": list(self.layers),
+            "units": list(self.sink_units),
+            "persistence": self.persistence(),
+            "nulls": self.nulls,
+            "min_mass": self.min_mass,
+            "carried": self.carried,
+            "uniform": self.uniform,
+            "mass": self.mass,
+            "n_documents": self.n_documents,
+            "through_depth": self.through_depth(),
+            "table": self.table(),
+        }
+
+
+def _agreement(
+    marks: Float[np.ndarray, "layer unit"],
+) -> tuple[float, Float[np.ndarray, "layer layer2"]]:
+    """Mean over ordered pairs of layers of |A ∩ B| / |A|, and the symmetric matrix behind it."""
+    common = marks @ marks.T
+    share = common / marks.sum(1)[:, None]
+    matrix = (share + share.T) / 2
+    above = np.triu_indices(len(marks), 1)
+    return float(matrix[above].mean()), matrix
+
+
+def find_sinks(
+    observation: KeyObservation,
+    units: Units,
+    *,
+    min_mass: float = MIN_MASS,
+    carried: float = CARRIED,
+    n_permutations: int = 1000,
+    seed: int = 0,
+) -> Sinks:
+    """Sink heads and units of what ``observe_keys`` saw.
+
+    Args:
+        observation: of the text.
+        units: of the map.
+        min_mass: attention to the first position from which a head counts.
+        carried: share of the advantage that the sink units of a head must make up.
+        n_permutations, seed: of the nulls for agreement between layers; units are shuffled per
+            layer, anywhere or within frequency bands.
+
+    Raises:
+        InputError: a bound outside 0..1.
+    """
+    for name, value in (("min_mass", min_mass), ("carried", carried)):
+        if not 0 < value < 1:
+            raise InputError(f"{name}={value!r} is outside 0..1")
+    advantage = observation.advantage
+    layers, heads, _ = advantage.shape
+    mass = observation.mass[..., 0].reshape(layers, heads, -1).mean(-1)
+    positive = np.clip(advantage, 0, None)
+    order = np.argsort(-positive, axis=-1)
+    ranked = np.take_along_axis(positive, order, -1)
+    before = ranked.cumsum(-1) - ranked
+    needed = (before < carried * positive.sum(-1, keepdims=True)) & (ranked > 0)
+    is_sink = np.zeros(advantage.shape, dtype=bool)
+    np.put_along_axis(is_sink, order, needed, -1)
+    is_sink &= (mass >= min_mass)[..., None]
+    later = observation.rms[:, 2:] if observation.rms.shape[1] > 2 else observation.rms[:, 1:]
+    typical = np.sqrt((later**2).mean(1))
+    first = observation.first_rms
+    return Sinks(
+        units=units,
+        mass=mass,
+        uniform=observation.uniform,
+        advantage=advantage,
+        size=np.divide(first, typical, out=np.zeros_like(first), where=typical > 0),
+        constancy=np.divide(
+            observation.first_mean**2, first**2, out=np.zeros_like(first), where=first > 0
+        ),
+        is_sink=is_sink,
+        min_mass=min_mass,
+        carried=carried,
+        n_documents=observation.n_documents,
+        nulls=_depth_nulls(np.asarray(is_sink.any(1)), units, n_permutations, seed),
+    )
+
+
+def _depth_nulls(
+    marks: Bool[np.ndarray, "layer unit"], units: Units, n_permutations: int, seed: int
+) -> dict[str, dict[str, float]]:
+    """What shuffled sink units give for the agreement between layers."""
+    living = marks[marks.any(1)].astype(np.float64)
+    if len(living) < 2:
+        return {}
+    seen = _agreement(living)[0]
+    found = {}
+    nulls = {"plain": None} if units.bands is None else {"plain": None, "band": units.bands}
+    for i, (name, bands) in enumerate(nulls.items()):
+        orders = shuffled_orders(n_permutations, len(living), bands, living.shape[1], seed + i)
+        draws = [_agreement(np.take_along_axis(living, order, 1))[0] for order in orders]
+        p = (1 + int((np.array(draws) >= seen - 1e-9).sum())) / (1 + n_permutations)
+        found[name] = {"chance": float(np.mean(draws)), "p": p}
+    return found

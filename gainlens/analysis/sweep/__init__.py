@@ -1,0 +1,1 @@
+"""Sweeps of ablations: points, evaluation, curve, resume."""

@@ -1,0 +1,294 @@
+"""``SurgeryCurve``: the losses of a sweep, per document, and what follows from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from gainlens.analysis.sweep.points import Point
+from gainlens.errors import FileFormatError, InputError
+from gainlens.files import FORMAT, read_json, write_json
+from gainlens.frames import data_frame
+from gainlens.probes.gains import ModelCard
+from gainlens.stats.intervals import (
+    bootstrap_interval,
+    documents_by_scaling,
+    documents_to_decide,
+    t_interval,
+)
+from gainlens.stats.stopping import StoppingRule
+from gainlens.stats.verdicts import Verdict, non_inferiority
+
+METHODS = ("t", "bootstrap")
+
+
+@dataclass(frozen=True, eq=False)
+class SurgeryCurve:
+    """Losses of every point of a sweep on the same documents.
+
+    Attributes:
+        points: what each point cut.
+        losses: nats per token, ``[point, document]``.
+        baseline: of the intact model, ``[document]``.
+        model: the model.
+        text: fingerprint of the validation text.
+        n_tokens: length of the validation text.
+        stopping: the rule by which points stopped early, if they did; then ``losses`` is NaN for
+            the documents that a point did not need.
+    """
+
+    points: list[Point]
+    losses: Float[np.ndarray, "point document"]
+    baseline: Float[np.ndarray, " document"]
+    model: ModelCard
+    text: str
+    n_tokens: int
+    stopping: StoppingRule | None = None
+
+    def __repr__(self) -> str:
+        fractions = sorted({p.fraction for p in self.points})
+        return (
+            f"SurgeryCurve({self.model.architecture}, {len(self.points)} points at "
+            f"{', '.join(f'{f:.0%}' for f in fractions)}, {self.n_documents} documents, "
+            f"intact loss {self.baseline.mean():.4f} nats)"
+        )
+
+    @property
+    def n_documents(self) -> int:
+        """Number of validation documents."""
+        return len(self.baseline)
+
+    def deltas(self, index: int) -> Float[np.ndarray, " document"]:
+        """Rise of the loss of each document that point ``index`` was run on, nats per token."""
+        difference: Float[np.ndarray, " document"] = self.losses[index] - self.baseline
+        run: Float[np.ndarray, " document"] = difference[np.isfinite(difference)]
+        return run
+
+    def interval(self, index: int, level: float = 0.95, method: str = "t") -> tuple[float, float]:
+        """Confidence interval of the mean rise at a point, nats per token.
+
+        For a sweep that stopped early it is the rule's own, which holds over all looks together;
+        ``level`` and ``method`` then have no effect.
+
+        Args:
+            index: of the point.
+            level: coverage.
+            method: ``t`` (Student) or ``bootstrap`` (bootstrap-t), over documents.
+
+        Raises:
+            InputError: another method, a level outside 0..1.
+        """
+        if method not in METHODS:
+            raise InputError(f"method={method!r} is not one of {', '.join(METHODS)}")
+        deltas = self.deltas(index)
+        if self.stopping is not None:
+            return self.stopping.interval(deltas)
+        return t_interval(deltas, level) if method == "t" else bootstrap_interval(deltas, level)
+
+    def table(self, level: float = 0.95) -> list[dict[str, Any]]:
+        """One row per point: what was cut, mean loss, rise over the intact model, its interval.
+
+        Losses and rises are in nats per token; the interval is Student's at ``level``, over
+        documents.
+        """
+        rows = []
+        for index, point in enumerate(self.points):
+            delta = self.deltas(index)
+            rows.append(
+                {
+                    **asdict(point),
+                    "loss": float(np.nanmean(self.losses[index])),
+                    "delta": float(delta.mean()),
+                    "interval": self.interval(index, level),
+                    "n_documents": len(delta),
+                }
+            )
+        return rows
+
+    def find(self, **wanted: Any) -> list[int]:
+        """Indices of the points with these values, e.g. ``order="random", fraction=0.5``."""
+        return [
+            i
+            for i, point in enumerate(self.points)
+            if all(getattr(point, key) == value for key, value in wanted.items())
+        ]
+
+    def verdict(
+        self,
+        fraction: float,
+        margin: float,
+        *,
+        level: float = 0.95,
+        method: str = "t",
+        order: str = "quietest",
+        **choice: Any,
+    ) -> Verdict:
+        """Is the damage of cutting the quietest ``fraction`` below ``margin``?
+
+        A non-inferiority test on differences paired by document.
+
+        Args:
+            fraction: a fraction of this sweep.
+            margin: rise of the loss in nats per token that would still count as flat, above 0,
+                set before the figures are seen.
+            level: coverage of the two-sided interval.
+            method: of the interval; see ``interval``.
+            order: of the point; ``given`` for cuts passed in by name (``label=…``).
+            choice: ``score``, ``scope`` … where the sweep has several.
+
+        Raises:
+            InputError: no such point, several, or a margin of zero or below.
+        """
+        unknown = set(choice) - {f.name for f in fields(Point)}
+        if unknown:
+            raise InputError(f"{sorted(unknown)[0]!r} is not a property of a point")
+        found = [
+            i
+            for i in self.find(order=order, **choice)
+            if abs(self.points[i].fraction - fraction) < 1e-9
+        ]
+        if len(found) != 1:
+            have = sorted({p.fraction for p in self.points if p.order == order})
+            raise InputError(
+                f"fraction={fraction!r} names {len(found)} points of this sweep: expected one of "
+                f"{have}" + (", with score=… and scope=…" if len(found) > 1 else "")
+            )
+        return self.verdict_at(found[0], margin, level=level, method=method)
+
+    def verdict_at(
+        self, index: int, margin: float, *, level: float = 0.95, method: str = "t"
+    ) -> Verdict:
+        """As ``verdict``, for the point ``index``, controls included.
+
+        ``margin`` (nats per token), ``level``, ``method`` and errors as for ``verdict``.
+        """
+        point, delta = self.points[index], self.deltas(index)
+        if not isinstance(margin, Real) or not margin > 0 or not math.isfinite(margin):
+            raise InputError(
+                f"margin={margin!r} is not a number above 0: no finite text can show zero damage"
+            )
+        made = ", ".join(
+            str(v) for v in (point.label, point.score, point.scope, point.unit, point.mode) if v
+        )
+        kind = "" if point.order in ("quietest", "given") else f"{point.order} "
+        claim = (
+            f"{point.fraction:.0%} of the {kind}key dimensions can be cut ({made}) at less than "
+            f"{margin:g} nats"
+        )
+        interval, mean = self.interval(index, level, method), float(delta.mean())
+        status = non_inferiority(claim, mean, interval, margin, len(delta)).status
+        if self.stopping is not None:
+            status = self.stopping.status(delta, margin)
+        more: int | None = 0
+        if status == "undecided" and method == "t" and self.stopping is None:
+            more = documents_to_decide(delta, margin, level)
+        elif status == "undecided" and self.stopping is not None and interval[1] < margin:
+            more = self.stopping.holds_from - len(delta)
+        elif status == "undecided":
+            more = documents_by_scaling(interval, mean, margin, len(delta))
+        notes = []
+        if self.stopping is not None:
+            looks = f"interval over {len(self.stopping.looks)} planned looks"
+            early = len(delta) < self.n_documents
+            notes.append(f"stopped early; {looks}" if early else f"run to the end; {looks}")
+        if more:
+            notes.append(f"some {more} more documents would decide it")
+        elif status == "undecided":
+            notes.append("how many more documents would decide it can't be said")
+        note = "; ".join(notes)
+        return Verdict(status, claim, mean, interval, margin, len(delta), note, more)
+
+    def to_dataframe(self) -> Any:
+        """The rows of ``table``; the 95% interval as ``low`` and ``high``, nats per token.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        return data_frame(self.table())
+
+    def plot(self, ax: Any = None, *, margin: float | None = None) -> Any:
+        """Rise of the loss over fractions, with intervals and controls; shows nothing.
+
+        Args:
+            ax: matplotlib axes to draw into; new ones by default.
+            margin: drawn as a dashed line, nats per token.
+
+        Returns:
+            The axes.
+        """
+        from gainlens.plots.curves import plot_surgery
+
+        return plot_surgery(self, ax, margin)
+
+    def _repr_html_(self) -> str:
+        from gainlens.plots.notebook import figure_html
+
+        orders = ", ".join(dict.fromkeys(str(p.label or p.order) for p in self.points))
+        return figure_html(
+            self,
+            "Rise of the loss in nats per token against the share of key dimensions cut, with "
+            f"95% intervals, for: {orders}.",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; ``from_json`` reads them back."""
+        return {
+            "format": FORMAT,
+            "kind": "surgery",
+            "model": asdict(self.model),
+            "text": self.text,
+            "n_tokens": self.n_tokens,
+            "stopping": None if self.stopping is None else asdict(self.stopping),
+            "baseline": self.baseline.tolist(),
+            "points": [
+                {
+                    **asdict(point),
+                    "losses": [x if math.isfinite(x) else None for x in self.losses[i].tolist()],
+                }
+                for i, point in enumerate(self.points)
+            ],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write one JSON file."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> SurgeryCurve:
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileFormatError: missing, truncated, or not a surgery file.
+        """
+        data = read_json(path)
+        try:
+            if data["format"] != FORMAT or data["kind"] != "surgery":
+                raise FileFormatError(f"{path} is not a gainlens surgery file")
+            points = [dict(p) for p in data["points"]]
+            losses = np.array([p.pop("losses") for p in points], dtype=np.float64)
+            baseline = np.array(data["baseline"], dtype=np.float64)
+            if losses.shape != (len(points), len(baseline)):
+                raise FileFormatError(f"{path}: points and documents do not match")
+            return cls(
+                [Point(**p) for p in points],
+                losses,
+                baseline,
+                ModelCard(**data["model"]),
+                data["text"],
+                data["n_tokens"],
+                _rule(data.get("stopping")),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path} lacks or mislabels a field: {error}") from None
+
+
+def _rule(data: dict[str, Any] | None) -> StoppingRule | None:
+    if data is None:
+        return None
+    return StoppingRule(data["margin"], tuple(data["looks"]), data["level"])

@@ -1,0 +1,22 @@
+"""The verbs of the command line: one module and one row each.
+
+A module has ``HELP``, ``OUT`` (the default of ``--out``), ``add_arguments(parser)`` and
+``run(options) -> dict``; ``lines`` of the dict are printed, the whole of it with ``--json``.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from gainlens.cli.verbs import bench, probe, report, slim, surgery, train
+from gainlens.cli.verbs import map as map_command
+
+COMMANDS: dict[str, ModuleType] = {
+    "probe": probe,
+    "surgery": surgery,
+    "map": map_command,
+    "train": train,
+    "slim": slim,
+    "report": report,
+    "bench": bench,
+}

@@ -1,0 +1,1 @@
+"""Texts: loading, splitting, batches, and which document is which."""

@@ -1,0 +1,285 @@
+"""A Hugging Face model that shares a bridge's weights, for forward passes with fused attention.
+
+A bridge computes attention step by step, since each step is a hook. Where nothing but the keys
+(or queries) after the rotation has to change, the model's own code with PyTorch's fused attention
+gives the same loss sooner. The fast copy is built from the same configuration around the very same
+tensors, so it costs no memory, and the user's model is neither changed nor called.
+
+The edit happens inside an attention function of our own, registered with transformers under a
+name that only fast copies ask for: there queries and keys have passed every norm and rotation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+
+from gainlens.model.linear import use_fast_linear
+
+NAME = "gainlens_fast_copy"
+ATTRIBUTE = "_gainlens_fast_copy"
+
+Edit = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""From queries ``[batch, pos, head, d_head]``, keys ``[batch, pos, kv_head, d_head]`` (both after
+every norm and rotation) and the layer to what attention uses in their place."""
+
+
+class FastCopy:
+    """The Hugging Face model around a bridge's tensors.
+
+    Attributes:
+        model: a transformers model with weights of its own nowhere.
+        n_layers: how many attention layers must call the edit.
+        scaling: of the attention logits, once a pass was run.
+        plain: whether all attention so far was causal and nothing more: no soft cap, no window.
+    """
+
+    def __init__(self, model: Any, n_layers: int) -> None:
+        self.model = model
+        self.n_layers = n_layers
+        self._head = _head_alone(model)
+        self._layers = _layers(model, n_layers)
+        self._edit: Edit | None = None
+        self._fires = [0] * n_layers
+        self._in_tuple = False
+        self.scaling: float | None = None
+        self.plain = True
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                object.__setattr__(module, ATTRIBUTE, self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the shared tensors lie."""
+        found: torch.device = next(self.model.parameters()).device
+        return found
+
+    @property
+    def exact(self) -> bool:
+        """Whether the weights are float32 or wider, so that two ways agree closely."""
+        return next(self.model.parameters()).dtype in (torch.float32, torch.float64)
+
+    @contextmanager
+    def edited(self, edit: Edit | None) -> Iterator[None]:
+        """Run with ``edit`` inside the ``with``."""
+        self._edit = edit
+        try:
+            yield
+        finally:
+            self._edit = None
+
+    def hidden(
+        self, tokens: Int[torch.Tensor, "document pos"]
+    ) -> Float[torch.Tensor, "document pos d_model"]:
+        """What the output head reads, after the last norm."""
+        self._fires = [0] * self.n_layers
+        base = self.model.base_model
+        found: torch.Tensor = base(input_ids=tokens, use_cache=False).last_hidden_state
+        return found
+
+    def residuals(
+        self, tokens: Int[torch.Tensor, "document pos"]
+    ) -> list[Float[torch.Tensor, "document pos d_model"]]:
+        """What each layer reads in a run of ``tokens``."""
+        found: list[torch.Tensor] = []
+
+        def before(module: Any, args: Any, kwargs: Any) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+
+        def after(module: Any, args: Any, output: Any) -> None:
+            self._in_tuple = isinstance(output, tuple)
+
+        handles = [x.register_forward_pre_hook(before, with_kwargs=True) for x in self._layers]
+        handles.append(self._layers[0].register_forward_hook(after))
+        try:
+            self.hidden(tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def hidden_from(
+        self,
+        layer: int,
+        residual: Float[torch.Tensor, "document pos d_model"],
+        tokens: Int[torch.Tensor, "document pos"],
+    ) -> Float[torch.Tensor, "document pos d_model"]:
+        """As ``hidden``, without running the layers before ``layer``, which reads ``residual``.
+
+        ``residuals`` must have been called before.
+        """
+        given = (residual,) if self._in_tuple else residual
+        for skipped in self._layers[:layer]:
+            skipped.forward = lambda *args, **kwargs: given
+        try:
+            return self.hidden(tokens)
+        finally:
+            for skipped in self._layers[:layer]:
+                del skipped.forward
+
+    def logits(
+        self, hidden: Float[torch.Tensor, "document pos d_model"]
+    ) -> Float[torch.Tensor, "document pos vocab"]:
+        """The family's own head (scale, soft-capping and all) on part of ``hidden``."""
+        stub = self._head.base_model
+        stub.given = hidden
+        try:
+            found: torch.Tensor = self._head(inputs_embeds=hidden, use_cache=False).logits
+        finally:
+            stub.given = None
+        return found
+
+    @property
+    def complete(self) -> bool:
+        """Whether the edit was called once in every layer of the last pass."""
+        return self.complete_from(0)
+
+    def complete_from(self, layer: int) -> bool:
+        """The same of the layers from ``layer`` on."""
+        return all(n == 1 for n in self._fires[layer:])
+
+    def attention(self, module: Any, query: torch.Tensor, key: torch.Tensor) -> Any:
+        """Called from the attention function: ``[batch, head, pos, d_head]`` in and out."""
+        layer = int(module.layer_idx)
+        self._fires[layer] += 1
+        if self._edit is None:
+            return query, key
+        q, k = self._edit(query.transpose(1, 2), key.transpose(1, 2), layer)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def build_fast_copy(bridge: Any) -> FastCopy | None:
+    """A fast copy of ``bridge``, or None where its model can't be rebuilt around its tensors.
+
+    Whoever uses a fast copy first compares it with the bridge itself: see
+    ``gainlens.analysis.sweep.evaluator``.
+    """
+    original = getattr(bridge, "original_model", None)
+    if original is None or not hasattr(original, "config"):
+        return None
+    try:
+        _register()
+        config = copy.deepcopy(original.config)
+        config._attn_implementation = NAME
+        with torch.device("meta"):
+            model = type(original)(config)
+        if not _share(model, original):
+            return None
+        use_fast_linear(model)
+        return FastCopy(model.eval(), int(bridge.cfg.n_layers))
+    except Exception:  # any family may refuse; the hooks then do the work
+        return None
+
+
+def _share(model: Any, original: Any) -> bool:
+    """Put the tensors of a wrapped model in their places; False when one is missing."""
+    have: dict[str, torch.Tensor] = {}
+    for found in (original.named_parameters(remove_duplicate=False), _buffers(original)):
+        for name, tensor in found:
+            have.setdefault(name.replace("_original_component.", ""), tensor)
+    wanted = list(model.named_parameters(remove_duplicate=False)) + list(_buffers(model))
+    for name, tensor in wanted:
+        other = have.get(name)
+        if other is None or other.shape != tensor.shape or other.is_meta:
+            return False
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        table = owner._parameters if leaf in owner._parameters else owner._buffers
+        table[leaf] = other
+    return True
+
+
+def _layers(model: Any, n_layers: int) -> list[Any]:
+    """The model's decoder layers, in order."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers:
+            return list(module)
+    return []
+
+
+def _buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaf, tensor in module._buffers.items():
+            if tensor is not None:
+                yield (f"{prefix}.{leaf}" if prefix else leaf), tensor
+
+
+class _Given(torch.nn.Module):
+    """Stands in for the layers and returns what they would have."""
+
+    given: torch.Tensor | None = None
+
+    @property
+    def decoder(self) -> _Given:
+        """Some families ask the layers' container for its decoder."""
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.given)
+
+
+def _head_alone(model: Any) -> Any:
+    head = copy.copy(model)
+    head._modules = dict(model._modules)
+    head._modules[model.base_model_prefix] = _Given()
+    return head
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, Any]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    fast_copy: FastCopy = getattr(module, ATTRIBUTE)
+    fast_copy.plain &= attention_mask is None and kwargs.get("softcap") is None
+    fast_copy.scaling = kwargs.get("scaling")
+    query, key = fast_copy.attention(module, query, key)
+    if kwargs.get("softcap") is None:
+        kwargs.pop("softcap", None)
+        found: tuple[torch.Tensor, Any] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        return found
+    return _soft_capped(query, key, value, attention_mask, kwargs), None
+
+
+def _soft_capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Attention with soft-capped logits, which no fused kernel offers on a CPU."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    cap = float(kwargs["softcap"])
+    logits = torch.tanh(query @ key.transpose(-1, -2) * (kwargs["scaling"] / cap)) * cap
+    if mask is None:
+        size = logits.shape[-2:]
+        mask = torch.ones(size, dtype=torch.bool, device=logits.device).tril()
+    if mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    else:
+        logits = logits + mask
+    return (logits.float().softmax(-1).to(value.dtype) @ value).transpose(1, 2)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,1 @@
+"""Figures of results; each function returns the axes that it drew on."""

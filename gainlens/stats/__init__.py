@@ -1,0 +1,1 @@
+"""Intervals, stopping rules and verdicts. Nothing here knows a model."""

