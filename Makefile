@@ -31,6 +31,7 @@ lint: install
 	$(PY) -m ruff format --check $(SOURCES)
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m mypy
+	.venv/bin/lint-imports
 
 format: install
 	$(PY) -m ruff format $(SOURCES)

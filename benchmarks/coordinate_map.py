@@ -24,13 +24,13 @@ import numpy as np
 import torch
 
 import gainlens as gl
+from gainlens.analysis.map.across_texts import map_stability
 from gainlens.analysis.map.evidence import similarity_table
 from gainlens.analysis.map.files import plain
 from gainlens.analysis.map.observation import observe_keys
 from gainlens.analysis.map.red_line import find_red_line
 from gainlens.analysis.map.sharing_cost import price_of_universality
 from gainlens.analysis.map.sinks import find_sinks
-from gainlens.analysis.map.stability import map_stability
 from gainlens.environment import environment
 from gainlens.files import check_writable, write_json
 from gainlens.probes.probe import DEFAULT_SCORES

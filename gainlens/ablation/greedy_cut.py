@@ -17,7 +17,7 @@ from gainlens.ablation.key_mask import (
 )
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, as_documents
 from gainlens.errors import InputError
-from gainlens.model.sites import key_sites
+from gainlens.model.finding_sites import key_sites
 from gainlens.probes.probe import probe_gains
 
 

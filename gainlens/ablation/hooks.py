@@ -15,9 +15,10 @@ from gainlens.ablation.key_mask import KeyMask
 from gainlens.ablation.modes import Context, Replacement, get_mode
 from gainlens.errors import InputError, SilentSiteError
 from gainlens.model.fast_copy import Edit
+from gainlens.model.finding_sites import key_sites
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.rotation import rotate
-from gainlens.model.sites import STAGES, KeySites, Stage, key_sites
+from gainlens.model.sites import STAGES, KeySites, Stage
 from gainlens.probes.gains import KeyGains
 
 

@@ -11,10 +11,11 @@ from jaxtyping import Float, Int
 
 from gainlens.data.batches import Tokens, as_documents
 from gainlens.errors import InputError, SilentSiteError
+from gainlens.model.finding_sites import key_sites
 from gainlens.model.forward import forward_layers
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.rotation import rotate
-from gainlens.model.sites import STAGES, KeySites, Stage, key_sites
+from gainlens.model.sites import STAGES, KeySites, Stage
 
 
 @dataclass(frozen=True, eq=False)

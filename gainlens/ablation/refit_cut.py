@@ -25,11 +25,12 @@ from gainlens.data.document_identity import TextHasher, document_marks
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
 from gainlens.files import load_tensors, save_tensors
 from gainlens.model.fast_copy import Edit
+from gainlens.model.finding_sites import key_sites
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import forward_layers
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.rotation import rotate
-from gainlens.model.sites import KeySites, key_sites
+from gainlens.model.sites import KeySites
 
 PATTERN_TOLERANCE, HALF_TOLERANCE = 2e-3, 5e-2
 """Largest difference in an attention weight that rounding explains, in float32 and below it."""

@@ -23,9 +23,10 @@ from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError
 from gainlens.frames import data_frame
+from gainlens.model.finding_sites import key_sites
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.rotation import rotate
-from gainlens.model.sites import KeySites, key_sites
+from gainlens.model.sites import KeySites
 from gainlens.probes.gains import UNITS
 
 Metric = Callable[[torch.Tensor], Any]

@@ -15,7 +15,7 @@ from gainlens.data.batches import TOKENS_PER_BATCH
 from gainlens.errors import UnsupportedModelError
 from gainlens.export.families import FAMILIES
 from gainlens.export.plan import SlicePlan
-from gainlens.model.sites import key_sites
+from gainlens.model.finding_sites import key_sites
 from gainlens.probes import KeyGains, probe_gains
 
 FISHER_DOCUMENTS = 8

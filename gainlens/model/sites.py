@@ -1,14 +1,9 @@
-"""Where a TransformerLens model keeps its keys, and which dimensions belong together.
-
-``key_sites(model)`` runs a few tokens through the model once and returns what it found. Nothing
-is taken from a configuration flag alone: see ``gainlens.model.verify``.
-"""
+"""``KeySites``: where a TransformerLens model keeps its keys, and which dimensions pair up."""
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -122,46 +117,3 @@ class KeySites:
                 f"{self.architecture} normalises its keys after hook_k, so a cut there moves the "
                 "dimensions that stay; cut at stage='rotated'"
             )
-
-
-_CACHE: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], KeySites]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def key_sites(model: Any) -> KeySites:
-    """Find and verify where ``model`` keeps its keys.
-
-    Args:
-        model: a TransformerLens ``TransformerBridge`` or ``HookedTransformer``.
-
-    Returns:
-        KeySites: measured once per model and remembered with it.
-
-    Raises:
-        InputError: ``model`` is not a TransformerLens model.
-        UnsupportedModelError: its keys can't be probed or cut honestly; the message says why.
-    """
-    from gainlens.model.verify import measure_sites
-
-    if not hasattr(model, "run_with_hooks") or not hasattr(model, "cfg"):
-        raise InputError(
-            f"model={type(model).__name__} is not a TransformerLens model: expected a "
-            "TransformerBridge or a HookedTransformer (gainlens.load_model makes one)"
-        )
-    state = _mode(model)
-    known = _CACHE.get(model)
-    if known is None or known[0] != state:
-        known = (state, measure_sites(model))
-        _CACHE[model] = known
-    return known[1]
-
-
-def _mode(model: Any) -> tuple[Any, ...]:
-    """Switches of a model that change what its hooks carry."""
-    return (
-        getattr(model, "compatibility_mode", None),
-        getattr(model.cfg, "ungroup_grouped_query_attention", None),
-        getattr(model.cfg, "use_split_qkv_input", None),
-        getattr(model.cfg, "use_attn_in", None),
-    )

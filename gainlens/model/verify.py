@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 
 from gainlens.errors import InputError, UnsupportedModelError
+from gainlens.model import silent_rotation
 from gainlens.model.families import FAMILIES, Pairing
 from gainlens.model.hooks import Hook, attached, hook_point
 from gainlens.model.sites import KeySites, pair_partners
@@ -24,8 +25,6 @@ N_POS = 24
 
 def measure_sites(model: Any) -> KeySites:
     """Probe ``model`` with a few tokens; see ``gainlens.model.sites.key_sites``."""
-    from gainlens.model import silent_rotation
-
     cfg = model.cfg
     architecture = _architecture(model)
     n_layers, n_heads, d_head = int(cfg.n_layers), int(cfg.n_heads), int(cfg.d_head)

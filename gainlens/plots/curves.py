@@ -21,7 +21,6 @@ from gainlens.plots.axes import (
     title,
     whole_numbers,
 )
-from gainlens.stats.intervals import t_interval
 
 if TYPE_CHECKING:
     from gainlens.analysis.behaviour_curves import Behaviours
@@ -61,7 +60,7 @@ def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | Non
     for name, points in groups.items():
         fractions = sorted({curve.points[i].fraction for i in points})
         at = [[i for i in points if curve.points[i].fraction == f] for f in fractions]
-        values = np.array([_mean_and_interval(curve, part) for part in at])
+        values = np.array([curve.mean_and_interval(part) for part in at])
         bars = np.abs(values[:, 1:] - values[:, :1]).T
         order = curve.points[points[0]].order
         colour, marker = fixed.pop(order) if order in fixed else next(styles)
@@ -89,19 +88,6 @@ def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | Non
     )
     ax.legend(fontsize=8)
     return ax
-
-
-def _mean_and_interval(curve: SurgeryCurve, points: list[int]) -> tuple[float, float, float]:
-    """Over the seeds of a point; these share the documents, so a document's seeds are averaged."""
-    if len(points) == 1:
-        return (float(curve.deltas(points[0]).mean()), *curve.interval(points[0]))
-    if curve.stopping is not None:
-        # Seeds may have stopped at different documents: the widest of their intervals.
-        ends = np.array([curve.interval(i) for i in points])
-        mean = float(np.mean([curve.deltas(i).mean() for i in points]))
-        return mean, float(ends[:, 0].min()), float(ends[:, 1].max())
-    delta = np.mean([curve.deltas(i) for i in points], axis=0)
-    return (float(delta.mean()), *t_interval(delta))
 
 
 def plot_damage(

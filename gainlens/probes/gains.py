@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.errors import InputError
+from gainlens.errors import FileFormatError, InputError
+from gainlens.files import load_tensors, save_tensors
 from gainlens.frames import data_frame
 from gainlens.model.families import Pairing
 from gainlens.model.sites import STAGES, KeySites, Stage, pair_partners
@@ -249,10 +250,15 @@ class KeyGains:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; see ``gainlens.probes.files``."""
-        from gainlens.probes.files import save_gains
-
-        save_gains(self, path)
+        """Write one safetensors file: sums as tensors, everything else as a JSON header."""
+        facts = {
+            "model": asdict(self.model),
+            "n_tokens": self.n_tokens,
+            "n_documents": self.n_documents,
+            "texts": list(self.texts),
+            "documents": list(self.documents),
+        }
+        save_tensors(path, "gains", {**self.sums, "frequencies": self.frequencies}, facts)
 
     @classmethod
     def load(cls, path: str | Path) -> KeyGains:
@@ -261,9 +267,29 @@ class KeyGains:
         Raises:
             FileFormatError: missing, truncated, or not a gains file.
         """
-        from gainlens.probes.files import load_gains
-
-        return load_gains(path)
+        tensors, facts = load_tensors(path, "gains")
+        try:
+            frequencies = tensors.pop("frequencies")
+            gains = cls(
+                model=ModelCard(**facts["model"]),
+                sums=tensors,
+                n_tokens=int(facts["n_tokens"]),
+                n_documents=int(facts["n_documents"]),
+                texts=tuple(facts["texts"]),
+                documents=tuple(facts.get("documents", ())),
+                frequencies=frequencies,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path} lacks or mislabels a field of gains: {error}") from None
+        for name, value in gains.sums.items():
+            if tuple(value.shape) != gains.shape or value.dtype != torch.float64:
+                raise FileFormatError(
+                    f"{path}: {name} is {value.dtype} {tuple(value.shape)}, expected float64 "
+                    f"{gains.shape}"
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise FileFormatError(f"{path}: {name} holds NaN or infinity")
+        return gains
 
 
 def check_same_model(a: ModelCard, b: ModelCard, what: str) -> None:

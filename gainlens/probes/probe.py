@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
 from gainlens.data.document_identity import TextHasher, document_marks
 from gainlens.errors import InputError, SilentSiteError
+from gainlens.model.finding_sites import key_sites
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import forward_layers
 from gainlens.model.hooks import Hook, HookFn, attached
-from gainlens.model.sites import key_sites
 from gainlens.probes.backward import forward_backward
 from gainlens.probes.gains import KeyGains, ModelCard
 from gainlens.probes.scores import get_score

@@ -21,10 +21,10 @@ from gainlens.export.plan import SlicePlan
 from gainlens.export.slim_model import check_refit
 from gainlens.export.sources import open_source
 from gainlens.model.fast_copy import FastCopy, build_fast_copy
+from gainlens.model.finding_sites import key_sites
 from gainlens.model.forward import _hooked_head, cross_entropy
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.rotation import rotate
-from gainlens.model.sites import key_sites
 from gainlens.training.find import find_slices
 from gainlens.training.processes import Processes
 from gainlens.training.sharding import Shards, check_whole, sharded

@@ -7,8 +7,8 @@ import torch
 from families import FAMILIES, NO_NORM, bridge, family_tokens, hugging_face
 
 import gainlens as gl
+from gainlens.model.finding_sites import key_sites
 from gainlens.model.hooks import hook_point
-from gainlens.model.sites import key_sites
 
 
 def run(model, tokens, hooks):

@@ -8,9 +8,10 @@ import transformers
 from families import FAMILIES, MISROTATED, ROTARY, bridge, family_tokens, hugging_face
 
 import gainlens as gl
+from gainlens.model.finding_sites import key_sites
 from gainlens.model.hooks import attached, hook_point
 from gainlens.model.rotation import rotate
-from gainlens.model.sites import key_sites, pair_partners
+from gainlens.model.sites import pair_partners
 from gainlens.model.verify import find_pairing, pairing_residual
 
 

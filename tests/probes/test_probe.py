@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gainlens as gl
+from gainlens.model.finding_sites import key_sites
 from gainlens.model.hooks import hook_point
-from gainlens.model.sites import key_sites
 
 
 def cached(model, tokens, name):

@@ -24,10 +24,11 @@ from tqdm.auto import tqdm
 
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
 from gainlens.errors import InputError, SilentSiteError, UnsupportedModelError
+from gainlens.model.finding_sites import key_sites
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import forward_layers
 from gainlens.model.hooks import Hook, attached
-from gainlens.model.sites import KeySites, key_sites
+from gainlens.model.sites import KeySites
 from gainlens.probes.gains import ModelCard
 from gainlens.probes.scores import get_score
 

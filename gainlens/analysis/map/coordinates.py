@@ -6,16 +6,21 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from gainlens.analysis.map import verdicts as map_verdicts
 from gainlens.analysis.map.canonical import CanonicalGains
+from gainlens.analysis.map.files import load_map, map_json, save_map
 from gainlens.analysis.map.heads import HeadSimilarity, head_similarity
 from gainlens.analysis.map.nulls import PairTest, measures, pair_test, shuffled_orders
+from gainlens.analysis.map.red_line import RedLine
+from gainlens.analysis.map.sharing_cost import Price
 from gainlens.analysis.map.similarity import overlap_matrix, variation
+from gainlens.analysis.map.sinks import Sinks
+from gainlens.analysis.map.stability import Stability
 from gainlens.analysis.map.table import map_rows, measure_rows
 from gainlens.analysis.map.units import Gains, Units, unit_gains
 from gainlens.analysis.map.universal import (
@@ -30,11 +35,8 @@ from gainlens.frames import data_frame
 from gainlens.probes.gains import KeyGains
 from gainlens.stats.verdicts import Verdict
 
-if TYPE_CHECKING:
-    from gainlens.analysis.map.red_line import RedLine
-    from gainlens.analysis.map.sharing_cost import Price
-    from gainlens.analysis.map.sinks import Sinks
-    from gainlens.analysis.map.stability import Stability
+PARTS = (HeadSimilarity, PairTest, Price, RedLine, Sinks, Stability, Universal, Units)
+"""What a map's file may hold beside the map."""
 
 HEADS_LIMIT = 2048
 """More heads than this are not compared one by one unless asked: the cost is their square."""
@@ -195,14 +197,10 @@ class CoordinateMap:
 
     def to_json(self) -> dict[str, Any]:
         """Every number of the map as plain values; heads as their summary."""
-        from gainlens.analysis.map.files import map_json
-
         return map_json(self)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with a JSON header."""
-        from gainlens.analysis.map.files import save_map
-
         save_map(self, path)
 
     @classmethod
@@ -212,9 +210,8 @@ class CoordinateMap:
         Raises:
             FileFormatError: missing, truncated, or not a map.
         """
-        from gainlens.analysis.map.files import load_map
-
-        return load_map(path)
+        found: CoordinateMap = load_map(path, cls, PARTS)
+        return found
 
     def to_dataframe(self, rows: str = "pairs") -> Any:
         """A table of the map.

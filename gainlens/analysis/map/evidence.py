@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from gainlens.analysis.map.across_texts import map_stability
 from gainlens.analysis.map.coordinates import CoordinateMap, coordinate_map
 from gainlens.analysis.map.observation import observe_keys
 from gainlens.analysis.map.red_line import find_red_line
 from gainlens.analysis.map.sharing_cost import price_of_universality
 from gainlens.analysis.map.sinks import find_sinks
-from gainlens.analysis.map.stability import map_stability
 from gainlens.analysis.map.units import Units, unit_gains
 from gainlens.data.batches import Tokens
 from gainlens.errors import InputError

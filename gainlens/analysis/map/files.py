@@ -1,11 +1,11 @@
 """Coordinate maps on disk: one safetensors file, its JSON header a tree of the map's parts.
 
-Arrays are tensors named by their place in the tree; everything else is JSON. Only the classes in
-``PARTS`` are ever built from a file.
+Arrays are tensors named by their place in the tree; everything else is JSON.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,31 +20,6 @@ if TYPE_CHECKING:
     from gainlens.analysis.map.coordinates import CoordinateMap
 
 
-def _parts() -> dict[str, Any]:
-    from gainlens.analysis.map.coordinates import CoordinateMap
-    from gainlens.analysis.map.heads import HeadSimilarity
-    from gainlens.analysis.map.nulls import PairTest
-    from gainlens.analysis.map.red_line import RedLine
-    from gainlens.analysis.map.sharing_cost import Price
-    from gainlens.analysis.map.sinks import Sinks
-    from gainlens.analysis.map.stability import Stability
-    from gainlens.analysis.map.units import Units
-    from gainlens.analysis.map.universal import Universal
-
-    classes = (
-        CoordinateMap,
-        HeadSimilarity,
-        PairTest,
-        Price,
-        RedLine,
-        Sinks,
-        Stability,
-        Universal,
-        Units,
-    )
-    return {c.__name__: c for c in classes}
-
-
 def save_map(cmap: CoordinateMap, path: str | Path) -> None:
     """Write a map whole or not at all."""
     tensors: dict[str, torch.Tensor] = {}
@@ -52,14 +27,18 @@ def save_map(cmap: CoordinateMap, path: str | Path) -> None:
     save_tensors(path, "map", tensors, {"map": tree})
 
 
-def load_map(path: str | Path) -> CoordinateMap:
-    """Read a map; see ``CoordinateMap.load``."""
-    from gainlens.analysis.map.coordinates import CoordinateMap
+def load_map(path: str | Path, root: type, parts: Sequence[type]) -> Any:
+    """Read a map; see ``CoordinateMap.load``.
 
+    Args:
+        path: of the file.
+        root: class of the map itself.
+        parts: the other classes that may be built from a file; no others ever are.
+    """
     tensors, facts = load_tensors(path, "map")
     try:
-        found = _unpack(facts["map"], tensors)
-        if not isinstance(found, CoordinateMap):
+        found = _unpack(facts["map"], tensors, {c.__name__: c for c in (root, *parts)})
+        if not isinstance(found, root):
             raise TypeError("its root is no map")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileFormatError(f"{path} lacks or mislabels a field of a map: {error}") from None
@@ -84,19 +63,19 @@ def _pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     return plain(value)
 
 
-def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _unpack(value: Any, tensors: dict[str, torch.Tensor], parts: dict[str, type]) -> Any:
     if isinstance(value, list):
-        return [_unpack(v, tensors) for v in value]
+        return [_unpack(v, tensors, parts) for v in value]
     if not isinstance(value, dict):
         return value
     if "$tensor" in value:
         return tensors[value["$tensor"]].numpy()
     if "$tuple" in value:
-        return tuple(_unpack(v, tensors) for v in value["$tuple"])
+        return tuple(_unpack(v, tensors, parts) for v in value["$tuple"])
     if "$dict" in value:
-        return {k: _unpack(v, tensors) for k, v in value["$dict"]}
-    cls = _parts()[value["$class"]]
-    return cls(**{k: _unpack(v, tensors) for k, v in value["fields"].items()})
+        return {k: _unpack(v, tensors, parts) for k, v in value["$dict"]}
+    cls = parts[value["$class"]]
+    return cls(**{k: _unpack(v, tensors, parts) for k, v in value["fields"].items()})
 
 
 def plain(value: Any) -> Any:

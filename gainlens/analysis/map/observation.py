@@ -22,10 +22,11 @@ from gainlens.analysis.map.units import Units
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
 from gainlens.data.document_identity import TextHasher
 from gainlens.errors import SilentSiteError, UnsupportedModelError
+from gainlens.model.finding_sites import key_sites
 from gainlens.model.forward import forward_layers
 from gainlens.model.hooks import Hook, attached, hook_point
 from gainlens.model.rotation import rotate
-from gainlens.model.sites import KeySites, key_sites
+from gainlens.model.sites import KeySites
 from gainlens.probes.gains import KeyGains
 
 FIRST = 4

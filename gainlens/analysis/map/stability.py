@@ -1,17 +1,9 @@
-"""Does the map stay the same over texts, halves of a text, and seeds of its permutations?"""
+"""``Stability``: the maps of several texts, halves of a text and seeds, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
-
-import numpy as np
-
-from gainlens.analysis.map.similarity import centred_rows
-from gainlens.errors import InputError
-from gainlens.probes.gains import KeyGains
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,60 +38,3 @@ class Stability:
             "core": list(self.core),
             "ever": list(self.ever),
         }
-
-
-def map_stability(
-    gains: Mapping[str, KeyGains | np.ndarray],
-    *,
-    seeds: Sequence[int] = (0, 1, 2),
-    **settings: Any,
-) -> Stability:
-    """Map every text and compare.
-
-    Args:
-        gains: by the name of the text: domains, halves of one text, samples.
-        seeds: permutation seeds; the first is used for every text, the rest for the first text.
-        settings: for ``coordinate_map`` (score, stage, n_permutations, …).
-
-    Raises:
-        InputError: fewer than two texts, or gains of different shapes.
-    """
-    from gainlens.analysis.map.coordinates import coordinate_map
-
-    if len(gains) < 2:
-        raise InputError(f"gains holds {len(gains)} text: expected two or more to compare")
-    shapes = {name: tuple(g.shape) for name, g in gains.items()}
-    if len(set(shapes.values())) > 1:
-        raise InputError(f"gains have different shapes: {shapes}")
-    first = next(iter(gains))
-    runs = [(name, seeds[0]) for name in gains] + [(first, seed) for seed in seeds[1:]]
-    settings = {"heads": False, **settings}
-    maps = {(n, s): coordinate_map(gains[n], seed=s, **settings) for n, s in runs}
-    sets = {key: set(m.universal_units) for key, m in maps.items()}
-    pairs = []
-    for a, b in combinations(runs, 2):
-        union = sets[a] | sets[b]
-        rows = centred_rows(maps[a].profiles), centred_rows(maps[b].profiles)
-        pairs.append(
-            {
-                "a": list(a),
-                "b": list(b),
-                "universal_jaccard": len(sets[a] & sets[b]) / len(union) if union else 1.0,
-                "same_layer_correlation": float((rows[0] * rows[1]).sum(1).mean()),
-            }
-        )
-    return Stability(
-        texts=[
-            {
-                "text": name,
-                "seed": seed,
-                "answer": m.answer,
-                "universal_units": list(m.universal_units),
-                **m.summary(),
-            }
-            for (name, seed), m in maps.items()
-        ],
-        pairs=pairs,
-        core=tuple(sorted(int(u) for u in set.intersection(*sets.values()))),
-        ever=tuple(sorted(int(u) for u in set.union(*sets.values()))),
-    )

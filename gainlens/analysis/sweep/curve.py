@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from pathlib import Path
@@ -90,6 +91,24 @@ class SurgeryCurve:
         if self.stopping is not None:
             return self.stopping.interval(deltas)
         return t_interval(deltas, level) if method == "t" else bootstrap_interval(deltas, level)
+
+    def mean_and_interval(self, indices: Sequence[int]) -> tuple[float, float, float]:
+        """Mean rise over the seeds of one point, with its 95% interval, nats per token.
+
+        The seeds share the documents, so a document's seeds are averaged first.
+
+        Args:
+            indices: of the points, one per seed.
+        """
+        if len(indices) == 1:
+            return (float(self.deltas(indices[0]).mean()), *self.interval(indices[0]))
+        if self.stopping is not None:
+            # Seeds may have stopped at different documents: the widest of their intervals.
+            ends = np.array([self.interval(i) for i in indices])
+            mean = float(np.mean([self.deltas(i).mean() for i in indices]))
+            return mean, float(ends[:, 0].min()), float(ends[:, 1].max())
+        delta = np.mean([self.deltas(i) for i in indices], axis=0)
+        return (float(delta.mean()), *t_interval(delta))
 
     def table(self, level: float = 0.95) -> list[dict[str, Any]]:
         """One row per point: what was cut, mean loss, rise over the intact model, its interval.

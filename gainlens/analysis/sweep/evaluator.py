@@ -16,9 +16,9 @@ from gainlens.ablation.key_mask import KeyMask
 from gainlens.ablation.refit_cut import RefitCut
 from gainlens.errors import InputError, SilentSiteError
 from gainlens.model.fast_copy import Edit, FastCopy, build_fast_copy
+from gainlens.model.finding_sites import key_sites
 from gainlens.model.forward import cross_entropy, fast_losses, token_losses
 from gainlens.model.hooks import attached
-from gainlens.model.sites import key_sites
 from gainlens.probes.gains import KeyGains
 
 SAME_LOSS = 1e-4

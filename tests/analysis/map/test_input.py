@@ -10,8 +10,8 @@ import torch
 from planted_maps import planted
 
 import gainlens as gl
+from gainlens.analysis.map.across_texts import map_stability
 from gainlens.analysis.map.comparison import compare_maps
-from gainlens.analysis.map.stability import map_stability
 
 pytestmark = pytest.mark.one_env
 
