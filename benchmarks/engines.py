@@ -21,6 +21,7 @@ import torch
 import transformers
 
 import gainlens as gl
+from gainlens.ablation import KeyMask
 from gainlens.data.document_identity import text_fingerprint
 from gainlens.export import SlicePlan, export_model, slim
 from gainlens.export.speed_ledger import machine, predict_decode
@@ -64,7 +65,9 @@ def main() -> int:
     longest = max([*args.contexts, args.length])
     filler = calibration.flatten().repeat(longest // calibration.numel() + 1)[:longest]
     gains = gl.probe_gains(bridge, calibration, progress=False)
-    plan = SlicePlan.from_gains(gains, args.keep, scope="universal", values=args.keep)
+    plan = SlicePlan.from_cut(
+        KeyMask.quietest(gains, 1 - args.keep, scope="universal"), values=args.keep
+    )
     thin = slim(bridge, plan, calibration)
     whole = slim(load_hf(args.model), SlicePlan.identity(bridge))
     folders = checkpoints(args, thin, whole)

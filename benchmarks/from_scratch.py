@@ -101,7 +101,9 @@ def picked(how: str, model: Any, text: torch.Tensor, args: argparse.Namespace, s
     bridge = to_bridge(copy.deepcopy(model), "from scratch", None)
     gains = gl.probe_gains(bridge, text, progress=False)
     if how == "gain":
-        return gl.SlicePlan.from_gains(gains, args.keep / shape[-1], "qk", "head")
+        return gl.SlicePlan.from_cut(
+            gl.KeyMask.quietest(gains, 1 - args.keep / shape[-1], "qk", "head")
+        )
     return gl.SlicePlan.from_mask(gl.KeyMask.random(gains, 1 - args.keep / shape[-1], seed))
 
 

@@ -164,7 +164,7 @@ def prepare(model_name: str, scope: str, fraction: float, length: int, cache):
             )
             gains.save(stored)
         # A head that the scope would leave nothing keeps its best pair.
-        plan = gl.SlicePlan.from_gains(gains, 1 - fraction, "fisher", scope)
+        plan = gl.SlicePlan.from_cut(gl.KeyMask.quietest(gains, 1 - 1 - fraction, "fisher", scope))
         cut = gl.refit(model, calibration[:CALIBRATION], plan.mask, rounds=4)
         cut.save(kept)
     print(f"{time.time() - started:.0f} s: {cut!r}", flush=True)

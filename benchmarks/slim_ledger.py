@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import gainlens as gl
+from gainlens.ablation import KeyMask
 from gainlens.export import SlicePlan, slim
 from gainlens.export.speed_ledger import CONTEXTS, ledger, machine
 from gainlens.files import write_json
@@ -49,7 +50,7 @@ def main() -> int:
     bridge = gl.load_model(args.model)
     tokens = gl.load_tokens(args.text, bridge, n_docs=8, length=256, split="calibration")
     gains = gl.probe_gains(bridge, tokens, progress=False)
-    plan = SlicePlan.from_gains(gains, args.keep, values=args.values)
+    plan = SlicePlan.from_cut(KeyMask.quietest(gains, 1 - args.keep), values=args.values)
     baseline = load_hf(args.model)
     thin = slim(baseline, plan, tokens)
     full = slim(baseline, SlicePlan.identity(baseline))
@@ -85,9 +86,11 @@ def rounding(name: str, model: Any, tokens: torch.Tensor, gains: Any) -> list[di
     wide = load_hf(name, dtype=torch.float64)
     plans = {
         "identity": SlicePlan.identity(model),
-        "half the keys": SlicePlan.from_gains(gains, 0.5),
-        "half the keys and values": SlicePlan.from_gains(gains, 0.5, values=0.5),
-        "the same, one shared set": SlicePlan.from_gains(gains, 0.5, scope="universal", values=0.5),
+        "half the keys": SlicePlan.from_cut(KeyMask.quietest(gains, 0.5)),
+        "half the keys and values": SlicePlan.from_cut(KeyMask.quietest(gains, 0.5), values=0.5),
+        "the same, one shared set": SlicePlan.from_cut(
+            KeyMask.quietest(gains, 0.5, scope="universal"), values=0.5
+        ),
     }
     rows: list[dict[str, Any]] = []
     for label, plan in plans.items():

@@ -53,7 +53,7 @@ def main() -> None:
         "sotu", bridge, n_docs=args.batch * (args.repeats + 1), length=args.length, split="training"
     )
     gains = gl.probe_gains(bridge, calibration, progress=False)
-    thin = gl.SlicePlan.from_gains(gains, args.keep, "qk", "layer")
+    thin = gl.SlicePlan.from_cut(gl.KeyMask.quietest(gains, 1 - args.keep, "qk", "layer"))
     whole = gl.SlicePlan.identity(bridge)
     del bridge
     model = load_hf(args.model)

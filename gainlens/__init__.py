@@ -1,12 +1,15 @@
 """gainlens: what the key dimensions of a transformer do, which can go, and what that is worth."""
 
 from gainlens.ablation import (
+    Cut,
     KeyCache,
     KeyMask,
     RefitCut,
     ablate,
     ablation_hooks,
+    best_cut,
     greedy_mask,
+    load_cut,
     refit,
 )
 from gainlens.analysis import (
@@ -41,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Behaviours",
     "CoordinateMap",
+    "Cut",
     "FileFormatError",
     "GainlensError",
     "InputError",
@@ -62,12 +66,14 @@ __all__ = [
     "ablation_hooks",
     "attribution_patching",
     "behaviours",
+    "best_cut",
     "canonical_gains",
     "compare_maps",
     "coordinate_map",
     "export_model",
     "greedy_mask",
     "key_sites",
+    "load_cut",
     "load_model",
     "load_slim",
     "load_tokens",

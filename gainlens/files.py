@@ -134,6 +134,23 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
         ) from None
 
 
+def file_kind(path: str | Path) -> str:
+    """What a file of ``save_tensors`` says that it holds.
+
+    Raises:
+        FileFormatError: missing, truncated, or not a gainlens file.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return str((file.metadata() or {}).get("kind", ""))
+    except Exception as error:
+        raise FileFormatError(
+            f"{path} can't be read as a gainlens file: {' '.join(str(error).split())}"
+        ) from None
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

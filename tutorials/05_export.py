@@ -41,7 +41,7 @@ folder = Path(tempfile.mkdtemp())  # everything below is written here
 # Each head keeps its own half of the pairs. `slim` reads the weights and leaves your model as it was.
 
 # %%
-plan = gl.SlicePlan.from_gains(gains, keep=0.5, score="qk", scope="head")
+plan = gl.SlicePlan.from_cut(gl.KeyMask.quietest(gains, 0.5, score="qk", scope="head"))
 thin = gl.slim(model, plan)
 hooks = gl.ablation_hooks(model, plan.mask)
 with torch.inference_mode():
@@ -92,7 +92,7 @@ print("written:", (folder / "refused").exists())
 # best low-rank pair for the calibration text.
 
 # %%
-shared = gl.SlicePlan.from_gains(gains, keep=0.5, scope="universal", values=0.5)
+shared = gl.SlicePlan.from_cut(gl.KeyMask.quietest(gains, 0.5, scope="universal"), values=0.5)
 refitted = gl.refit(model, calibration, shared.mask)
 stock = gl.slim(model, shared, calibration, refit=refitted)
 NEW = 8

@@ -40,6 +40,21 @@ class KeyCache:
         """Positions in the run."""
         return self.keys[0].shape[1]
 
+    def check(self, sites: KeySites, stage: Stage) -> None:
+        """Raise ``InputError`` unless the keys are of a model with ``sites``, read at ``stage``."""
+        if self.stage != stage:
+            raise InputError(
+                f"cache was read at stage={self.stage!r}: this cut acts at {stage!r}, expected the "
+                "same"
+            )
+        shapes = {tuple(keys.shape[2:]) for keys in self.keys}
+        if len(self.keys) != sites.n_layers or shapes != {sites.shape[1:]}:
+            raise InputError(
+                f"cache is of another model: it holds {len(self.keys)} layers of [kv_head, d_head]"
+                f" = {sorted(shapes)}, this model ({sites.architecture}) has {sites.n_layers} of "
+                f"{sites.shape[1:]}"
+            )
+
     @classmethod
     def run(cls, model: Any, tokens: Tokens, stage: Stage = "rotated") -> KeyCache:
         """Run ``model`` on ``tokens`` and keep its keys.

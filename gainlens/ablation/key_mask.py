@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from numbers import Real
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gainlens.ablation.kept import Kept
+from gainlens.ablation.counted_hooks import AblationHooks
+from gainlens.ablation.cut import Cut
+from gainlens.ablation.key_cache import KeyCache
+from gainlens.ablation.masked_cut import MaskedCut
 from gainlens.errors import InputError
-from gainlens.files import load_tensors, save_tensors
+from gainlens.model.fast_copy import Edit
 from gainlens.model.sites import Stage
 from gainlens.probes.gains import UNITS, KeyGains
 
@@ -22,8 +24,7 @@ PROVENANCE = ("fingerprint", "texts", "documents")
 """Facts of a mask that say where it comes from: hashes, not for people."""
 
 
-@dataclass(frozen=True, eq=False, init=False)
-class KeyMask(Kept):
+class KeyMask(Cut):
     """Which key dimensions stay: boolean ``[layer, kv_head, d_head]``, True for what stays.
 
     Attributes:
@@ -34,8 +35,7 @@ class KeyMask(Kept):
         InputError: ``keep`` is not three-dimensional or not boolean (0 and 1 are taken).
     """
 
-    keep: Bool[torch.Tensor, "layer kv_head d_head"]
-    facts: dict[str, Any]
+    kind = "mask"
 
     def __init__(self, keep: Any, facts: dict[str, Any] | None = None) -> None:
         try:
@@ -52,8 +52,8 @@ class KeyMask(Kept):
             if not bool(((keep == 0) | (keep == 1)).all()):
                 raise InputError("keep holds values other than 0 and 1: expected booleans")
             keep = keep.bool()
-        object.__setattr__(self, "keep", keep.clone())
-        object.__setattr__(self, "facts", dict(facts or {}))
+        self._keep: Bool[torch.Tensor, "layer kv_head d_head"] = keep.clone()
+        self.facts = dict(facts or {})
 
     def __repr__(self) -> str:
         made = ", ".join(f"{k}={v}" for k, v in self.facts.items() if k not in PROVENANCE)
@@ -69,19 +69,50 @@ class KeyMask(Kept):
         return hash(self.keep.numpy().tobytes())
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(n_layers, n_kv_heads, d_head)``."""
-        n_layers, n_kv_heads, d_head = self.keep.shape
-        return n_layers, n_kv_heads, d_head
+    def keep(self) -> Bool[torch.Tensor, "layer kv_head d_head"]:
+        """True for what stays."""
+        return self._keep
 
-    @property
-    def fraction_kept(self) -> float:
-        """Share of dimensions that stay, 0 to 1."""
-        return int(self.keep.sum()) / self.keep.numel()
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The mask itself."""
+        return {"keep": self.keep}
 
-    def whole_pairs(self, partner: Int[torch.Tensor, " d_head"]) -> bool:
-        """Whether no pair of a dimension and its ``partner`` (``KeySites.partner``) is split."""
-        return bool((self.keep == self.keep[..., partner]).all())
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> KeyMask:
+        """See ``Cut.from_tensors``."""
+        return cls(tensors["keep"], facts)
+
+    def in_mode(
+        self,
+        mode: str = "zero",
+        *,
+        stage: Stage | None = None,
+        gains: KeyGains | None = None,
+        cache: KeyCache | None = None,
+        donors: Sequence[torch.Tensor] | None = None,
+        seed: int = 0,
+    ) -> MaskedCut:
+        """What is cut carries something else than zero; see ``MaskedCut``."""
+        return MaskedCut(
+            self, mode, stage=stage, gains=gains, cache=cache, donors=donors, seed=seed
+        )
+
+    def edit(self, model: Any, batch: Int[torch.Tensor, "document pos"]) -> Edit:
+        """See ``Cut.edit``: what is cut is zero."""
+        return self.in_mode().edit(model, batch)
+
+    def hooks(
+        self, model: Any, batch: Int[torch.Tensor, "document pos"] | None = None
+    ) -> AblationHooks:
+        """See ``Cut.hooks``: what is cut is zero."""
+        return self.in_mode().hooks(model, batch)
+
+    def only(self, layer: int, kv_head: int | None = None) -> KeyMask:
+        """The same in one layer, or one of its key heads, alone."""
+        keep = torch.ones_like(self.keep)
+        heads = slice(None) if kv_head is None else kv_head
+        keep[layer, heads] = self.keep[layer, heads]
+        return KeyMask(keep, self.facts)
 
     @classmethod
     def quietest(
@@ -234,20 +265,6 @@ class KeyMask(Kept):
              "fraction": fraction, **_origin(gains)},
         )  # fmt: skip
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
-        save_tensors(path, "mask", {"keep": self.keep}, self.facts)
-
-    @classmethod
-    def load(cls, path: str | Path) -> KeyMask:
-        """Read what ``save`` wrote.
-
-        Raises:
-            FileFormatError: missing, truncated, or not a mask.
-        """
-        tensors, facts = load_tensors(path, "mask")
-        return cls(tensors["keep"], facts)
-
 
 def _origin(gains: KeyGains) -> dict[str, Any]:
     """Whose gains these were: a plan made of the mask fits that model, other text has to judge."""
@@ -289,7 +306,8 @@ def keep_by_order(
 
     Args:
         values: equal on both dimensions of a pair when ``unit`` is ``pair``.
-        fraction, scope, unit: as for ``KeyMask.quietest``.
+        fraction, scope, unit: as for ``KeyMask.quietest``. Under a fraction below 1, the scopes
+            ``layer`` and ``model`` leave every head the unit that would go last.
         partner: which dimension each rotates with.
         shared: ``values`` are comparable between heads already (universal scope).
         loudest: cut those with the largest values instead.
@@ -320,7 +338,13 @@ def keep_by_order(
     else:
         flat = units.reshape(1, -1)
     sizes = size.repeat(flat.shape[1] // len(size))
-    cut = _smallest(-flat if loudest else flat, sizes, fraction)
+    order = -flat if loudest else flat
+    cut = _smallest(order, sizes, fraction)
+    if scope in ("layer", "model") and fraction < 1:
+        by_head = order.reshape(layers * heads, -1)
+        last = torch.zeros_like(by_head, dtype=torch.bool)
+        last.scatter_(1, by_head.argmax(1, keepdim=True), True)
+        cut &= ~last.reshape(cut.shape)
     if scope == "universal":
         chosen = cut.expand(layers * heads, -1).reshape(layers, heads, -1)
     else:

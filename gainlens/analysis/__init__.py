@@ -5,7 +5,8 @@ from gainlens.analysis.map.canonical import canonical_gains
 from gainlens.analysis.map.comparison import compare_maps
 from gainlens.analysis.map.coordinates import CoordinateMap, coordinate_map
 from gainlens.analysis.map.evidence import with_evidence
-from gainlens.analysis.patching import PatchEffects, attribution_patching, patch_keys
+from gainlens.analysis.patch_effects import PatchEffects
+from gainlens.analysis.patching import attribution_patching, patch_keys
 from gainlens.analysis.sweep.curve import SurgeryCurve
 from gainlens.analysis.sweep.run import surgery
 from gainlens.stats.verdicts import Verdict

@@ -6,7 +6,7 @@ attention alone can do, over the same fractions, each with the value that chance
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
-from gainlens.ablation.key_mask import KeyMask, Scope, check_something_stays
-from gainlens.ablation.refit_cut import RefitCut
-from gainlens.analysis.sweep.evaluator import Evaluator
+from gainlens.ablation.cut import Cut
+from gainlens.ablation.key_mask import Scope, check_something_stays
+from gainlens.analysis.sweep.evaluator import Evaluator, evaluator_of
 from gainlens.analysis.sweep.judging_text import check_judge
 from gainlens.analysis.sweep.points import Point, check_fractions
+from gainlens.analysis.sweep.run import given_point
 from gainlens.data.batches import Tokens, as_documents
 from gainlens.errors import InputError
 from gainlens.files import FORMAT
@@ -128,11 +129,12 @@ def behaviours(
     score: str = "qk",
     scope: Scope = "head",
     orders: Sequence[str] = ("quietest", "random"),
-    cuts: dict[str, KeyMask | RefitCut] | None = None,
+    cuts: Mapping[str, Cut] | None = None,
     distances: Sequence[int] = (4, 16, 64),
     n_sequences: int = 16,
     repeat: int = 32,
     seed: int = 0,
+    evaluator: Evaluator | None = None,
     progress: bool = True,
 ) -> Behaviours:
     """Measure behaviours of the intact and the cut model.
@@ -150,6 +152,7 @@ def behaviours(
         n_sequences: random sequences per figure.
         repeat: length of the random sequence that is repeated for induction.
         seed: of the random sequences and the random order.
+        evaluator: of this model, where several calls share one.
         progress: show a progress bar over cuts.
 
     Raises:
@@ -176,9 +179,9 @@ def behaviours(
         n: copying_prompts(random_rows(pool, n_sequences, n + CANDIDATES + 2, generator), n)
         for n in distances
     }
-    evaluator = Evaluator(model)
+    evaluator = evaluator_of(model, evaluator)
     reference = [evaluator.logits(d[None])[0].log_softmax(-1) for d in documents]
-    todo: list[tuple[Point | None, KeyMask | RefitCut | None]] = [(None, None)]
+    todo: list[tuple[Point | None, Cut | None]] = [(None, None)]
     for order in orders:
         for fraction in fractions:
             drawn = seed if order in ("random", "matched") else None
@@ -186,11 +189,7 @@ def behaviours(
             mask = point.mask(gains)
             check_something_stays(mask, fraction)
             todo.append((point, mask))
-    for name, cut in (cuts or {}).items():
-        mask = cut.mask if isinstance(cut, RefitCut) else cut
-        fraction = 1 - mask.fraction_kept
-        check_fractions((fraction,))
-        todo.append((Point("given", "given", "pair", "zero", "given", fraction, None, name), cut))
+    todo += [(given_point(name, cut), cut) for name, cut in (cuts or {}).items()]
     chance = _chances(reference, documents, len(pool))
     rows: list[BehaviourRow] = []
     for at, cut in tqdm(todo, desc="behaviours", unit="cut", disable=not progress):

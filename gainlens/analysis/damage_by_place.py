@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from gainlens.ablation.key_mask import KeyMask
-from gainlens.analysis.sweep.evaluator import Evaluator
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
+from gainlens.ablation.cut import Cut
+from gainlens.analysis.sweep.evaluator import Evaluator, evaluator_of
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError
 
 PLACES = ("head", "layer")
@@ -20,52 +19,49 @@ PLACES = ("head", "layer")
 def damage_by_head(
     model: Any,
     tokens: Tokens,
-    mask: KeyMask,
+    cut: Cut,
     *,
     by: str = "head",
     tokens_per_batch: int = TOKENS_PER_BATCH,
+    evaluator: Evaluator | None = None,
     progress: bool = True,
 ) -> Float[np.ndarray, "layer part"]:
-    """Mean rise of the loss in nats per token when ``mask`` is applied in one place at a time.
+    """Mean rise of the loss in nats per token when a cut is made in one place at a time.
 
     The layers before the one that is cut are run once, not again for every place.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
         tokens: validation text.
-        mask: what stays where it is applied.
+        cut: of any kind; made in one place, the rest is intact.
         by: ``head`` gives ``[layer, kv_head]``, ``layer`` gives ``[layer, 1]``.
         tokens_per_batch: upper bound on tokens per forward pass.
+        evaluator: of this model, where several calls share one.
         progress: show a progress bar.
 
     Raises:
-        InputError: another ``by``, or a mask of another model's shape.
+        InputError: another ``by``, or a cut of another model's shape.
     """
     if by not in PLACES:
         raise InputError(f"by={by!r} is not one of {', '.join(PLACES)}")
-    evaluator = Evaluator(model)
-    if mask.shape != evaluator.sites.shape:
-        raise InputError(
-            f"mask has shape {mask.shape}: this model ({evaluator.sites.architecture}) has "
-            f"{evaluator.sites.shape}"
-        )
-    documents = list(batches(tokens, int(model.cfg.d_vocab), tokens_per_batch))
-    layers, heads, _ = mask.shape
+    evaluator = evaluator_of(model, evaluator)
+    cut.check(evaluator.sites)
+    text = evaluator.on(tokens, tokens_per_batch)
+    layers, heads, _ = cut.shape
     parts = heads if by == "head" else 1
     total = np.zeros((layers, parts))
-    n_documents = 0
+    intact = iter(np.split(text.intact, np.cumsum(text.sizes)[:-1]))
     with tqdm(
-        total=layers * parts * len(documents), desc="damage", unit="run", disable=not progress
+        total=layers * parts * len(text.documents),
+        desc="damage",
+        unit="run",
+        disable=not progress,
     ) as bar:
-        for batch in documents:
-            baseline = evaluator.tokens(batch).double().mean(1)
+        for batch, baseline in zip(text.documents, intact, strict=True):
             residuals = evaluator.residuals(batch)
-            n_documents += len(baseline)
             for layer, part in np.ndindex(layers, parts):
-                keep = torch.ones(mask.shape, dtype=torch.bool)
-                chosen = slice(part, part + 1) if by == "head" else slice(None)
-                keep[layer, chosen] = mask.keep[layer, chosen]
-                cut = evaluator.tokens_from(layer, batch, KeyMask(keep), residuals)
-                total[layer, part] += float((cut.double().mean(1) - baseline).sum())
+                one = cut.only(layer, part if by == "head" else None)
+                found = evaluator.tokens_from(layer, batch, one, residuals)
+                total[layer, part] += float((found.double().mean(1).numpy() - baseline).sum())
                 bar.update()
-    return total / n_documents
+    return total / sum(text.sizes)

@@ -8,7 +8,7 @@ reach the layers below it, so those are not run again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,14 @@ import torch
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
+from gainlens.ablation.cut import Cut
 from gainlens.ablation.key_cache import KeyCache, one_length
+from gainlens.analysis.patch_effects import PatchEffects
 from gainlens.analysis.skipped_layers import Prefix
-from gainlens.analysis.sweep.evaluator import Evaluator
+from gainlens.analysis.sweep.evaluator import Evaluator, evaluator_of
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError
-from gainlens.frames import data_frame
+from gainlens.model.fast_copy import Edit
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.rotation import rotate
@@ -33,113 +35,10 @@ Metric = Callable[[torch.Tensor], Any]
 """From logits ``[document, pos, vocab]`` of the patched run to one number."""
 
 
-@dataclass(frozen=True, eq=False)
-class PatchEffects:
-    """What patching each unit changes.
-
-    Attributes:
-        effect: metric of the patched run minus that of the corrupted run, in the metric's units,
-            ``[layer, kv_head, unit]``; NaN in layers that were not asked for.
-        clean, corrupted: the metric on either prompt.
-        dims: the dimension (for a pair: the first of the two) behind each unit.
-        unit: ``pair`` or ``dim``.
-        method: ``exact`` or ``attribution``.
-    """
-
-    effect: Float[np.ndarray, "layer kv_head unit"]
-    clean: float
-    corrupted: float
-    dims: tuple[int, ...]
-    unit: str
-    method: str
-
-    def __repr__(self) -> str:
-        layer, head, unit = self.largest(1)[0][:3]
-        return (
-            f"PatchEffects({self.method}, {self.effect.shape}, metric clean {self.clean:.4g}, "
-            f"corrupted {self.corrupted:.4g}, largest at layer {layer}, head {head}, {self.unit} "
-            f"of dim {unit})"
-        )
-
-    @property
-    def normalised(self) -> Float[np.ndarray, "layer kv_head unit"]:
-        """Share of the gap between corrupted (0) and clean (1) that each unit restores.
-
-        Raises:
-            InputError: the metric is the same on both prompts, or not known on the clean one.
-        """
-        if not np.isfinite(self.clean):
-            raise InputError(
-                "clean was given as a KeyCache, so its metric is not known: give tokens"
-            )
-        if self.clean == self.corrupted:
-            raise InputError(
-                f"metric is {self.clean!r} on both prompts: there is no gap to take a share of"
-            )
-        share: Float[np.ndarray, "layer kv_head unit"] = self.effect / (self.clean - self.corrupted)
-        return share
-
-    def largest(self, n: int = 10) -> list[tuple[int, int, int, float]]:
-        """The ``n`` units with the largest absolute effect: (layer, kv_head, dim, effect)."""
-        flat = np.abs(np.nan_to_num(self.effect)).ravel()
-        rows = []
-        for index in np.argsort(-flat, kind="stable")[:n]:
-            layer, head, unit = np.unravel_index(index, self.effect.shape)
-            value = float(self.effect[layer, head, unit])
-            rows.append((int(layer), int(head), self.dims[unit], value))
-        return rows
-
-    def correlation(self, other: PatchEffects) -> float:
-        """Pearson's correlation with the effects of another method, over units that both have.
-
-        Raises:
-            InputError: they have other shapes or nothing varies.
-        """
-        if self.effect.shape != other.effect.shape:
-            raise InputError(
-                f"effects have shapes {self.effect.shape} and {other.effect.shape}: expected one"
-            )
-        both = np.isfinite(self.effect) & np.isfinite(other.effect)
-        a, b = self.effect[both], other.effect[both]
-        if len(a) < 2 or a.std() == 0 or b.std() == 0:
-            raise InputError("effects do not vary, so they have no correlation")
-        return float(np.corrcoef(a, b)[0, 1])
-
-    def to_dataframe(self) -> Any:
-        """One row per unit: layer, kv_head, dim (a pair's first), effect in the metric's units.
-
-        Raises:
-            InputError: pandas is not installed.
-        """
-        return data_frame(
-            {"layer": layer, "kv_head": head, "dim": self.dims[unit], "effect": float(value)}
-            for (layer, head, unit), value in np.ndenumerate(self.effect)
-        )
-
-    def plot(self, ax: Any = None) -> Any:
-        """A heat map, layers and heads down, units across; returns the axes, shows nothing.
-
-        Args:
-            ax: matplotlib axes to draw into; new ones by default.
-        """
-        from gainlens.plots.curves import plot_patching
-
-        return plot_patching(self, ax)
-
-    def _repr_html_(self) -> str:
-        from gainlens.plots.notebook import figure_html
-
-        return figure_html(
-            self,
-            f"Heat map of the change of the metric when the key {self.unit} of the clean run is "
-            "put into the corrupted run, by layer and key head.",
-        )
-
-
 def unit_dims(sites: KeySites, unit: str) -> list[list[int]]:
     """The dimensions of each unit."""
     if unit not in UNITS:
-        raise InputError(f"units={unit!r} is not one of {', '.join(UNITS)}")
+        raise InputError(f"unit={unit!r} is not one of {', '.join(UNITS)}")
     if unit == "dim":
         return [[d] for d in range(sites.d_head)]
     return [sorted({d, int(p)}) for d, p in enumerate(sites.partner) if d <= int(p)]
@@ -151,9 +50,11 @@ def patch_keys(
     corrupted: Tokens,
     *,
     metric: Metric,
-    units: str = "pair",
+    unit: str = "pair",
     layers: Sequence[int] | None = None,
+    cut: Cut | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
+    evaluator: Evaluator | None = None,
     progress: bool = True,
 ) -> PatchEffects:
     """Run ``corrupted`` with each unit's key from ``clean``, at all positions.
@@ -164,9 +65,11 @@ def patch_keys(
             NaN).
         corrupted: tokens ``[document, pos]`` of the same shape.
         metric: from logits ``[document, pos, vocab]`` to one number.
-        units: ``pair`` (both dimensions of a rotary pair at once) or ``dim``.
+        unit: ``pair`` (both dimensions of a rotary pair at once) or ``dim``.
         layers: which layers; by default all.
+        cut: made in every run, of the clean prompt too: which units carry it in the cut model?
         tokens_per_batch: how many tokens are run at once; several units share a batch.
+        evaluator: of this model, where several calls share one.
         progress: show a progress bar over units.
 
     Raises:
@@ -174,18 +77,19 @@ def patch_keys(
             or not one number.
     """
     sites = key_sites(model)
-    groups = unit_dims(sites, units)
+    groups = unit_dims(sites, unit)
     prompt = one_length(corrupted, int(model.cfg.d_vocab), "corrupted")
     if not isinstance(clean, KeyCache):
         clean = one_length(clean, int(model.cfg.d_vocab), "clean")
-    cache = clean if isinstance(clean, KeyCache) else KeyCache.run(model, clean)
+    with _made(model, cut, prompt):
+        cache = clean if isinstance(clean, KeyCache) else KeyCache.run(model, clean)
     _check_cache(cache, prompt, sites)
     wanted = _layer_list(layers, sites)
     prompt = prompt.to(next(model.parameters()).device)
     effect = np.full((sites.n_layers, sites.n_kv_heads, len(groups)), np.nan)
-    todo = [(head, unit) for head in range(sites.n_kv_heads) for unit in range(len(groups))]
+    todo = [(head, number) for head in range(sites.n_kv_heads) for number in range(len(groups))]
     at_once = max(1, tokens_per_batch // prompt.numel())
-    runner = _Runner(model, prompt, sites)
+    runner = _Runner(evaluator_of(model, evaluator), prompt, cut)
     end = float("nan")
     if not isinstance(clean, KeyCache):
         end = _number(metric(runner.intact(clean)), metric, "the clean prompt")
@@ -197,14 +101,14 @@ def patch_keys(
             for first in range(0, len(todo), at_once):
                 chosen = todo[first : first + at_once]
                 take = torch.zeros(len(chosen), sites.n_kv_heads, sites.d_head, dtype=torch.bool)
-                for row, (head, unit) in enumerate(chosen):
-                    take[row, head, groups[unit]] = True
+                for row, (head, number) in enumerate(chosen):
+                    take[row, head, groups[number]] = True
                 logits = runner.patched(layer, cache.keys[layer], take)
-                for (head, unit), one in zip(chosen, logits, strict=True):
-                    where = f"layer {layer}, head {head}, dims {groups[unit]}"
-                    effect[layer, head, unit] = _number(metric(one), metric, where) - start
+                for (head, number), one in zip(chosen, logits, strict=True):
+                    where = f"layer {layer}, head {head}, dims {groups[number]}"
+                    effect[layer, head, number] = _number(metric(one), metric, where) - start
                 bar.update(len(chosen))
-    return PatchEffects(effect, end, start, tuple(g[0] for g in groups), units, "exact")
+    return PatchEffects(effect, end, start, tuple(g[0] for g in groups), unit, "exact")
 
 
 def attribution_patching(
@@ -213,7 +117,7 @@ def attribution_patching(
     corrupted: Tokens,
     *,
     metric: Metric,
-    units: str = "pair",
+    unit: str = "pair",
 ) -> PatchEffects:
     """The first-order estimate of ``patch_keys``: (clean key - corrupted key) · d metric / d key.
 
@@ -224,7 +128,7 @@ def attribution_patching(
         InputError: as for ``patch_keys``; a metric that does not depend on the logits.
     """
     sites = key_sites(model)
-    groups = unit_dims(sites, units)
+    groups = unit_dims(sites, unit)
     prompt = one_length(corrupted, int(model.cfg.d_vocab), "corrupted")
     if not isinstance(clean, KeyCache):
         clean = one_length(clean, int(model.cfg.d_vocab), "clean")
@@ -235,8 +139,8 @@ def attribution_patching(
     effect = np.empty((sites.n_layers, sites.n_kv_heads, len(groups)))
     for layer, (k, gradient) in enumerate(zip(keys, gradients, strict=True)):
         share = ((cache.keys[layer].to(k) - k) * gradient).sum((0, 1)).double().cpu().numpy()
-        for unit, dims in enumerate(groups):
-            effect[layer, :, unit] = share[:, dims].sum(1)
+        for number, dims in enumerate(groups):
+            effect[layer, :, number] = share[:, dims].sum(1)
     if not np.isfinite(effect).all():
         layer = int(np.argwhere(~np.isfinite(effect))[0, 0])
         raise InputError(
@@ -247,28 +151,31 @@ def attribution_patching(
     if not isinstance(clean, KeyCache):
         with torch.inference_mode():
             end = _number(metric(model(clean, return_type="logits")), metric, "the clean prompt")
-    return PatchEffects(effect, end, value, tuple(g[0] for g in groups), units, "attribution")
+    return PatchEffects(effect, end, value, tuple(g[0] for g in groups), unit, "attribution")
 
 
 class _Runner:
     """Forward passes of the corrupted prompt from a layer on, several patches at once."""
 
-    def __init__(self, model: Any, prompt: torch.Tensor, sites: KeySites) -> None:
-        self.model, self.prompt, self.sites = model, prompt, sites
-        self.fast_copy = Evaluator(model).fast_copy
-        self.hooked = not hasattr(model, "original_model")
+    def __init__(self, evaluator: Evaluator, prompt: torch.Tensor, cut: Cut | None) -> None:
+        self.model, self.prompt, self.cut = evaluator.model, prompt, cut
+        self.sites = evaluator.sites
+        self.fast_copy = evaluator.fast_copy
+        self.hooked = not hasattr(self.model, "original_model")
         self.residuals: list[torch.Tensor] = []
-        self.prefix = None if self.hooked else Prefix(model)
+        self.prefix = None if self.hooked else Prefix(self.model)
 
     @torch.inference_mode()
     def intact(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits of a prompt; keeps what each layer reads in the last one asked for."""
         tokens = tokens.to(self.prompt.device)
         if self.fast_copy is not None:
-            self.residuals = self.fast_copy.residuals(tokens)
-            return self.fast_copy.logits(self.fast_copy.hidden(tokens))
+            with self.fast_copy.edited(self._edit(tokens)):
+                self.residuals = self.fast_copy.residuals(tokens)
+                return self.fast_copy.logits(self.fast_copy.hidden(tokens))
         if self.prefix is not None:
-            return self.prefix.read(tokens)
+            with _made(self.model, self.cut, tokens):
+                return self.prefix.read(tokens)
         found: dict[int, torch.Tensor] = {}
 
         def keep(x: torch.Tensor, hook: Any, *, layer: int) -> None:
@@ -279,10 +186,13 @@ class _Runner:
             (f"blocks.{layer - 1}.hook_resid_post", partial(keep, layer=layer))
             for layer in range(1, self.sites.n_layers)
         ]
-        with attached(self.model, hooks):
+        with _made(self.model, self.cut, tokens), attached(self.model, hooks):
             logits: torch.Tensor = self.model(tokens, return_type="logits")
         self.residuals = [tokens, *(found[layer] for layer in sorted(found))]
         return logits
+
+    def _edit(self, tokens: torch.Tensor) -> Edit | None:
+        return None if self.cut is None else self.cut.edit(self.model, tokens)
 
     @torch.inference_mode()
     def patched(
@@ -294,10 +204,12 @@ class _Runner:
         source = clean.expand(rows, *clean.shape[1:]).repeat(n, 1, 1, 1)
         tokens = self.prompt.repeat(n, 1)
         if self.fast_copy is not None:
+            made = self._edit(tokens)
 
             def edit(
                 q: torch.Tensor, k: torch.Tensor, at: int
             ) -> tuple[torch.Tensor, torch.Tensor]:
+                q, k = (q, k) if made is None else made(q, k, at)
                 return q, torch.where(taken, source.to(k), k) if at == layer else k
 
             with self.fast_copy.edited(edit):
@@ -317,7 +229,8 @@ class _Runner:
                     return torch.where(taken, source.to(k), k)
                 return turn(torch.where(taken, source.to(k), turn(k)), inverse=True)
 
-            with attached(self.model, [(self.sites.key_hook(layer, stage), put)]):
+            patch: list[Hook] = [(self.sites.key_hook(layer, stage), put)]
+            with _made(self.model, self.cut, tokens), attached(self.model, patch):
                 if self.prefix is None and layer:
                     residual = self.residuals[layer].repeat(n, 1, 1)
                     logits = self.model(residual, start_at_layer=layer, return_type="logits")
@@ -327,6 +240,10 @@ class _Runner:
                 else:
                     logits = self.model(tokens, return_type="logits")
         return logits.reshape(n, rows, *logits.shape[1:])
+
+
+def _made(model: Any, cut: Cut | None, tokens: torch.Tensor) -> AbstractContextManager[None]:
+    return nullcontext() if cut is None else attached(model, cut.hooks(model, tokens))
 
 
 def _key_gradients(

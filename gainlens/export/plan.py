@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
+from gainlens.ablation.cut import Cut, HeadMaps, check_cut
 from gainlens.ablation.kept import Kept
-from gainlens.ablation.key_mask import KeyMask, Scope
-from gainlens.ablation.refit_cut import RefitCut
+from gainlens.ablation.key_mask import KeyMask
 from gainlens.errors import FileFormatError, InputError
 from gainlens.export.layout import HeadLayout, head_layout
 from gainlens.files import FORMAT, read_json, write_json
 from gainlens.model.sites import pair_partners
-from gainlens.probes.gains import KeyGains
 
 Basis = Literal["own", "canonical"]
 BASES: tuple[Basis, ...] = ("own", "canonical")
@@ -40,6 +39,8 @@ class SlicePlan(Kept):
         fingerprint: hash of the model's weights (``gainlens.model.fingerprint``), or None for a
             plan that was made by hand; ``slim`` then checks the shape alone.
         facts: how it was made (score, scope, fraction, …).
+        maps: of a cut whose kept dimensions carry linear maps; ``slim`` and training fold them
+            into the projections. A plan's file does not hold them: save the cut.
 
     Raises:
         InputError: a head that keeps nothing, a shape or a value width that no model has.
@@ -50,6 +51,7 @@ class SlicePlan(Kept):
     basis: Basis = "own"
     fingerprint: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    maps: HeadMaps | None = None
 
     def __post_init__(self) -> None:
         keep = KeyMask(self.keep).keep
@@ -191,65 +193,45 @@ class SlicePlan(Kept):
         return replace(self, value_widths=_value_widths(widths, self.shape))
 
     @classmethod
-    def from_mask(
+    def from_cut(
         cls,
-        mask: KeyMask | RefitCut,
+        cut: Cut,
         *,
         values: int | float | Sequence[int] | None = None,
         fingerprint: str | None = None,
     ) -> SlicePlan:
-        """The plan that keeps what a mask keeps; the mask's facts carry over.
+        """The plan that a cut becomes; its facts carry over.
 
         Args:
-            mask: of the model to cut; of a ``RefitCut`` its mask (the maps go to ``slim``).
+            cut: of the model to cut, of any kind.
             values: as for ``with_values``.
-            fingerprint: of the model; taken from the mask's facts where they have one.
+            fingerprint: of the model; taken from the cut's facts where they have one.
 
         Raises:
-            InputError: not a mask, or a head that would keep nothing.
+            InputError: not a cut, or a head that would keep nothing.
+
+        Example:
+            >>> plan = gl.SlicePlan.from_cut(gl.best_cut(model, tokens), values=0.5)
         """
-        if isinstance(mask, RefitCut):
-            mask = mask.mask
-        if not isinstance(mask, KeyMask):
-            raise InputError(f"mask={type(mask).__name__}: expected a KeyMask")
+        facts = check_cut(cut).all_facts
         return cls(
-            mask.keep,
-            _value_widths(values, mask.shape),
-            fingerprint=fingerprint or mask.facts.get("fingerprint"),
-            facts=dict(mask.facts),
+            cut.keep,
+            _value_widths(values, cut.shape),
+            fingerprint=fingerprint or facts.get("fingerprint"),
+            facts=facts,
+            maps=cut.maps,
         )
 
     @classmethod
-    def from_gains(
+    def from_mask(
         cls,
-        gains: KeyGains,
-        keep: float = 0.5,
-        score: str = "qk",
-        scope: Scope = "head",
+        mask: Cut,
         *,
         values: int | float | Sequence[int] | None = None,
+        fingerprint: str | None = None,
     ) -> SlicePlan:
-        """Keep the best-scoring share ``keep`` of the units, within each group of the scope.
-
-        Whole rotary pairs are the units where keys rotate. A head that a wide scope would leave
-        nothing keeps its best unit.
-
-        Args:
-            gains: from ``probe_gains`` of the model.
-            keep: share of key dimensions that stay, above 0 and up to 1.
-            score, scope: as for ``KeyMask.quietest``.
-            values: as for ``with_values``.
-        """
-        if isinstance(keep, bool) or not 0 < keep <= 1:
-            raise InputError(f"keep={keep!r}: expected a share above 0 and up to 1")
-        mask = KeyMask.quietest(gains, 1 - keep, score, scope, "pair")
-        kept = mask.keep | (~mask.keep.any(-1, keepdim=True) & _loudest(gains, score))
-        return cls(
-            kept,
-            _value_widths(values, gains.shape),
-            fingerprint=gains.model.fingerprint,
-            facts={**mask.facts, "n_documents": gains.n_documents, "n_tokens": gains.n_tokens},
-        )
+        """``from_cut``, under the name that suits a ``KeyMask``; arguments as there."""
+        return cls.from_cut(mask, values=values, fingerprint=fingerprint)
 
     @classmethod
     def identity(cls, model: Any) -> SlicePlan:
@@ -284,6 +266,7 @@ class SlicePlan(Kept):
         return replace(
             self,
             keep=keep.expand(self.shape).clone(),
+            maps=None,
             facts={**self.facts, "shared_from": "votes of the heads"},
         )
 
@@ -342,7 +325,13 @@ class SlicePlan(Kept):
             raise FileFormatError(f"{where} is not a slice plan: {error!r}") from None
 
     def save(self, path: str | Path) -> None:
-        """Write one JSON file."""
+        """Write one JSON file.
+
+        Raises:
+            InputError: a plan with maps, which the file would lose.
+        """
+        if self.maps is not None:
+            raise InputError("plan carries the maps of a cut: save the cut, not the plan")
         write_json(path, self.to_json())
 
     @classmethod
@@ -355,16 +344,25 @@ class SlicePlan(Kept):
         return cls.from_json(read_json(path), str(path))
 
 
+def as_plan(value: Any) -> SlicePlan:
+    """``value`` if it is a plan, or the plan that a cut becomes.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(value, SlicePlan):
+        return value
+    if not isinstance(value, Cut):
+        raise InputError(
+            f"plan={type(value).__name__}: expected a cut (KeyMask, gainlens.best_cut) or a "
+            "SlicePlan (SlicePlan.from_cut makes one)"
+        )
+    return SlicePlan.from_cut(value)
+
+
 def _span(widths: Sequence[int]) -> str:
     low, high = min(widths), max(widths)
     return str(low) if low == high else f"{low} to {high}"
-
-
-def _loudest(gains: KeyGains, score: str) -> Bool[torch.Tensor, "layer kv_head d_head"]:
-    values: Float[torch.Tensor, "layer kv_head d_head"] = gains.score(score, unit="pair")
-    best = values.argmax(-1, keepdim=True)
-    chosen = torch.zeros(gains.shape, dtype=torch.bool).scatter(-1, best, True)
-    return chosen | chosen[..., gains.model.partner]
 
 
 def _value_widths(

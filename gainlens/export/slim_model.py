@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.ablation.refit_cut import RefitCut
+from gainlens.ablation.cut import Cut
 from gainlens.data.batches import Tokens, batches
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
 from gainlens.export.building import parameters_on_meta, put
@@ -21,9 +21,9 @@ from gainlens.export.modeling import (
     plan_rotary_dim,
     slim_config,
 )
-from gainlens.export.plan import SlicePlan
+from gainlens.export.plan import SlicePlan, as_plan
 from gainlens.export.sources import Source, open_source
-from gainlens.export.sources.base import Cut
+from gainlens.export.sources.base import ProjectionMaps
 from gainlens.export.values import ValuePath, value_paths
 from gainlens.model.wrapping import first_line
 
@@ -47,9 +47,7 @@ class Parity:
     difference: float
 
 
-def slim(
-    model: Any, plan: Any, tokens: Tokens | None = None, *, refit: RefitCut | None = None
-) -> Any:
+def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any:
     """A transformers model with thin keys that computes what the masked original computes.
 
     Rows of the query and key projections that the plan cuts are gone, and with them their share
@@ -60,12 +58,10 @@ def slim(
 
     Args:
         model: a TransformerBridge, a HookedTransformer or a transformers model; left as it was.
-        plan: a ``SlicePlan`` for this model: which units stay; or a ``RefitCut`` (from
-            ``gainlens.refit``) in the place of both a plan of its mask and ``refit``.
+        plan: a cut of this model (``KeyMask``, ``gainlens.best_cut``), or a ``SlicePlan``, which
+            says how wide values become as well. Linear maps of a cut fold into the projections.
         tokens: calibration text, needed for value widths alone; ``[document, position]`` or
             documents.
-        refit: linear maps of the kept query and key dimensions, folded into their projections;
-            its mask must be the plan's.
 
     Returns:
         A ``PreTrainedModel`` in eval mode on the model's device and in its dtype, of a
@@ -74,28 +70,20 @@ def slim(
 
     Raises:
         InputError: a plan of another model or that splits a rotary pair; value widths without
-            tokens; a refit of another mask or model.
+            tokens; maps of another model.
         UnsupportedModelError: a family or option that can't be made slim, with the reason; or
             logits that differ from the masked original's.
     """
-    if isinstance(plan, RefitCut) and refit is None:
-        plan, refit = SlicePlan.from_mask(plan.mask), plan
-    if not isinstance(plan, SlicePlan):
-        raise InputError(
-            f"plan={type(plan).__name__}: expected a SlicePlan (SlicePlan.from_mask makes one) "
-            "or a RefitCut"
-        )
+    plan = as_plan(plan)
     source = open_source(model)
-    if refit is not None:
-        check_refit(refit, plan, source)
-        plan = replace(plan, facts={**plan.facts, "refit": refit.facts})
+    check_maps(plan, source)
     plan.check_model(source.shape, source.fingerprint, source.architecture)
     if plan.basis == "canonical":
         check_no_rotation(source)
     plan = replace(plan, fingerprint=source.fingerprint)
     rotary_dim = plan_rotary_dim(source.family, source.config, plan)
     layouts = plan.layouts(rotary_dim)
-    cut = _cut(source, plan, refit)
+    cut = _maps_of(source, plan)
     paths = _paths(source, plan, cut, tokens)
 
     biases = _biases(source, plan)
@@ -108,8 +96,8 @@ def slim(
         weights = source.attention(layer)
         if plan.basis == "canonical":
             weights, _ = to_canonical(weights)
-        if refit is not None:
-            weights = weights.mapped(refit.query_maps[layer], refit.key_maps[layer])
+        if plan.maps is not None:
+            weights = weights.mapped(plan.maps.queries[layer], plan.maps.keys[layer])
         path = paths[layer]
         if path is not None:
             device = weights.v.device
@@ -174,42 +162,48 @@ def check_tolerance(
     return difference, TOLERANCE.get(dtype, 1e-1) * max(1.0, float(wanted.abs().max()))
 
 
-def check_refit(refit: RefitCut, plan: SlicePlan, source: Source) -> None:
-    """Raise ``InputError`` unless the maps belong to this plan and this model."""
+def check_maps(plan: SlicePlan, source: Source) -> None:
+    """Raise ``InputError`` unless the maps of a plan, if it has any, fit this model.
+
+    Raises:
+        InputError: maps of another shape, or in another basis.
+        UnsupportedModelError: a norm sits between the projections and the maps.
+    """
+    if plan.maps is None:
+        return
     n_heads = int(source.config.num_attention_heads)
     expected = (source.n_layers, n_heads, source.shape[2], source.shape[2])
-    if tuple(refit.query_maps.shape) != expected:
+    if tuple(plan.maps.queries.shape) != expected:
         raise InputError(
-            f"refit has query maps {tuple(refit.query_maps.shape)}: {source.architecture} takes "
+            f"plan has query maps {tuple(plan.maps.queries.shape)}: {source.architecture} takes "
             f"{expected}"
         )
-    if plan.basis != "own" or not torch.equal(refit.mask.keep, plan.keep):
-        raise InputError(
-            "refit keeps other dimensions than plan: expected SlicePlan.from_mask(refit.mask)"
-        )
-    fitted = refit.facts.get("fingerprint")
+    if plan.basis != "own":
+        raise InputError("plan has maps in the canonical basis: expected basis='own'")
+    fitted = plan.maps.facts.get("fingerprint")
     if fitted is not None and fitted != source.fingerprint:
         raise InputError(
-            f"refit was fitted to another model (weights {fitted[:12]}): this "
+            f"the cut was fitted to another model (weights {fitted[:12]}): this "
             f"{source.architecture} has weights {source.fingerprint[:12]}"
         )
     if source.family.norm:
         raise UnsupportedModelError(
-            f"{source.architecture} has a norm between its projections and the rotation, and a "
-            "refit's maps come after it, so they fold into no weight: pass the plan alone"
+            f"{source.architecture} has a norm between its projections and the rotation, and the "
+            "maps of a refitted cut come after it, so they fold into no weight: pass its mask"
         )
 
 
-def _cut(source: Source, plan: SlicePlan, refit: RefitCut | None) -> Cut:
+def _maps_of(source: Source, plan: SlicePlan) -> ProjectionMaps:
     if plan.basis == "canonical":
-        return Cut(canonical_maps(source, plan))
-    if refit is None:
-        return Cut(torch.diag_embed(plan.keep.double()))
-    return Cut(refit.key_maps.double().transpose(2, 3), refit.query_maps.double().transpose(2, 3))
+        return ProjectionMaps(canonical_maps(source, plan))
+    if plan.maps is None:
+        return ProjectionMaps(torch.diag_embed(plan.keep.double()))
+    keys, queries = (m.double().transpose(2, 3) for m in (plan.maps.keys, plan.maps.queries))
+    return ProjectionMaps(keys, queries)
 
 
 def _paths(
-    source: Source, plan: SlicePlan, cut: Cut, tokens: Tokens | None
+    source: Source, plan: SlicePlan, cut: ProjectionMaps, tokens: Tokens | None
 ) -> list[ValuePath | None]:
     full = (source.shape[2],) * source.n_layers
     if plan.value_widths is None or plan.value_widths == full:
@@ -234,7 +228,7 @@ def _biases(source: Source, plan: SlicePlan) -> str:
     return found
 
 
-def _check(source: Source, thin: Any, cut: Cut, paths: list[ValuePath | None]) -> Parity:
+def _check(source: Source, thin: Any, cut: ProjectionMaps, paths: list[ValuePath | None]) -> Parity:
     """Run a few tokens through both.
 
     Raises:

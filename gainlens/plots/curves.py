@@ -24,7 +24,7 @@ from gainlens.plots.axes import (
 
 if TYPE_CHECKING:
     from gainlens.analysis.behaviour_curves import Behaviours
-    from gainlens.analysis.patching import PatchEffects
+    from gainlens.analysis.patch_effects import PatchEffects
     from gainlens.analysis.sweep.curve import SurgeryCurve
 
 CONTROLS = {"random": (ORANGE, "s"), "loudest": (VERMILION, "^")}

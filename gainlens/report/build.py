@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from gainlens.ablation import KeyMask, RefitCut, refit
+from gainlens.ablation import Cut, KeyMask, refit
 from gainlens.analysis import CoordinateMap, SurgeryCurve, coordinate_map, surgery
 from gainlens.analysis.damage_by_place import damage_by_head
 from gainlens.analysis.map.evidence import similarity_table, with_evidence
+from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.environment import environment
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.files import check_writable, read_json, write_json
@@ -167,6 +168,7 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
     )
     gains = probe_gains(model, calibration)
     cuts, without = refitted_cuts(model, calibration, plan)
+    evaluator = Evaluator(model)
     curve = surgery(
         model,
         validation,
@@ -175,8 +177,9 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
         score=plan.score,
         seeds=plan.seeds,
         cuts=cuts,
+        evaluator=evaluator,
     )
-    damage = damage_by_place(model, validation, gains, plan)
+    damage = damage_by_place(evaluator, validation, gains, plan)
     cmap = with_evidence(
         coordinate_map(gains, seed=plan.seed),
         model,
@@ -187,6 +190,7 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
         fractions=(0.25, 0.5),
         patch=validation[: plan.damage_docs, : plan.damage_length] if plan.damage_docs else False,
         seed=plan.seed,
+        evaluator=evaluator,
     )
     seconds = time.monotonic() - started
     beside = Path(tempfile.mkdtemp(dir=out.resolve().parent, prefix=f".{out.name}."))
@@ -199,9 +203,7 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
     return facts
 
 
-def refitted_cuts(
-    model: Any, calibration: torch.Tensor, plan: Plan
-) -> tuple[dict[str, KeyMask | RefitCut], str]:
+def refitted_cuts(model: Any, calibration: torch.Tensor, plan: Plan) -> tuple[dict[str, Cut], str]:
     """The best cut at a half that needs no training, as refitted and as merely zeroed.
 
     Pairs are ranked by ``fisher`` within a layer; the kept query and key dimensions are then
@@ -222,14 +224,17 @@ def refitted_cuts(
 
 
 def damage_by_place(
-    model: Any, validation: torch.Tensor, gains: KeyGains, plan: Plan
+    evaluator: Evaluator, validation: torch.Tensor, gains: KeyGains, plan: Plan
 ) -> Damage | None:
     """What the cut at a half costs in each layer and each key head alone."""
     if plan.damage_docs < 1:
         return None
     text = validation[: plan.damage_docs, : plan.damage_length]
     mask = KeyMask.quietest(gains, DAMAGE_FRACTION, plan.score)
-    by_layer, by_head = (damage_by_head(model, text, mask, by=by) for by in ("layer", "head"))
+    by_layer, by_head = (
+        damage_by_head(evaluator.model, text, mask, by=by, evaluator=evaluator)
+        for by in ("layer", "head")
+    )
     return Damage(by_layer, by_head, len(text), int(text.shape[1]))
 
 

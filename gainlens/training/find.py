@@ -11,7 +11,6 @@ import transformers
 from jaxtyping import Float, Int
 from transformers.pytorch_utils import Conv1D
 
-from gainlens.ablation.refit_cut import RefitCut
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.export.building import parameters_on_meta
 from gainlens.export.families import SlimFamily
@@ -46,7 +45,6 @@ def find_slices(
     config: Any,
     plan: SlicePlan,
     train: tuple[str, ...],
-    refit: RefitCut | None,
 ) -> list[Slice]:
     """The slices of a model.
 
@@ -54,9 +52,8 @@ def find_slices(
         root: the module that is run.
         kind: ``huggingface`` (also a fast copy), ``bridge`` or ``hooked``.
         family, config: of the model.
-        plan: what is active.
+        plan: what is active; its maps are folded into the rows that training starts from.
         train: some of ``TRAINABLE``.
-        refit: its maps are folded into the active rows that training starts from.
 
     Raises:
         InputError: something in ``train`` that isn't known, or that the model has nothing of.
@@ -77,7 +74,7 @@ def find_slices(
         outputs |= _outputs(root, kind, family, layer)
     slices: list[Slice] = []
     for key, parts in by_parameter.items():
-        slices += _attention_slices(parts, plan, train, refit, family.norm, names[key], places[key])
+        slices += _attention_slices(parts, plan, train, family.norm, names[key], places[key])
     done |= set(by_parameter)
     for name, parameter in root.named_parameters():
         if id(parameter) in done or "qkv." in name:  # a bridge's unused copy of a joint matrix
@@ -104,7 +101,6 @@ def _attention_slices(
     parts: list[tuple[int, Part]],
     plan: SlicePlan,
     train: tuple[str, ...],
-    refit: RefitCut | None,
     norm: bool,
     name: str,
     places: list[Place],
@@ -126,8 +122,8 @@ def _attention_slices(
         keep = plan.keep[layer].to(device)
         group = len(order) // len(keep)
         active = order[keep.repeat_interleave(group, 0)]
-        if refit is not None:
-            maps = (refit.query_maps if part.letter == "q" else refit.key_maps)[layer]
+        if plan.maps is not None:
+            maps = (plan.maps.queries if part.letter == "q" else plan.maps.keys)[layer]
             heads = rows[order].double()
             new = torch.einsum("hrd,hd...->hr...", maps.to(device).double(), heads)
             rows[order] = new.to(rows.dtype)

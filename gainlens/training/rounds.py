@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gainlens.ablation.cut import Cut
 from gainlens.ablation.key_mask import KeyMask, Scope
-from gainlens.ablation.refit_cut import RefitCut
 from gainlens.data.document_identity import tensor_digest
 from gainlens.errors import InputError
-from gainlens.export.plan import SlicePlan
+from gainlens.export.plan import SlicePlan, as_plan
 from gainlens.probes import KeyGains
 from gainlens.training.settings import Settings
 from gainlens.training.student import Student
@@ -35,7 +35,7 @@ class Round:
 
 def nested_plans(
     gains: KeyGains,
-    plan: SlicePlan | KeyMask,
+    plan: SlicePlan | Cut,
     rounds: int,
     score: str = "fisher",
     scope: Scope = "layer",
@@ -48,45 +48,39 @@ def nested_plans(
         gains: which rank the units, with ``score`` among them.
         plan: where the way ends.
         rounds: how many plans, at least 1.
-        score, scope: as for ``SlicePlan.from_gains``.
+        score, scope: as for ``KeyMask.quietest``.
 
     Raises:
         InputError: no rounds, gains of another shape or without the score.
     """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise InputError(f"rounds={rounds!r}: expected a whole number of at least 1")
-    last = plan if isinstance(plan, SlicePlan) else SlicePlan.from_mask(plan)
+    last = as_plan(plan)
     found: list[SlicePlan] = []
     for number in range(1, rounds):
         share = last.fraction_kept ** (number / rounds)
-        best = SlicePlan.from_gains(gains, share, score, scope)
+        best = KeyMask.quietest(gains, 1 - share, score, scope)
         if best.shape != last.shape:
             raise InputError(f"gains are of shape {best.shape}, the plan of {last.shape}")
         keep = best.keep | last.keep
         if found:
             keep &= found[-1].keep
-        found.append(replace(last, keep=keep))
+        found.append(replace(last, keep=keep, maps=None))
     return [*found, last]
 
 
-def as_rounds(plan: Any, refit: RefitCut | None) -> tuple[list[SlicePlan], RefitCut | None]:
-    """The plans of every round, and the refit of the first.
+def as_rounds(plan: Any) -> list[SlicePlan]:
+    """The plans of every round; the maps of the first are where training starts.
 
     Raises:
         InputError: none, something that is no plan, or one that is not inside the one before.
     """
-    if isinstance(plan, RefitCut) and refit is None:
-        refit = plan
     several = plan if isinstance(plan, list | tuple) else [plan]
     if not several:
         raise InputError("plan=[]: expected one plan or more")
     plans: list[SlicePlan] = []
     for one in several:
-        found = SlicePlan.from_mask(one) if isinstance(one, KeyMask | RefitCut) else one
-        if not isinstance(found, SlicePlan):
-            raise InputError(
-                f"plan={type(one).__name__}: expected a SlicePlan, KeyMask or RefitCut"
-            )
+        found = as_plan(one)
         if plans and found.shape != plans[-1].shape:
             raise InputError(
                 f"plan {len(plans) + 1} is of shape {found.shape}, the first of {plans[0].shape}"
@@ -96,8 +90,8 @@ def as_rounds(plan: Any, refit: RefitCut | None) -> tuple[list[SlicePlan], Refit
                 f"plan {len(plans) + 1} keeps units that plan {len(plans)} has cut: expected each "
                 "plan inside the one before"
             )
-        plans.append(found)
-    return plans, refit
+        plans.append(found if not plans else replace(found, maps=None))
+    return plans
 
 
 def split_steps(settings: Settings, rounds: int) -> list[Settings]:
@@ -124,7 +118,7 @@ def round_file(checkpoint: str | Path | None, number: int, rounds: int) -> Path 
 
 def follow(student: Student, plan: SlicePlan) -> Student:
     """A student of the same intact weights with less active, and trained as far as ``student``."""
-    found = Student(student.model, plan, student.train, None, student.precision)
+    found = Student(student.model, plan, student.train, student.precision)
     earlier = {part.name: part for part in student.slices}
     for part in found.slices:
         part.go_on_from(earlier[part.name])

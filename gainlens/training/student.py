@@ -14,11 +14,10 @@ from jaxtyping import Float, Int
 
 from gainlens.ablation.hooks import ablation_hooks
 from gainlens.ablation.key_mask import KeyMask
-from gainlens.ablation.refit_cut import RefitCut
 from gainlens.data.batches import Tokens, batches
 from gainlens.errors import InputError, SilentSiteError
 from gainlens.export.plan import SlicePlan
-from gainlens.export.slim_model import check_refit
+from gainlens.export.slim_model import check_maps
 from gainlens.export.sources import open_source
 from gainlens.model.fast_copy import FastCopy, build_fast_copy
 from gainlens.model.finding_sites import key_sites
@@ -53,9 +52,8 @@ class Student:
 
     Args:
         model: a TransformerBridge, a HookedTransformer or a transformers model.
-        plan: what is active.
+        plan: what is active; its maps are folded into the active rows first.
         train: what is trained; see ``gainlens.training.find.TRAINABLE``.
-        refit: maps that are folded into the active rows first.
         precision: ``float32``, or ``bfloat16`` for matrix products in bfloat16 with weights,
             residual stream, gradients and optimiser in float32.
 
@@ -76,7 +74,6 @@ class Student:
         model: Any,
         plan: SlicePlan,
         train: tuple[str, ...] = ("q", "k"),
-        refit: RefitCut | None = None,
         precision: str = "float32",
     ) -> None:
         if precision not in PRECISIONS:
@@ -86,8 +83,7 @@ class Student:
         check_plan(plan)
         plan.check_model(source.shape, source.fingerprint, source.architecture)
         plan.check_pairs(source.family.rotary_dim(source.config))
-        if refit is not None:
-            check_refit(refit, plan, source)
+        check_maps(plan, source)
         self.model, self.plan, self.precision = model, plan, precision
         self.train = tuple(train)
         self.family, self.config = source.family, source.config
@@ -117,7 +113,7 @@ class Student:
         self.root = root
         self.shards: Shards | None = None
         self.slices: list[Slice] = find_slices(
-            root, kind, self.family, self.config, plan, tuple(train), refit
+            root, kind, self.family, self.config, plan, tuple(train)
         )
         self._mask = KeyMask(plan.keep) if self.family.norm else None
         self._hooks: list[Hook] = []

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
-from gainlens.ablation.refit_cut import RefitCut
 from gainlens.data.batches import batches
 from gainlens.data.document_identity import tensor_digest, text_fingerprint
 from gainlens.errors import GainlensError
@@ -47,14 +46,13 @@ class Trainer:
         settings: Settings,
         documents: list[Int[torch.Tensor, " pos"]],
         watched: list[Int[torch.Tensor, "document pos"]],
-        refit: RefitCut | None,
         tokens_per_batch: int,
         earlier: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.student, self.settings, self.documents = student, settings, documents
         self.earlier = [dict(row) for row in earlier]
         self.steps_before = sum(int(row["steps"]) for row in self.earlier)
-        self.watched, self.refit, self.tokens_per_batch = watched, refit, tokens_per_batch
+        self.watched, self.tokens_per_batch = watched, tokens_per_batch
         self.objective = get_objective(settings.objective)
         self.processes = Processes.here()
         groups: dict[str, list[torch.Tensor]] = {"qk": [], "other": []}
@@ -73,15 +71,13 @@ class Trainer:
 
     def header(self) -> dict[str, Any]:
         """What must be the same for a run to go on, in the order in which it is told."""
-        student = self.student
+        student, maps = self.student, self.student.plan.maps
         before = {"earlier rounds": self.earlier} if self.earlier else {}
         return {
             "model": student.fingerprint,
             "plan": tensor_digest([student.plan.keep]),
             **before,
-            "refit": None
-            if self.refit is None
-            else tensor_digest([self.refit.query_maps, self.refit.key_maps]),
+            "maps": None if maps is None else tensor_digest([maps.queries, maps.keys]),
             "text": self._texts[0],
             "monitored text": self._texts[1],
             "seed": self.settings.seed,
@@ -96,7 +92,7 @@ class Trainer:
             "architecture": self.student.architecture,
             "fingerprint_before": self.student.fingerprint,
             "settings": self.settings.to_json(),
-            "refit": None if self.refit is None else self.refit.facts,
+            "refit": None if self.student.plan.maps is None else dict(self.student.plan.maps.facts),
             "text": self._texts[0],
             "monitor": self._texts[1],
             "n_documents": len(self.documents),

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gainlens.ablation.key_mask import KeyMask
-from gainlens.ablation.refit_cut import RefitCut
+from gainlens.ablation.cut import Cut
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
@@ -33,11 +32,10 @@ from gainlens.training.trainer import Trainer
 
 def train_virtual_width(
     model: Any,
-    plan: SlicePlan | KeyMask | RefitCut | Sequence[SlicePlan | KeyMask],
+    plan: SlicePlan | Cut | Sequence[SlicePlan | Cut],
     tokens: Tokens,
     *,
     steps: int = 200,
-    refit: RefitCut | None = None,
     monitor: Tokens | None = None,
     checkpoint: str | Path | None = None,
     save_every: int = 20,
@@ -62,15 +60,13 @@ def train_virtual_width(
 
     Args:
         model: a TransformerBridge, a HookedTransformer or a transformers model; changed in place.
-        plan: a ``SlicePlan`` of this model, or a ``KeyMask``; or a ``RefitCut`` in the place of
-            both a plan of its mask and ``refit``. Several plans, each inside the one before,
-            cut in rounds: ``steps`` are divided among them, each round has the learning-rate
-            schedule of its own, and the last is the result (see ``nested_plans``).
+        plan: a cut of this model, or a ``SlicePlan``; training starts from the maps of a cut that
+            has any (``gainlens.best_cut``). Several, each inside the one before, cut in rounds:
+            ``steps`` are divided among them, each round has the learning-rate schedule of its
+            own, and the last is the result (see ``nested_plans``).
         tokens: training text, ``[document, position]`` or documents of any length; another than
             what chose the plan and than what judges.
         steps: optimiser steps in all, each on ``batch`` documents.
-        refit: least-squares maps (``gainlens.refit``) to start from, of the first plan; otherwise
-            the plain cut.
         monitor: documents of the training or calibration text, none of ``tokens``, on which the
             rise of the loss is shown during the run and by which it may stop. They choose when to
             stop, so they can't judge: see ``TrainingRun.judge``.
@@ -104,7 +100,7 @@ def train_virtual_width(
         UnsupportedModelError: a family that can't be made slim.
         TrainingError: a loss or a gradient that is not finite; names the step.
     """
-    plans, refit = as_rounds(plan, refit)
+    plans = as_rounds(plan)
     try:
         chosen = Settings(steps=steps, **settings)
     except TypeError as error:
@@ -114,7 +110,7 @@ def train_virtual_width(
         check_writable(Path(checkpoint).absolute().parent)
     if isinstance(save_every, bool) or not isinstance(save_every, int) or save_every < 1:
         raise InputError(f"save_every={save_every!r}: expected a whole number of at least 1")
-    student = Student(model, plans[0], chosen.train, refit, chosen.precision)
+    student = Student(model, plans[0], chosen.train, chosen.precision)
     documents = [row for batch in student.batches(tokens) for row in batch]
     watched = [] if monitor is None else list(student.batches(monitor, "monitor"))
     if chosen.stop_margin is not None and sum(len(batch) for batch in watched) < 2:
@@ -138,7 +134,7 @@ def train_virtual_width(
         if number:
             student = follow(student, round_plan)
         earlier = [row.identity for row in done]
-        trainer = Trainer(student, part, documents, watched, refit, tokens_per_batch, earlier)
+        trainer = Trainer(student, part, documents, watched, tokens_per_batch, earlier)
         with student.running(), ExitStack() as stack:
             if divided:
                 stack.enter_context(student.sharded(trainer.processes))
@@ -148,6 +144,7 @@ def train_virtual_width(
     student.write()
     trained_plan = replace(
         plans[-1],
+        maps=None,
         fingerprint=model_fingerprint(model),
         facts={**plans[-1].facts, "trained": chosen.to_json()},
     )

@@ -120,7 +120,7 @@ def test_attribution_is_the_first_order_of_the_exact_effect(any_tiny, tiny_calib
 
 def test_patching_the_same_prompt_changes_nothing(tiny, tiny_calibration):
     clean, _ = prompts(tiny_calibration)
-    got = gl.patch_keys(tiny, clean, clean, metric=metric, units="dim", layers=[0], progress=False)
+    got = gl.patch_keys(tiny, clean, clean, metric=metric, unit="dim", layers=[0], progress=False)
     assert got.effect.shape == (4, 2, 32)
     assert np.nanmax(np.abs(got.effect)) < 1e-5
     with pytest.raises(gl.InputError, match="gap"):
@@ -136,7 +136,7 @@ def test_bad_input(tiny, tiny_calibration):
         with pytest.raises(gl.InputError, match="positions match"):
             gl.patch_keys(tiny, other, corrupted, metric=metric, progress=False)
     with pytest.raises(gl.InputError, match="units"):
-        gl.patch_keys(tiny, clean, corrupted, metric=metric, units="head")
+        gl.patch_keys(tiny, clean, corrupted, metric=metric, unit="head")
     with pytest.raises(gl.InputError, match="layers"):
         gl.patch_keys(tiny, clean, corrupted, metric=metric, layers=[4])
     with pytest.raises(gl.InputError, match="differentiable"):

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import gainlens as gl
+from gainlens.ablation import KeyMask
 from gainlens.cli.main import main
 from gainlens.export import SlicePlan, plan_of, slim
 from gainlens.export.recipe import mean_loss, training_free_cut
@@ -89,7 +90,7 @@ def test_a_healed_checkpoint_and_the_plan_beside_it(tmp_path, capsys, tiny_gains
     """Healing leaves full-width weights with another fingerprint than the plan's."""
     healed = load_hf("tiny")
     gl.model.loading.load_tokenizer("tiny").save_pretrained(tmp_path / "healed")
-    plan = SlicePlan.from_gains(tiny_gains, 0.5, scope="layer")
+    plan = SlicePlan.from_cut(KeyMask.quietest(tiny_gains, 0.5, scope="layer"))
     with torch.no_grad():
         for layer in healed.model.layers:
             layer.self_attn.k_proj.weight.mul_(1.25)

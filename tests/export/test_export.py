@@ -165,9 +165,8 @@ def test_values_need_calibration_text(originals):
 
 def test_stock_export_goes_back_under_the_microscope(tiny, tiny_validation, tmp_path):
     """TransformerLens bridges the stock checkpoint, and the probes run on it."""
-    plan = SlicePlan.from_gains(
-        gl.probe_gains(tiny, tiny_validation, progress=False), 0.5, scope="universal", values=0.5
-    )
+    gains = gl.probe_gains(tiny, tiny_validation, progress=False)
+    plan = SlicePlan.from_cut(gl.KeyMask.quietest(gains, 0.5, scope="universal"), values=0.5)
     thin = slim(tiny, plan, tiny_validation)
     folder = export_model(thin, tmp_path / "out", "transformers")
     bridge = gl.load_model(folder)

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import gainlens as gl
+from gainlens.ablation import KeyMask
 from gainlens.export import SlicePlan, slim
 from gainlens.export.attention import ATTENTION
 from gainlens.export.speed_ledger import ledger, predict_decode, sizes, verdict_on_doubling
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.one_env
 @pytest.fixture(scope="module")
 def pair(tiny_gains, tiny_calibration):
     model = load_hf("tiny")
-    plan = SlicePlan.from_gains(tiny_gains, 0.5, values=0.5)
+    plan = SlicePlan.from_cut(KeyMask.quietest(tiny_gains, 0.5), values=0.5)
     return slim(model, SlicePlan.identity(model)), slim(model, plan, tiny_calibration)
 
 
@@ -78,7 +79,7 @@ def test_half_of_the_keys_can_never_double(tiny_gains):
     """Keys are half of the cache, so a quarter goes: 4/3 is the most, at any context."""
     model = load_hf("tiny")
     full = slim(model, SlicePlan.identity(model))
-    thin = slim(model, SlicePlan.from_gains(tiny_gains, 0.5))
+    thin = slim(model, SlicePlan.from_cut(KeyMask.quietest(tiny_gains, 0.5)))
     found = verdict_on_doubling(sizes(full), sizes(thin), 1)
     assert found["limit"] == pytest.approx(4 / 3)
     assert found["from_context"] is None
@@ -90,11 +91,13 @@ def test_the_plan_that_would_double(tiny_gains, tiny_calibration):
     """The verdict on half of the keys names it, and the prediction for it agrees."""
     model = load_hf("tiny")
     full = slim(model, SlicePlan.identity(model))
-    half = slim(model, SlicePlan.from_gains(tiny_gains, 0.5))
+    half = slim(model, SlicePlan.from_cut(KeyMask.quietest(tiny_gains, 0.5)))
     found = verdict_on_doubling(sizes(full), sizes(half), 1)
     context = found["with_a_quarter_left_from_context"]
     assert f"with a quarter of both left, {context} tokens" in found["verdict"]
-    quarter = slim(model, SlicePlan.from_gains(tiny_gains, 0.25, values=0.25), tiny_calibration)
+    quarter = slim(
+        model, SlicePlan.from_cut(KeyMask.quietest(tiny_gains, 0.75), values=0.25), tiny_calibration
+    )
     assert predict_decode(full, quarter, context) >= 2
     assert predict_decode(full, quarter, context // 2) < 2
 
@@ -102,7 +105,9 @@ def test_the_plan_that_would_double(tiny_gains, tiny_calibration):
 def test_where_it_doubles_is_where_the_prediction_does(tiny_gains, tiny_calibration):
     model = load_hf("tiny")
     full = slim(model, SlicePlan.identity(model))
-    thin = slim(model, SlicePlan.from_gains(tiny_gains, 0.25, values=0.25), tiny_calibration)
+    thin = slim(
+        model, SlicePlan.from_cut(KeyMask.quietest(tiny_gains, 0.75), values=0.25), tiny_calibration
+    )
     context = verdict_on_doubling(sizes(full), sizes(thin), 1)["from_context"]
     assert predict_decode(full, thin, context) >= 2
     assert context == 0 or predict_decode(full, thin, context - 1) < 2

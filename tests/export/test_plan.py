@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from slim_families import random_keep, shape_of
 
 import gainlens as gl
+from gainlens.ablation import KeyMask
 from gainlens.errors import FileFormatError, InputError
 from gainlens.export import SlicePlan, canonical_plan, slim
 from gainlens.export.layout import head_layout
@@ -33,7 +34,7 @@ def test_from_mask_carries_the_facts(tiny_gains):
 
 
 def test_from_gains_belongs_to_the_model(tiny, tiny_gains):
-    plan = SlicePlan.from_gains(tiny_gains, 0.25, scope="model")
+    plan = SlicePlan.from_cut(KeyMask.quietest(tiny_gains, 0.75, scope="model"))
     assert plan.fingerprint == tiny_gains.model.fingerprint == SlicePlan.identity(tiny).fingerprint
     assert bool(plan.keep.any(-1).all())
     assert abs(plan.fraction_kept - 0.25) < 0.05
@@ -44,7 +45,7 @@ def test_from_gains_belongs_to_the_model(tiny, tiny_gains):
 @pytest.mark.parametrize("keep", [0, -0.1, 1.5, True])
 def test_shares_that_mean_nothing(tiny_gains, keep):
     with pytest.raises(InputError, match="keep="):
-        SlicePlan.from_gains(tiny_gains, keep)
+        SlicePlan.from_cut(KeyMask.quietest(tiny_gains, 1 - keep))
 
 
 def test_a_head_with_nothing():

@@ -50,7 +50,9 @@ def folder(tmp_path_factory, tiny_gains):
 
     path = tmp_path_factory.mktemp("training")
     model = gl.load_model("tiny")
-    gl.SlicePlan.from_gains(tiny_gains, 0.5, scope="layer").save(path / "plan.json")
+    gl.SlicePlan.from_cut(gl.KeyMask.quietest(tiny_gains, 0.5, scope="layer")).save(
+        path / "plan.json"
+    )
     tokens = {
         "training": gl.load_tokens("sotu", model, n_docs=5, length=40, split="training"),
         "monitor": gl.load_tokens("sotu", model, n_docs=3, length=40, split="calibration"),

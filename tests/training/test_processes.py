@@ -84,7 +84,9 @@ def launch(folder, count, script=SCRIPT):
 def found(tmp_path_factory, tiny_gains):
     folder = tmp_path_factory.mktemp("processes")
     model = gl.load_model("tiny")
-    gl.SlicePlan.from_gains(tiny_gains, 0.5, scope="layer").save(folder / "plan.json")
+    gl.SlicePlan.from_cut(gl.KeyMask.quietest(tiny_gains, 0.5, scope="layer")).save(
+        folder / "plan.json"
+    )
     tokens = {
         "training": gl.load_tokens("sotu", model, n_docs=7, length=40, split="training"),
         "calibration": gl.load_tokens("sotu", model, n_docs=5, length=40, split="calibration"),

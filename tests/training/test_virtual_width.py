@@ -204,7 +204,7 @@ def test_ghosts_and_all_other_weights_stay_bit_for_bit(any_tiny, tiny_gains):
     import copy
 
     model = copy.deepcopy(any_tiny)
-    plan = gl.SlicePlan.from_gains(tiny_gains, 0.5, scope="layer")
+    plan = gl.SlicePlan.from_cut(gl.KeyMask.quietest(tiny_gains, 0.5, scope="layer"))
     tokens = gl.load_tokens("sotu", model, n_docs=4, length=32, split="training")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rows = [(w.q.clone(), w.k.clone()) for w in rows_of(model)]
@@ -226,7 +226,7 @@ def test_ghosts_and_all_other_weights_stay_bit_for_bit(any_tiny, tiny_gains):
 def test_the_three_kinds_of_model_learn_the_same(tiny_gains):
     from gainlens.model.loading import load_hf
 
-    plan = gl.SlicePlan.from_gains(tiny_gains, 0.5, scope="layer")
+    plan = gl.SlicePlan.from_cut(gl.KeyMask.quietest(tiny_gains, 0.5, scope="layer"))
     bridge = gl.load_model("tiny")
     tokens = gl.load_tokens("sotu", bridge, n_docs=4, length=32, split="training")
     models = [load_hf("tiny"), bridge]
@@ -268,7 +268,7 @@ def test_the_result_slims_without_loss(tiny_gains, tiny_calibration, tiny_valida
 
 def test_state_and_gradients_take_what_the_active_slice_needs(tiny_gains):
     model = gl.load_model("tiny")
-    plan = gl.SlicePlan.from_gains(tiny_gains, 0.5, scope="layer")
+    plan = gl.SlicePlan.from_cut(gl.KeyMask.quietest(tiny_gains, 0.5, scope="layer"))
     tokens = gl.load_tokens("sotu", model, n_docs=4, length=32, split="training")
     run = train_virtual_width(model, plan, tokens, steps=1, progress=False)
     group, d_model = 2, 128

@@ -48,9 +48,11 @@ class Mode:
             context lacks what the mode needs.
         commutes: whether cutting whole pairs this way commutes with the rotation.
         meaning: one line for reports.
+        takes_donors: whether what it puts in comes from other documents of the text.
     """
 
     name: str
     replacement: Callable[[Context], Replacement]
     commutes: bool
     meaning: str
+    takes_donors: bool = False

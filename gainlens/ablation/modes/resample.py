@@ -39,4 +39,5 @@ RESAMPLE = Mode(
     _resample,
     commutes=False,
     meaning="cut dimensions carry their value from another document at the same position",
+    takes_donors=True,
 )

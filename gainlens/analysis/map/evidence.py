@@ -13,6 +13,7 @@ from gainlens.analysis.map.red_line import find_red_line
 from gainlens.analysis.map.sharing_cost import price_of_universality
 from gainlens.analysis.map.sinks import find_sinks
 from gainlens.analysis.map.units import Units, unit_gains
+from gainlens.analysis.sweep.evaluator import Evaluator, evaluator_of
 from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
 from gainlens.probes.gains import KeyGains
@@ -35,6 +36,7 @@ def with_evidence(
     fractions: Sequence[float] = (0.25, 0.5),
     patch: Tokens | bool = False,
     seed: int = 0,
+    evaluator: Evaluator | None = None,
     progress: bool = True,
 ) -> CoordinateMap:
     """The same map with ``sinks``, ``red_line``, ``price`` and ``stability`` measured.
@@ -57,6 +59,7 @@ def with_evidence(
         patch: patch each unit of the red line alone as well: on these documents, or with True on
             ``validation``.
         seed: of random controls and permutations.
+        evaluator: of this model, where several calls share one.
         progress: show progress bars.
 
     Raises:
@@ -67,6 +70,7 @@ def with_evidence(
         if part not in PARTS:
             raise InputError(f"parts holds {part!r}: expected of {', '.join(PARTS)}")
     units = _units_of(cmap, gains)
+    evaluator = evaluator_of(model, evaluator)
     found: dict[str, Any] = {}
     observation = None
     if "sinks" in parts or "red_line" in parts:
@@ -82,6 +86,7 @@ def with_evidence(
             score=score,
             choose=calibration,
             seeds=(seed,),
+            evaluator=evaluator,
             progress=progress,
         )
     if "red_line" in parts:
@@ -94,6 +99,7 @@ def with_evidence(
             score=score,
             observation=observation,
             patch=validation if patch is True else None if patch is False else patch,
+            evaluator=evaluator,
             progress=progress,
         )
     if "stability" in parts:

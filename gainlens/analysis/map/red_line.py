@@ -16,9 +16,11 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from gainlens.analysis.map.observation import KeyObservation
-from gainlens.analysis.map.sharing_cost import Bench, ranked_units, shared_mask, unit_mask
+from gainlens.analysis.map.sharing_cost import ranked_units, shared_mask, unit_mask
 from gainlens.analysis.map.similarity import loudest
 from gainlens.analysis.map.units import Units, unit_gains
+from gainlens.analysis.sweep.evaluator import Evaluator, evaluator_of
+from gainlens.analysis.sweep.judging_text import text_that_chooses, text_that_judges
 from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
 from gainlens.probes.gains import KeyGains
@@ -101,6 +103,7 @@ def find_red_line(
     observation: KeyObservation | None = None,
     patch: Tokens | None = None,
     patch_mode: str = "mean",
+    evaluator: Evaluator | None = None,
     progress: bool = True,
 ) -> RedLine:
     """Find the sets by bisection, judge them, and describe every unit of the shared one.
@@ -122,6 +125,7 @@ def find_red_line(
             heads; None skips that.
         patch_mode: what such a unit carries instead; ``mean`` takes away only what it says about
             a position.
+        evaluator: of this model, where several calls share one.
         progress: show a progress bar.
 
     Raises:
@@ -133,10 +137,9 @@ def find_red_line(
     values = {name: unit_gains(gains, name, "rotated")[0] for name in names}
     units = unit_gains(gains, names[0], "rotated")[1]
     d_head = gains.shape[-1]
-    chooser = Bench(model, choose, gains, judges=False, name="choose")
-    judger = Bench(model, judge, gains, judges=True, name="judge")
-    if chooser.text == judger.text:
-        raise InputError("judge is the text that chooses: expected other documents")
+    evaluator = evaluator_of(model, evaluator)
+    judger = text_that_judges(evaluator, judge, gains)
+    chooser = text_that_chooses(evaluator, choose, judger)
     n_patched = len(units) if patch is not None else 0
     total = 2 * len(names) * int(np.ceil(np.log2(len(units)))) + 2 + n_patched
     steps: list[dict[str, Any]] = []
@@ -151,7 +154,7 @@ def find_red_line(
                 while high - low > 1:
                     kept = (low + high) // 2
                     mask = shared_mask(x, units, d_head, kept, sharing)
-                    rise = float(chooser.rise(mask, mode).mean())
+                    rise = float(chooser.rise(mask.in_mode(mode, gains=gains)).mean())
                     steps.append({"design": design, "score": name, "kept": kept, "rise": rise})
                     low, high = (low, kept) if rise <= margin else (kept, high)
                     bar.update()
@@ -160,7 +163,8 @@ def find_red_line(
             x, high = values[best], needed[best]
             scores[design] = best
             sets[design] = ranked_units(x, sharing)[:, 0, :high]
-            found = judger.rise(shared_mask(x, units, d_head, high, sharing), mode)
+            chosen = shared_mask(x, units, d_head, high, sharing)
+            found = judger.rise(chosen.in_mode(mode, gains=gains))
             bar.update()
             judged[design] = {
                 "score": best,
@@ -173,11 +177,12 @@ def find_red_line(
         shared = tuple(int(u) for u in sets["shared"][0])
         details = _describe(shared, x, units, observation)
         if patch is not None:
-            patcher = Bench(model, patch, gains, judges=True, name="patch")
+            patcher = text_that_judges(evaluator, patch, gains)
             for row in details:
                 keep = np.ones(x.shape, dtype=bool)
                 keep[..., row["unit"]] = False
-                found = patcher.rise(unit_mask(keep, units, d_head), patch_mode)
+                one = unit_mask(keep, units, d_head).in_mode(patch_mode, gains=gains)
+                found = patcher.rise(one)
                 row["patched_rise"] = float(found.mean())
                 row["patched_interval"] = list(t_interval(found))
                 row["patch_mode"] = patch_mode

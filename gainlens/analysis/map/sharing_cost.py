@@ -20,62 +20,15 @@ from tqdm.auto import tqdm
 
 from gainlens.ablation.key_mask import KeyMask
 from gainlens.analysis.map.units import Units, unit_gains
-from gainlens.analysis.sweep.run import document_losses
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
-from gainlens.data.document_identity import TextHasher
+from gainlens.analysis.sweep.evaluator import Evaluator, evaluator_of
+from gainlens.analysis.sweep.judging_text import text_that_chooses, text_that_judges
+from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
-from gainlens.model.fingerprint import model_fingerprint
 from gainlens.probes.gains import KeyGains
 from gainlens.stats.intervals import t_interval
 from gainlens.stats.verdicts import Verdict, non_inferiority
 
 SHARING = ("model", "layer", "head")
-
-
-class Bench:
-    """One text on which masks are compared; the intact loss is measured once.
-
-    Args:
-        model: the model.
-        tokens: the text.
-        gains: what chose the masks; for ``mode="mean"`` also what is put in.
-        judges: whether the text judges, and so may not have chosen.
-
-    Raises:
-        InputError: gains of another model, or a judging text that the gains were gathered on.
-    """
-
-    def __init__(
-        self, model: Any, tokens: Tokens, gains: KeyGains, judges: bool, name: str = "tokens"
-    ) -> None:
-        if model_fingerprint(model) != gains.model.fingerprint:
-            raise InputError(
-                f"gains were gathered on other weights ({gains.model.architecture}) than this "
-                "model's"
-            )
-        self.model, self.gains = model, gains
-        self.documents = list(batches(tokens, int(model.cfg.d_vocab), TOKENS_PER_BATCH))
-        hasher = TextHasher()
-        for batch in self.documents:
-            hasher.update(batch)
-        self.text = hasher.hexdigest()
-        if judges and self.text in gains.texts:
-            raise InputError(f"{name} are the text that the gains chose by: it can't judge them")
-        self.n_tokens = sum(batch.numel() for batch in self.documents)
-        self._intact: np.ndarray | None = None
-
-    @property
-    def intact(self) -> Float[np.ndarray, " document"]:
-        """Loss of each document without a cut."""
-        if self._intact is None:
-            self._intact = document_losses(self.model, self.documents)
-        return self._intact
-
-    def rise(self, mask: KeyMask, mode: str = "zero") -> Float[np.ndarray, " document"]:
-        """Rise of each document's loss with ``mask``, nats per token."""
-        cut = document_losses(self.model, self.documents, mask, mode, self.gains)
-        difference: Float[np.ndarray, " document"] = cut - self.intact
-        return difference
 
 
 def ranked_units(
@@ -208,6 +161,7 @@ def price_of_universality(
     choose: Tokens | None = None,
     seeds: Sequence[int] = (0,),
     mode: str = "zero",
+    evaluator: Evaluator | None = None,
     progress: bool = True,
 ) -> Price:
     """Cut the same number of units everywhere, with sets shared ever more widely.
@@ -221,6 +175,7 @@ def price_of_universality(
         choose: calibration or training text; needed with several scores.
         seeds: of random shared sets, the control.
         mode: of the ablation.
+        evaluator: of this model, where several calls share one.
         progress: show a progress bar.
 
     Raises:
@@ -233,18 +188,17 @@ def price_of_universality(
     values = {name: unit_gains(gains, name, "rotated")[0] for name in names}
     units = unit_gains(gains, names[0], "rotated")[1]
     cuts = [(f, _kept(f, len(units))) for f in fractions]
-    bench = Bench(model, tokens, gains, judges=True)
-    chooser = (
-        Bench(model, choose, gains, judges=False) if len(names) > 1 and choose is not None else None
-    )
-    if chooser is not None and chooser.text == bench.text:
-        raise InputError("choose is the text that judges: expected other documents")
+    evaluator = evaluator_of(model, evaluator)
+    judge = text_that_judges(evaluator, tokens, gains)
+    chooser = None
+    if len(names) > 1 and choose is not None:
+        chooser = text_that_chooses(evaluator, choose, judge)
     runs = len(cuts) * (len(SHARING) * (1 + len(names) * (chooser is not None)) + len(seeds))
     rows: list[dict[str, Any]] = []
     rises, tried = [], []
 
     def measure(mask: KeyMask, fraction: float, kept: int, **facts: Any) -> None:
-        rise = bench.rise(mask, mode)
+        rise = judge.rise(mask.in_mode(mode, gains=gains))
         rises.append(rise)
         rows.append(
             {
@@ -267,7 +221,7 @@ def price_of_universality(
                 if chooser is not None:
                     means = {}
                     for name, mask in masks.items():
-                        means[name] = float(chooser.rise(mask, mode).mean())
+                        means[name] = float(chooser.rise(mask.in_mode(mode, gains=gains)).mean())
                         bar.update()
                     best = min(means, key=lambda name: means[name])
                     tried.append({"sharing": sharing, "cut": float(fraction), "rises": means})
@@ -279,7 +233,7 @@ def price_of_universality(
                 mask = shared_mask(drawn, units, gains.shape[-1], kept, "model")
                 measure(mask, fraction, kept, sharing="random model", score="random", seed=seed)
                 bar.update()
-    return Price(rows, np.stack(rises), bench.intact, tried, len(units), bench.n_tokens, bench.text)
+    return Price(rows, np.stack(rises), judge.intact, tried, len(units), judge.n_tokens, judge.text)
 
 
 def _kept(fraction: float, n_units: int) -> int:

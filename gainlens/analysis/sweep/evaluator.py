@@ -1,25 +1,31 @@
-"""Losses of a model with and without a cut, by the fastest way that gives the same numbers."""
+"""Losses of a model with and without a cut, by the fastest way that gives the same numbers.
+
+One ``Evaluator`` belongs to a model, one ``TextLosses`` to the model and a text: the fast copy is
+verified once, the intact losses are computed once, and so is every cut.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.ablation.hooks import ablate, plan_cut
-from gainlens.ablation.key_cache import KeyCache
+from gainlens.ablation.cut import Cut
 from gainlens.ablation.key_mask import KeyMask
-from gainlens.ablation.refit_cut import RefitCut
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
+from gainlens.data.document_identity import text_fingerprint
 from gainlens.errors import InputError, SilentSiteError
+from gainlens.model.device import model_device
 from gainlens.model.fast_copy import Edit, FastCopy, build_fast_copy
 from gainlens.model.finding_sites import key_sites
+from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import cross_entropy, fast_losses, token_losses
 from gainlens.model.hooks import attached
-from gainlens.probes.gains import KeyGains
 
 SAME_LOSS = 1e-4
 """Largest difference in a document's mean loss, in nats, between the two ways on a few tokens;
@@ -31,7 +37,7 @@ either matrix library is up to 3e-4 from float64 there."""
 
 
 class Evaluator:
-    """Per-document losses of one model, intact or cut.
+    """Losses of one model, intact or cut; its weights must not change while it is used.
 
     A bridge's model is also run through a fast copy around the same weights
     (``gainlens.model.fast_copy``) with fused attention. The fast copy is used only after it gave
@@ -49,26 +55,34 @@ class Evaluator:
     def __init__(self, model: Any, *, fast: bool = True) -> None:
         self.model = model
         self.sites = key_sites(model)
-        self.fast_copy = (
-            self._verified(build_fast_copy(model)) if fast and not _has_hooks(model) else None
-        )
+        self._hooks = _hooks_on(model)
+        usable = fast and not self._hooks
+        self.fast_copy = self._verified(build_fast_copy(model)) if usable else None
+        self._texts: dict[tuple[str, tuple[int, ...]], TextLosses] = {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the model's weights."""
+        return model_fingerprint(self.model)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return int(self.model.cfg.d_vocab)
 
     def _verified(self, fast_copy: FastCopy | None) -> FastCopy | None:
         if fast_copy is None:
             return None
         generator = torch.Generator().manual_seed(0)
         length = min(24, int(getattr(self.model.cfg, "n_ctx", 24) or 24))
-        vocabulary = int(self.model.cfg.d_vocab)
-        tokens = torch.randint(0, vocabulary, (2, length), generator=generator)
-        mask = KeyMask(torch.rand(self.sites.shape, generator=generator) < 0.5)
-        cut = plan_cut(self.model, mask)
+        tokens = torch.randint(0, self.vocabulary, (2, length), generator=generator)
+        cut = KeyMask(torch.rand(self.sites.shape, generator=generator) < 0.5)
         try:
-            pairs = [
-                (fast_losses(fast_copy, tokens), token_losses(self.model, tokens)),
-            ]
-            with ablate(self.model, mask):
+            pairs = [(fast_losses(fast_copy, tokens), token_losses(self.model, tokens))]
+            with attached(self.model, cut.hooks(self.model)):
                 hooked = token_losses(self.model, tokens)
-            pairs.append((fast_losses(fast_copy, tokens, cut.edit(fast_copy.device)), hooked))
+            edit = cut.edit(self.model, tokens)
+            pairs.append((fast_losses(fast_copy, tokens, edit), hooked))
         except Exception:  # a family that can't be run this way; the hooks do the work
             return None
         if not fast_copy.exact:
@@ -80,24 +94,29 @@ class Evaluator:
         )
         return fast_copy if same else None
 
-    def tokens(
-        self,
-        batch: Int[torch.Tensor, "document pos"],
-        cut: KeyMask | RefitCut | None = None,
-        mode: str = "zero",
-        gains: KeyGains | None = None,
-        seed: int = 0,
-        donors: torch.Tensor | None = None,
-    ) -> Float[torch.Tensor, "document next_pos"]:
-        """Next-token losses in nats of a batch.
+    def on(self, tokens: Tokens, tokens_per_batch: int = TOKENS_PER_BATCH) -> TextLosses:
+        """The losses on a text; asked again for the same text, the same object.
 
-        ``resample`` takes keys from the batch, or from ``donors`` ``[document, pos]`` where given.
+        Args:
+            tokens: as for ``probe_gains``.
+            tokens_per_batch: upper bound on tokens per forward pass.
+
+        Raises:
+            InputError: no document, one under two tokens, ids outside the vocabulary.
         """
+        documents = list(batches(tokens, self.vocabulary, tokens_per_batch))
+        text = text_fingerprint(documents)
+        key = (text, tuple(len(batch) for batch in documents))
+        return self._texts.setdefault(key, TextLosses(self, documents, text))
+
+    def tokens(
+        self, batch: Int[torch.Tensor, "document pos"], cut: Cut | None = None
+    ) -> Float[torch.Tensor, "document next_pos"]:
+        """Next-token losses in nats of a batch."""
+        self._check_hooks()
         if self.fast_copy is not None:
-            return fast_losses(
-                self.fast_copy, batch, self._edit(batch, cut, mode, gains, seed, donors)
-            )
-        with self._hooked(batch, cut, mode, gains, seed, donors):
+            return fast_losses(self.fast_copy, batch, self._edit(batch, cut))
+        with self._hooked(batch, cut):
             return token_losses(self.model, batch)
 
     def residuals(
@@ -113,7 +132,7 @@ class Evaluator:
         self,
         layer: int,
         batch: Int[torch.Tensor, "document pos"],
-        cut: KeyMask,
+        cut: Cut,
         residuals: list[torch.Tensor] | None,
     ) -> Float[torch.Tensor, "document next_pos"]:
         """As ``tokens``, for a cut that leaves the layers before ``layer`` alone.
@@ -130,96 +149,98 @@ class Evaluator:
         if self.fast_copy is None or residuals is None:
             return self.tokens(batch, cut)
         batch = batch.to(self.fast_copy.device)
-        edit = self._edit(batch, cut, "zero", None, 0, None)
-        with torch.inference_mode(), self.fast_copy.edited(edit):
+        with torch.inference_mode(), self.fast_copy.edited(self._edit(batch, cut)):
             hidden = self.fast_copy.hidden_from(layer, residuals[layer], batch)
             if not self.fast_copy.complete_from(layer):
                 raise SilentSiteError("a layer ran without calling its attention function")
             return cross_entropy(self.fast_copy.logits, hidden, batch)
 
     def logits(
-        self,
-        batch: Int[torch.Tensor, "document pos"],
-        cut: KeyMask | RefitCut | None = None,
-        mode: str = "zero",
-        gains: KeyGains | None = None,
-        seed: int = 0,
-        donors: torch.Tensor | None = None,
+        self, batch: Int[torch.Tensor, "document pos"], cut: Cut | None = None
     ) -> Float[torch.Tensor, "document pos vocab"]:
         """Logits of a (small) batch, float32 on the CPU."""
-        if self.fast_copy is not None:
-            with (
-                torch.inference_mode(),
-                self.fast_copy.edited(self._edit(batch, cut, mode, gains, seed, donors)),
-            ):
-                found = self.fast_copy.logits(
-                    self.fast_copy.hidden(batch.to(self.fast_copy.device))
-                )
-            return found.float().cpu()
-        device = next(self.model.parameters()).device
-        with torch.inference_mode(), self._hooked(batch, cut, mode, gains, seed, donors):
-            return self.model(batch.to(device), return_type="logits").float().cpu()  # type: ignore[no-any-return]
+        self._check_hooks()
+        with torch.inference_mode():
+            if self.fast_copy is not None:
+                with self.fast_copy.edited(self._edit(batch, cut)):
+                    hidden = self.fast_copy.hidden(batch.to(self.fast_copy.device))
+                    return self.fast_copy.logits(hidden).float().cpu()
+            with self._hooked(batch, cut):
+                found = self.model(batch.to(model_device(self.model)), return_type="logits")
+                return found.float().cpu()  # type: ignore[no-any-return]
 
-    def _cache(
-        self, batch: torch.Tensor, mode: str, donors: torch.Tensor | None
-    ) -> KeyCache | None:
-        if mode != "resample":
-            return None
-        return KeyCache.run(self.model, batch if donors is None else donors)
+    def _check_hooks(self) -> None:
+        if _hooks_on(self.model) != self._hooks:
+            raise InputError(
+                "the hooks on the model are not those that it had when its losses were first "
+                "taken: expected a new Evaluator after hooks were added or removed"
+            )
 
-    def _edit(
-        self,
-        batch: torch.Tensor,
-        cut: KeyMask | RefitCut | None,
-        mode: str,
-        gains: KeyGains | None,
-        seed: int,
-        donors: torch.Tensor | None,
-    ) -> Edit | None:
-        assert self.fast_copy is not None
-        if cut is None:
-            return None
-        if isinstance(cut, RefitCut):
-            return cut.edit(self.sites, batch.shape[1])
-        cache = self._cache(batch, mode, donors)
-        planned = plan_cut(self.model, cut, mode, gains=gains, cache=cache, seed=seed)
-        return planned.edit(self.fast_copy.device)
+    def _edit(self, batch: torch.Tensor, cut: Cut | None) -> Edit | None:
+        return None if cut is None else cut.edit(self.model, batch)
 
     @contextmanager
-    def _hooked(
-        self,
-        batch: torch.Tensor,
-        cut: KeyMask | RefitCut | None,
-        mode: str,
-        gains: KeyGains | None,
-        seed: int,
-        donors: torch.Tensor | None,
-    ) -> Iterator[None]:
+    def _hooked(self, batch: torch.Tensor, cut: Cut | None) -> Iterator[None]:
         if cut is None:
             yield
-        elif isinstance(cut, RefitCut):
-            with attached(self.model, cut.hooks(self.model)):
-                yield
-        else:
-            cache = self._cache(batch, mode, donors)
-            with ablate(self.model, cut, mode, gains=gains, cache=cache, seed=seed):
-                yield
+            return
+        hooks = cut.hooks(self.model, batch)
+        with attached(self.model, hooks):
+            yield
+        hooks.check_fired()
 
-    def documents(
-        self,
-        batch: Int[torch.Tensor, "document pos"],
-        cut: KeyMask | RefitCut | None = None,
-        mode: str = "zero",
-        gains: KeyGains | None = None,
-        seed: int = 0,
-        donors: torch.Tensor | None = None,
-    ) -> Float[np.ndarray, " document"]:
-        """Mean next-token loss of each document of a batch, nats per token; see ``tokens``.
+
+class TextLosses:
+    """Losses on one text, per document, each computed once; made by ``Evaluator.on``.
+
+    Attributes:
+        evaluator: of the model.
+        documents: the text as batches ``[document, pos]``.
+        text: fingerprint of the text.
+    """
+
+    def __init__(self, evaluator: Evaluator, documents: Sequence[torch.Tensor], text: str) -> None:
+        self.evaluator, self.documents, self.text = evaluator, list(documents), text
+        self._known: dict[str, list[Float[np.ndarray, " document"]]] = {}
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the text."""
+        return sum(batch.numel() for batch in self.documents)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Documents of each batch."""
+        return [len(batch) for batch in self.documents]
+
+    @property
+    def intact(self) -> Float[np.ndarray, " document"]:
+        """Loss of each document without a cut, nats per token."""
+        return self.losses(None)
+
+    def losses(self, cut: Cut | None) -> Float[np.ndarray, " document"]:
+        """Mean next-token loss of each document, nats per token.
 
         Raises:
-            InputError: a loss that is not finite.
+            InputError: a cut of another model, a loss that is not finite.
         """
-        per_token = self.tokens(batch, cut, mode, gains, seed, donors)
+        return np.concatenate(list(self.by_batch(cut)))
+
+    def by_batch(self, cut: Cut | None) -> Iterator[Float[np.ndarray, " document"]]:
+        """As ``losses``, batch after batch; whoever has seen enough may stop."""
+        known = self._known.setdefault("" if cut is None else cut.digest(), [])
+        for number, batch in enumerate(self.documents):
+            if number == len(known):
+                known.append(self._mean(batch, cut))
+            yield known[number]
+
+    def rise(self, cut: Cut) -> Float[np.ndarray, " document"]:
+        """Rise of each document's loss with ``cut``, nats per token."""
+        difference: Float[np.ndarray, " document"] = self.losses(cut) - self.intact
+        return difference
+
+    def _mean(self, batch: torch.Tensor, cut: Cut | None) -> Float[np.ndarray, " document"]:
+        per_token = self.evaluator.tokens(batch, cut)
         losses: Float[np.ndarray, " document"] = per_token.double().mean(1).numpy()
         if not np.isfinite(losses).all():
             first = int(np.flatnonzero(~np.isfinite(losses))[0])
@@ -230,45 +251,28 @@ class Evaluator:
         return losses
 
 
-def resample_donors(documents: Sequence[torch.Tensor], most: int = 3) -> list[torch.Tensor]:
-    """For each batch ``[document, pos]`` the documents among which ``resample`` looks for keys.
-
-    A batch of several documents serves itself. One of a single document gets up to ``most`` more
-    from the batches after (and before) it, cut to its length.
+def evaluator_of(model: Any, given: Evaluator | None) -> Evaluator:
+    """``given`` if it is of ``model``, else a new one.
 
     Raises:
-        InputError: a document to which no other can give keys at all of its positions.
+        InputError: an evaluator of another model.
     """
-    rows = [(number, row) for number, batch in enumerate(documents) for row in batch]
-    donors = []
-    for number, batch in enumerate(documents):
-        length = batch.shape[1]
-        if len(batch) > 1:
-            donors.append(batch)
-            continue
-        later = [row for at, row in rows if at > number and len(row) >= length]
-        others = later + [row for at, row in rows if at < number and len(row) >= length]
-        if not others:
-            raise InputError(
-                f"mode='resample' takes keys from another document at the same position: no other "
-                f"document of tokens has the {length} positions of the longest one"
-            )
-        donors.append(torch.stack([batch[0], *(row[:length] for row in others[:most])]))
-    return donors
+    if given is None:
+        return Evaluator(model)
+    if given.model is not model:
+        raise InputError("evaluator is of another model: expected Evaluator(model)")
+    return given
 
 
-def _has_hooks(model: Any) -> bool:
-    """Whether somebody has hooks on the model, which a fast copy would not run.
+def _hooks_on(model: Any) -> frozenset[int]:
+    """Identities of the hooks that somebody has on the model, which a fast copy would not run.
 
     Hooks that TransformerLens wires itself (OPT's MLP) carry nothing of the user's.
     """
     points = getattr(model, "hook_dict", {})
-    handles = [
-        handle
+    return frozenset(
+        id(handle.user_hook)
         for point in points.values()
         for handle in (*getattr(point, "fwd_hooks", ()), *getattr(point, "bwd_hooks", ()))
-    ]
-    return any(
-        not str(getattr(handle.user_hook, "__module__", "")).startswith("transformer_lens.")
-        for handle in handles
+        if not str(getattr(handle.user_hook, "__module__", "")).startswith("transformer_lens.")
     )

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 
-from gainlens.ablation.key_mask import KeyMask
-from gainlens.ablation.refit_cut import RefitCut
+from gainlens.ablation.cut import Cut
+from gainlens.analysis.sweep.evaluator import Evaluator, TextLosses
+from gainlens.data.batches import Tokens
 from gainlens.data.document_identity import document_marks, text_fingerprint
 from gainlens.errors import InputError
-from gainlens.probes.gains import KeyGains
-
-Cut = KeyMask | RefitCut
+from gainlens.probes.gains import KeyGains, check_same_weights
 
 SHARED = 0.1
 """Share of documents in common from which it is no accident. Two splits of one source may hold a
 few equal openings (licences, salutations); these are worth a warning."""
 
 
-def check_judge(documents: Sequence[torch.Tensor], gains: KeyGains, cuts: Iterable[Cut]) -> None:
+def check_judge(
+    documents: Sequence[torch.Tensor], gains: KeyGains | None, cuts: Iterable[Cut] = ()
+) -> None:
     """Refuse text that also went into the gains or into one of the cuts, or a good part of which.
 
     Args:
@@ -35,12 +35,12 @@ def check_judge(documents: Sequence[torch.Tensor], gains: KeyGains, cuts: Iterab
     Warns:
         UserWarning: fewer are.
     """
-    texts, marks = set(gains.texts), set(gains.documents)
+    texts = set() if gains is None else set(gains.texts)
+    marks = set() if gains is None else set(gains.documents)
     for cut in cuts:
-        for facts in (cut.facts, cut.mask.facts if isinstance(cut, RefitCut) else {}):
-            texts |= {facts["text"]} if "text" in facts else set()
-            texts |= _strings(facts, "texts")
-            marks |= _strings(facts, "documents")
+        more_texts, more_marks = cut.chosen_on()
+        texts |= more_texts
+        marks |= more_marks
     if text_fingerprint(documents) in texts:
         raise InputError(
             "tokens are the text that the gains were gathered on or a cut was made on: text that "
@@ -61,6 +61,36 @@ def check_judge(documents: Sequence[torch.Tensor], gains: KeyGains, cuts: Iterab
         )
 
 
-def _strings(facts: dict[str, Any], name: str) -> set[str]:
-    found = facts.get(name)
-    return set(found) if isinstance(found, list | tuple) else set()
+def text_that_judges(
+    evaluator: Evaluator, tokens: Tokens, gains: KeyGains, cuts: Iterable[Cut] = ()
+) -> TextLosses:
+    """The losses on a text, after checking that it chose nothing.
+
+    Args:
+        evaluator: of the model.
+        tokens: the text.
+        gains: that chose what is cut.
+        cuts: as for ``check_judge``.
+
+    Raises:
+        InputError: gains of another model, or text that chose.
+    """
+    check_same_weights(gains.model, evaluator.fingerprint)
+    text = evaluator.on(tokens)
+    check_judge(text.documents, gains, cuts)
+    return text
+
+
+def text_that_chooses(evaluator: Evaluator, tokens: Tokens, judge: TextLosses) -> TextLosses:
+    """The losses on a text that may choose: not the one that judges.
+
+    Raises:
+        InputError: it shares documents with ``judge``.
+    """
+    text = evaluator.on(tokens)
+    marks = set(document_marks(text.documents)) & set(document_marks(judge.documents))
+    if text.text == judge.text or marks:
+        raise InputError(
+            "the text that chooses shares documents with the one that judges: expected others"
+        )
+    return text

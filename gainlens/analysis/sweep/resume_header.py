@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from gainlens.ablation.refit_cut import RefitCut
-from gainlens.analysis.sweep.judging_text import Cut
+from gainlens.ablation.cut import Cut
 from gainlens.analysis.sweep.points import Point
 from gainlens.probes.gains import KeyGains
 from gainlens.stats.stopping import StoppingRule
@@ -30,28 +29,19 @@ def sweep_header(
 
     Args:
         model: whose losses are taken.
-        gains: that chose the cuts; their means are part of the cut in mode ``mean``.
+        gains: that chose the cuts.
         text: fingerprint of the validation text.
         todo: points and their cuts, in order.
         sizes: documents of each batch.
         rule: by which points stop early.
         fused: whether fused attention computes the losses.
     """
-    cuts = hashlib.sha256()
-    for point, cut in todo:
-        tensors = [cut.keep]
-        if isinstance(cut, RefitCut):
-            tensors += [cut.query_maps, cut.key_maps]
-        if point.mode == "mean":
-            tensors.append(gains.mean())
-        for tensor in tensors:
-            cuts.update(tensor.contiguous().numpy().tobytes())
     return {
         "model": model_digest(model),
         "text": text,
         "seeds": sorted({p.seed for p, _ in todo if p.seed is not None}),
         "points": [asdict(p) for p, _ in todo],
-        "cuts": cuts.hexdigest(),
+        "cuts": hashlib.sha256("".join(cut.digest() for _, cut in todo).encode()).hexdigest(),
         "gains": list(gains.texts),
         "batches": list(sizes),
         "stopping": None if rule is None else asdict(rule),

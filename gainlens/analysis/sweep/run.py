@@ -8,41 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from gainlens.ablation.key_mask import KeyMask, Scope, check_something_stays
+from gainlens.ablation.cut import Cut, check_cut
+from gainlens.ablation.key_mask import Scope, check_something_stays
+from gainlens.ablation.masked_cut import donors_for
 from gainlens.ablation.modes import get_mode
-from gainlens.ablation.refit_cut import RefitCut
 from gainlens.analysis.sweep.curve import SurgeryCurve
-from gainlens.analysis.sweep.evaluator import Evaluator, resample_donors
-from gainlens.analysis.sweep.judging_text import Cut, check_judge
+from gainlens.analysis.sweep.evaluator import Evaluator, TextLosses, evaluator_of
+from gainlens.analysis.sweep.judging_text import check_judge
 from gainlens.analysis.sweep.points import ORDERS, Point, check_fractions, sweep_points
 from gainlens.analysis.sweep.resume_file import SweepFile
 from gainlens.analysis.sweep.resume_header import sweep_header
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
-from gainlens.data.document_identity import text_fingerprint
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError
-from gainlens.model.fingerprint import model_fingerprint
 from gainlens.probes.gains import KeyGains, check_same_weights
 from gainlens.stats.stopping import StoppingRule
-
-
-def document_losses(
-    model: Any,
-    documents: Sequence[Int[torch.Tensor, "document pos"]],
-    mask: Cut | None = None,
-    mode: str = "zero",
-    gains: KeyGains | None = None,
-) -> Float[np.ndarray, " document"]:
-    """Mean next-token loss of each document in nats per token, with ``mask`` cut if given.
-
-    Raises:
-        InputError: the loss of a document is not finite.
-    """
-    evaluator = Evaluator(model)
-    return np.concatenate([evaluator.documents(b, mask, mode, gains) for b in documents])
 
 
 def surgery(
@@ -63,6 +45,7 @@ def surgery(
     out: str | Path | None = None,
     fast: bool = True,
     tokens_per_batch: int = TOKENS_PER_BATCH,
+    evaluator: Evaluator | None = None,
     progress: bool = True,
 ) -> SurgeryCurve:
     """Sweep ablations over fractions, quietest first, beside random and loudest-first controls.
@@ -77,7 +60,7 @@ def surgery(
         mode: a row of ``gainlens.ablation.modes.MODES`` other than ``patch``.
         orders: which orders to run; see ``gainlens.analysis.sweep.points.ORDER_TABLE``.
         seeds: of the random controls.
-        cuts: further cuts by name (``KeyMask`` or ``RefitCut``), as points of order ``given``.
+        cuts: further cuts by name, of any kind, as points of order ``given``.
         stop_margin: stop each point once its rise of the loss, in nats per token, is shown to be
             below or above this; see ``gainlens.stats.stopping``. By default none stops.
         level: of the intervals by which points stop, over all looks together.
@@ -85,6 +68,7 @@ def surgery(
             the sweep goes on where it stopped.
         fast: allow fused attention where it gives the same loss.
         tokens_per_batch: upper bound on tokens per forward pass.
+        evaluator: of this model, where several calls share one; ``fast`` then has no effect.
         progress: show a progress bar with the time left.
 
     Raises:
@@ -111,82 +95,79 @@ def surgery(
             unit,
             mode,
         )
+    evaluator = evaluator_of(model, evaluator or Evaluator(model, fast=fast))
+    check_same_weights(gains.model, evaluator.fingerprint)
+    text = evaluator.on(tokens, tokens_per_batch)
+    check_judge(text.documents, gains, (cuts or {}).values())
     todo: list[tuple[Point, Cut]] = []
     for point in points:
         mask = point.mask(gains)
         check_something_stays(mask, point.fraction)
-        todo.append((point, mask))
-    todo += [(_given_point(name, cut), cut) for name, cut in (cuts or {}).items()]
-    check_same_weights(gains.model, model_fingerprint(model))
-    documents = list(batches(tokens, int(model.cfg.d_vocab), tokens_per_batch))
-    text = text_fingerprint(documents)
-    check_judge(documents, gains, (cuts or {}).values())
-    sizes = [len(batch) for batch in documents]
-    rule = None if stop_margin is None else StoppingRule.after_batches(sizes, stop_margin, level)
-    donors = resample_donors(documents) if mode == "resample" else documents
-    evaluator = Evaluator(model, fast=fast)
+        seed = point.seed or 0
+        todo.append((point, mask.in_mode(mode, gains=gains, donors=text.documents, seed=seed)))
+    todo += [(given_point(name, cut), cut) for name, cut in (cuts or {}).items()]
+    if get_mode(mode).takes_donors:
+        for batch in text.documents:
+            donors_for(batch, text.documents)
+    rule = (
+        None if stop_margin is None else StoppingRule.after_batches(text.sizes, stop_margin, level)
+    )
     file = None
     if out is not None:
-        header = sweep_header(
-            model, gains, text, todo, sizes, rule, fused=evaluator.fast_copy is not None
-        )
+        fused = evaluator.fast_copy is not None
+        header = sweep_header(model, gains, text.text, todo, text.sizes, rule, fused=fused)
         file = SweepFile(out, header)
-        file.check_lengths(len(todo) + 1, sum(sizes), () if rule is None else rule.looks)
+        file.check_lengths(len(todo) + 1, sum(text.sizes), () if rule is None else rule.looks)
     losses: list[Float[np.ndarray, " document"]] = [] if file is None else list(file.done)
     with tqdm(
         total=len(todo) + 1, initial=len(losses), desc="surgery", unit="point", disable=not progress
     ) as bar:
         for index in range(len(losses), len(todo) + 1):
             if index == 0:
-                found = np.concatenate([evaluator.documents(batch) for batch in documents])
+                found = text.intact
             else:
-                point, cut = todo[index - 1]
-                found = _run_point(evaluator, documents, donors, point, cut, gains, losses[0], rule)
+                found = _run_point(text, todo[index - 1][1], losses[0], rule)
             losses.append(found)
             if file is not None:
                 file.add(found)
             bar.update()
-    table = np.full((len(todo), sum(sizes)), np.nan)
+    table = np.full((len(todo), sum(text.sizes)), np.nan)
     for row, found in zip(table, losses[1:], strict=True):
         row[: len(found)] = found
-    n_tokens = sum(batch.numel() for batch in documents)
     return SurgeryCurve(
-        [point for point, _ in todo], table, losses[0], gains.model, text, n_tokens, rule
+        [point for point, _ in todo], table, losses[0], gains.model, text.text, text.n_tokens, rule
     )
 
 
 def _run_point(
-    evaluator: Evaluator,
-    documents: Sequence[torch.Tensor],
-    donors: Sequence[torch.Tensor],
-    point: Point,
+    text: TextLosses,
     cut: Cut,
-    gains: KeyGains,
     baseline: Float[np.ndarray, " document"],
     rule: StoppingRule | None,
 ) -> Float[np.ndarray, " run"]:
     """Losses of a point: of all documents, or of as many as decide it."""
     found: Float[np.ndarray, " run"] = np.empty(0)
-    for batch, others in zip(documents, donors, strict=True):
-        more = evaluator.documents(batch, cut, point.mode, gains, point.seed or 0, others)
+    for more in text.by_batch(cut):
         found = np.concatenate([found, more])
         if rule is not None and rule.status(found - baseline[: len(found)]) != "undecided":
             break
     return found
 
 
-def _given_point(name: str, cut: Cut) -> Point:
-    if not isinstance(cut, KeyMask | RefitCut):
-        raise InputError(f"cuts[{name!r}]={type(cut).__name__}: expected a KeyMask or a RefitCut")
-    mask = cut.mask if isinstance(cut, RefitCut) else cut
-    fraction = 1 - mask.fraction_kept
+def given_point(name: str, cut: Cut) -> Point:
+    """The point of a cut that was passed in by name.
+
+    Raises:
+        InputError: not a cut, or one that cuts everything.
+    """
+    fraction = 1 - check_cut(cut, f"cuts[{name!r}]").fraction_kept
     check_fractions((fraction,))
-    facts = mask.facts
+    facts = cut.all_facts
     return Point(
         score=str(facts.get("score", "given")),
         scope=str(facts.get("scope", "given")),
         unit=str(facts.get("unit", "given")),
-        mode="zero",
+        mode=str(facts.get("mode", "zero")),
         order="given",
         fraction=fraction,
         label=name,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 
-from gainlens.ablation import RefitCut
+from gainlens.ablation import best_cut, load_cut
 from gainlens.cli.verbs.common import add_text_arguments, open_model, text
 from gainlens.errors import InputError
 from gainlens.export import (
@@ -23,7 +23,7 @@ from gainlens.export import (
     slim,
 )
 from gainlens.export.plan import BASES
-from gainlens.export.recipe import mean_loss, refit_of, training_free_cut
+from gainlens.export.recipe import mean_loss, refitted
 from gainlens.export.sources import open_source
 from gainlens.export.speed_ledger import CONTEXTS, ledger, sizes
 from gainlens.export.writing import check_plan
@@ -95,8 +95,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         judge = load_tokens(
             options.text, model, n_docs=options.judge, length=options.length, split="validation"
         )
-    plan, refit, tokens = _cut(options, model)
-    thin = slim(model, plan, tokens, refit=refit)
+    plan, tokens = _cut(options, model)
+    thin = slim(model, plan, tokens)
     export_model(
         thin,
         out,
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         tokenizer=_tokenizer(options, model),
     )
     try:
-        plan.save(out / "slice_plan.json")
+        replace(plan, maps=None).save(out / "slice_plan.json")
     except InputError:
         for entry in out.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -119,13 +119,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "out": str(out),
         "engine": options.engine,
         "parity": thin.gainlens_parity.difference,
-        "refit": None if refit is None else refit.facts,
+        "refit": None if plan.maps is None else dict(plan.maps.facts),
         "full": vars(before),
         "slim": vars(after),
     }
     keys, values_before = before.key_bytes, before.value_bytes
     lines = [
-        f"{out}: {plan!r}{', refitted,' if refit else ''} for {options.engine}, logits within "
+        f"{out}: {plan!r}{', refitted,' if plan.maps else ''} for {options.engine}, logits within "
         f"{thin.gainlens_parity.difference:.1e} of the masked original's",
         f"parameters {before.parameters:,} -> {after.parameters:,}; cache per token "
         f"{keys + values_before:,} -> {after.key_bytes + after.value_bytes:,} bytes "
@@ -173,44 +173,38 @@ def _losses(
     return losses, "" if original is None else f" (intact {original})"
 
 
-def _cut(
-    options: argparse.Namespace, model: Any
-) -> tuple[SlicePlan, RefitCut | None, torch.Tensor | None]:
-    """The plan, its refit and the calibration text, as the options say."""
+def _cut(options: argparse.Namespace, model: Any) -> tuple[SlicePlan, torch.Tensor | None]:
+    """The plan and the calibration text, as the options say."""
     rounds = options.refit_rounds
     if options.refit:
-        cut = RefitCut.load(options.refit)
-        plan = SlicePlan.from_mask(cut, values=options.values)
+        plan = SlicePlan.from_cut(load_cut(options.refit), values=options.values)
         _check_plan(options, model, plan)
-        tokens = text(options, model, "calibration") if plan.value_widths else None
-        return plan, cut, tokens
+        return plan, text(options, model, "calibration") if plan.value_widths else None
     if options.plan:
         plan = _own_plan(options.plan, options.model)
         _check_plan(options, model, plan)
-        needed = plan.value_widths or rounds
-        tokens = text(options, model, "calibration") if needed else None
-        return plan, refit_of(model, tokens, plan, rounds=rounds) if rounds else None, tokens
+        tokens = text(options, model, "calibration") if plan.value_widths or rounds else None
+        return refitted(model, tokens, plan, rounds=rounds or 0), tokens
     own = options.engine == "gainlens"
     values = options.values if options.values is not None or own else options.keep
     scope: Any = options.scope or ("head" if own else "universal")
     if options.basis == "canonical":
         plan = canonical_plan(model, options.keep, scope).with_values(values)
         _check_plan(options, model, plan)
-        return plan, None, text(options, model, "calibration") if values else None
+        return plan, text(options, model, "calibration") if values else None
     tokens = text(options, model, "calibration")
-    plan, _ = training_free_cut(
+    cut = best_cut(
         model,
         tokens,
-        options.keep,
-        gains=KeyGains.load(options.gains) if options.gains else None,
+        1 - options.keep,
+        scope,
         score=options.score,
-        scope=scope,
-        values=values,
+        gains=KeyGains.load(options.gains) if options.gains else None,
         rounds=0,
     )
+    plan = SlicePlan.from_cut(cut, values=values)
     _check_plan(options, model, plan)
-    rounds = 2 if rounds is None else rounds
-    return plan, refit_of(model, tokens, plan, rounds=rounds) if rounds > 0 else None, tokens
+    return refitted(model, tokens, plan, rounds=2 if rounds is None else rounds), tokens
 
 
 def _check_plan(options: argparse.Namespace, model: Any, plan: SlicePlan) -> None:

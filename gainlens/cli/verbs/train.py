@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from gainlens.ablation import RefitCut
+from gainlens.ablation import RefitCut, best_cut, load_cut
+from gainlens.ablation.recipe import RANKING_DOCUMENTS
 from gainlens.cli.verbs.common import add_text_arguments, open_model
 from gainlens.errors import GainlensError, InputError
 from gainlens.export import SlicePlan
-from gainlens.export.recipe import FISHER_DOCUMENTS, refit_of, training_free_cut
+from gainlens.export.recipe import refitted
 from gainlens.export.sources import open_source
 from gainlens.files import check_free, check_writable, read_json, write_json
 from gainlens.model import load_tokens
@@ -105,16 +106,19 @@ def _heal(
     del bridge
     plan = SlicePlan.load(part / "plan.json")
     kept = part / "refit.safetensors"
-    refit = RefitCut.load(kept) if kept.exists() else None
+    maps = load_cut(kept).maps if kept.exists() else None
+    if maps is not None and options.rounds == 1:
+        plan = replace(plan, maps=maps)
     model = load_hf(options.model, device=options.device)
     way = [*(SlicePlan.load(part / WAY.format(n)) for n in range(1, options.rounds)), plan]
-    before = _untrained(model, plan, refit if len(way) == 1 else None, texts, options)
+    if maps is not None:
+        way[0] = replace(way[0], maps=maps)
+    before = _untrained(model, plan, texts, options)
     trained = train_virtual_width(
         model,
         way,
         texts["training"],
         steps=options.steps,
-        refit=refit,
         monitor=texts["monitor"],
         checkpoint=part / "checkpoint.safetensors",
         save_every=options.save_every,
@@ -243,7 +247,7 @@ def _cut(
         some = options.rounds == 1 and options.score == "fisher"
         gains = gather_gains(
             model,
-            tokens[:FISHER_DOCUMENTS] if some else tokens,
+            tokens[:RANKING_DOCUMENTS] if some else tokens,
             (options.score,),
             progress=processes.first,
         )
@@ -261,46 +265,47 @@ def _write_cut(
 ) -> None:
     """Plan and refit; a plan file in the place of gains."""
     rounds = options.refit_rounds if options.rounds == 1 else 0
-    refit: RefitCut | None
     if options.plan:
         plan = SlicePlan.load(options.plan)
         source = open_source(model)
         plan.check_model(source.shape, source.fingerprint, source.architecture)
-        refit = refit_of(model, tokens, plan, rounds=rounds) if rounds else None
     else:
-        plan, refit = training_free_cut(
+        cut = best_cut(
             model,
             tokens,
-            options.keep,
-            gains=gains,
+            1 - options.keep,
+            options.scope,
             score=options.score,
-            scope=options.scope,
-            rounds=rounds,
+            gains=gains,
+            rounds=0,
         )
-        plan = replace(plan, fingerprint=model_fingerprint(model))
+        plan = SlicePlan.from_cut(cut, fingerprint=model_fingerprint(model))
+    start = refitted(model, tokens, plan, rounds=rounds)
     if options.rounds > 1:
         assert gains is not None
         way = nested_plans(gains, plan, options.rounds, options.score, options.scope)
         for number, one in enumerate(way[:-1], 1):
             one.save(part / WAY.format(number))
         if options.refit_rounds:
-            refit = refit_of(model, tokens, way[0], rounds=options.refit_rounds)
-    if refit is not None:
-        refit.save(part / "refit.safetensors")
+            start = refitted(model, tokens, way[0], rounds=options.refit_rounds)
+    if start.maps is not None:
+        maps = start.maps
+        RefitCut(start.mask, maps.queries, maps.keys, dict(maps.facts)).save(
+            part / "refit.safetensors"
+        )
     plan.save(part / "plan.json")  # last: where it lies, the cut is whole
 
 
 def _untrained(
     model: Any,
     plan: SlicePlan,
-    refit: RefitCut | None,
     texts: dict[str, torch.Tensor],
     options: argparse.Namespace,
 ) -> dict[str, dict[str, Any]]:
     """What the cut costs before training, on the monitored and on the validation documents."""
-    students = {"cut": Student(model, plan)}
-    if refit is not None:
-        students["cut and refitted"] = Student(model, plan, refit=refit)
+    students = {"cut": Student(model, replace(plan, maps=None))}
+    if plan.maps is not None:
+        students["cut and refitted"] = Student(model, plan)
     found: dict[str, dict[str, Any]] = {"monitor": {}, "validation": {}}
     for where, row in found.items():
         intact = students["cut"].document_losses(texts[where], intact=True)

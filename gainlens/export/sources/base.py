@@ -28,7 +28,7 @@ Flows = Float[torch.Tensor, "layer kv_head d_value d_value"]
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class ProjectionMaps:
     """What a plan does to the original, as maps of projected queries and keys; float64, CPU.
 
     Attributes:
@@ -104,13 +104,13 @@ class Source(ABC):
     def logits(
         self,
         tokens: Int[torch.Tensor, "document pos"],
-        cut: Cut | None = None,
+        cut: ProjectionMaps | None = None,
         values: ValueMap | None = None,
     ) -> Float[torch.Tensor, "document pos vocab"]:
         """The original's logits, float32 or wider, after the cut, attention outputs multiplied."""
 
     @abstractmethod
-    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], cut: Cut | None) -> Flows:
+    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], cut: ProjectionMaps | None) -> Flows:
         """Second moments at the output projection's input over the text, float64 on the CPU."""
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from gainlens.errors import UnsupportedModelError
 from gainlens.export.families import KeySite
-from gainlens.export.sources.base import Cut, Flows, Source, ValueMap, in_eval_mode
+from gainlens.export.sources.base import Flows, ProjectionMaps, Source, ValueMap, in_eval_mode
 from gainlens.export.weights import AttentionWeights
 from gainlens.model.wrapping import architecture_of
 
@@ -46,7 +46,7 @@ class HuggingFaceSource(Source):
     def logits(
         self,
         tokens: Int[torch.Tensor, "document pos"],
-        cut: Cut | None = None,
+        cut: ProjectionMaps | None = None,
         values: ValueMap | None = None,
     ) -> Float[torch.Tensor, "document pos vocab"]:
         """See ``Source``."""
@@ -55,7 +55,7 @@ class HuggingFaceSource(Source):
             out = self.model(tokens.to(self.device), use_cache=False).logits
         return at_least_float(out)
 
-    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], cut: Cut | None) -> Flows:
+    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], cut: ProjectionMaps | None) -> Flows:
         """See ``Source``."""
         n_layers, n_kv, _ = self.shape
         sums: list[Any] = [0] * n_layers
@@ -82,7 +82,9 @@ class HuggingFaceSource(Source):
     def _attention_module(self, layer: int) -> Any:
         return self.model.get_submodule(self.family.attention.format(layer))
 
-    def _masked(self, stack: ExitStack, cut: Cut | None, values: ValueMap | None) -> None:
+    def _masked(
+        self, stack: ExitStack, cut: ProjectionMaps | None, values: ValueMap | None
+    ) -> None:
         stack.enter_context(in_eval_mode(self.model))
         for layer in range(self.n_layers):
             module = self._attention_module(layer)

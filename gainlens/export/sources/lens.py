@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.ablation import KeyMask, ablation_hooks
-from gainlens.export.sources.base import Cut, Flows, Source, ValueMap, in_eval_mode
+from gainlens.export.sources.base import Flows, ProjectionMaps, Source, ValueMap, in_eval_mode
 from gainlens.export.sources.huggingface import at_least_float, second_moment
 from gainlens.model.hooks import Hook, attached
 
@@ -20,7 +20,7 @@ class LensSource(Source):
     def logits(
         self,
         tokens: Int[torch.Tensor, "document pos"],
-        cut: Cut | None = None,
+        cut: ProjectionMaps | None = None,
         values: ValueMap | None = None,
     ) -> Float[torch.Tensor, "document pos vocab"]:
         """See ``Source``."""
@@ -34,7 +34,7 @@ class LensSource(Source):
                 out: torch.Tensor = self.model(tokens.to(self.device), return_type="logits")
         return at_least_float(out)
 
-    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], cut: Cut | None) -> Flows:
+    def flows(self, batches: list[Int[torch.Tensor, "_ _"]], cut: ProjectionMaps | None) -> Flows:
         """See ``Source``."""
         n_layers, n_kv, d_head = self.shape
         sums = torch.zeros(n_layers, n_kv, d_head, d_head, dtype=torch.float64)
@@ -53,7 +53,7 @@ class LensSource(Source):
                     count += batch.numel()
         return sums / count
 
-    def _cut_hooks(self, cut: Cut | None) -> list[Hook]:
+    def _cut_hooks(self, cut: ProjectionMaps | None) -> list[Hook]:
         if cut is None:
             return []
         if cut.queries is None:

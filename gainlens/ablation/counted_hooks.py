@@ -1,0 +1,31 @@
+"""``AblationHooks``: hooks of a cut that count how often they fired."""
+
+from __future__ import annotations
+
+from gainlens.errors import SilentSiteError
+from gainlens.model.hooks import Hook
+
+
+class AblationHooks(list[Hook]):
+    """``(name, fn)`` hooks for ``run_with_hooks`` that count how often they fired.
+
+    Attributes:
+        fires: calls per layer so far.
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        super().__init__()
+        self.fires = [0] * n_layers
+
+    def check_fired(self) -> None:
+        """Raise unless every layer was cut, and all equally often.
+
+        Raises:
+            SilentSiteError: naming the layers whose hook stayed silent.
+        """
+        silent = [layer for layer, n in enumerate(self.fires) if n < max(self.fires) or n == 0]
+        if silent:
+            raise SilentSiteError(
+                f"the ablation hooks of layer(s) {silent} stayed silent, so the model was not cut "
+                "there; was a full forward pass run, without reset_hooks?"
+            )
