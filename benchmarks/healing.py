@@ -65,10 +65,9 @@ def main() -> None:
     train = tuple(args.train.split(","))
     name = f"{args.run}_{''.join(train)}_{args.steps}x{args.batch}_{args.lr:g}_{args.other_lr:g}"
     model = load_hf(args.model)
-    plan = gl.SlicePlan.from_mask(cut)
     untrained = {
-        "zeroed": Student(model, plan),
-        "refitted": Student(model, plan, refit=cut),
+        "zeroed": Student(model, gl.SlicePlan.from_cut(gl.KeyMask(cut.keep))),
+        "refitted": Student(model, gl.SlicePlan.from_cut(cut)),
     }
     intact = untrained["zeroed"].document_losses(validation, intact=True)
     before = {
@@ -79,9 +78,8 @@ def main() -> None:
     print(before, flush=True)
     run = train_virtual_width(
         model,
-        plan,
+        cut,
         training,
-        refit=cut,
         steps=args.steps,
         monitor=monitor,
         checkpoint=cache / f"{name}_{args.seed}.safetensors",
@@ -164,7 +162,7 @@ def prepare(model_name: str, scope: str, fraction: float, length: int, cache):
             )
             gains.save(stored)
         # A head that the scope would leave nothing keeps its best pair.
-        plan = gl.SlicePlan.from_cut(gl.KeyMask.quietest(gains, 1 - 1 - fraction, "fisher", scope))
+        plan = gl.SlicePlan.from_cut(gl.KeyMask.quietest(gains, fraction, "fisher", scope))
         cut = gl.refit(model, calibration[:CALIBRATION], plan.mask, rounds=4)
         cut.save(kept)
     print(f"{time.time() - started:.0f} s: {cut!r}", flush=True)

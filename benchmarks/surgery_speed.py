@@ -67,7 +67,7 @@ def point(model, gains: gl.KeyGains, repeats: int) -> dict:
             return float(model.run_with_hooks(tokens, return_type="loss", fwd_hooks=hooks))
 
     def ours() -> float:
-        return float(evaluator.documents(tokens, mask).mean())
+        return float(evaluator.tokens(tokens, mask).mean())
 
     times: dict = {plain: [], ours: []}
     processor: dict = {plain: [], ours: []}

@@ -92,9 +92,9 @@ print("written:", (folder / "refused").exists())
 # best low-rank pair for the calibration text.
 
 # %%
-shared = gl.SlicePlan.from_cut(gl.KeyMask.quietest(gains, 0.5, scope="universal"), values=0.5)
-refitted = gl.refit(model, calibration, shared.mask)
-stock = gl.slim(model, shared, calibration, refit=refitted)
+mask = gl.KeyMask.quietest(gains, 0.5, scope="universal")
+shared = gl.SlicePlan.from_cut(gl.refit(model, calibration, mask), values=0.5)
+stock = gl.slim(model, shared, calibration)
 NEW = 8
 wanted = stock.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
 wanted = wanted[0, prompt.shape[1] :].tolist()

@@ -268,7 +268,11 @@ class KeyMask(Cut):
 
 def _origin(gains: KeyGains) -> dict[str, Any]:
     """Whose gains these were: a plan made of the mask fits that model, other text has to judge."""
-    return {"fingerprint": gains.model.fingerprint, "texts": list(gains.texts)}
+    return {
+        "fingerprint": gains.model.fingerprint,
+        "texts": list(gains.texts),
+        "documents": list(gains.documents),
+    }
 
 
 def share(values: torch.Tensor) -> torch.Tensor:

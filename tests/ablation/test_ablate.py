@@ -179,7 +179,7 @@ def test_an_ablation_that_did_nothing_is_an_error(any_tiny, tiny_calibration):
 
 def test_bad_input(unchecked, tiny, tiny_gains):
     mask = gl.KeyMask.quietest(tiny_gains, 0.5)
-    with pytest.raises(gl.InputError, match=r"mask has shape \(1, 1, 2\)"):
+    with pytest.raises(gl.InputError, match=r"cut has shape \(1, 1, 2\)"):
         gl.ablation_hooks(tiny, gl.KeyMask(torch.ones(1, 1, 2)))
     with pytest.raises(gl.InputError, match="'x'"):
         gl.ablation_hooks(tiny, mask, mode="x")

@@ -29,17 +29,17 @@ def test_rounds_reach_the_fraction_in_whole_pairs(tiny, tiny_calibration, scope)
 
 def test_scores_are_taken_on_the_model_as_cut_so_far(monkeypatch, tiny, tiny_calibration):
     """Each round sees zeros in what went before, and never brings it back."""
-    from gainlens.ablation import greedy
+    from gainlens.ablation import greedy_cut
 
     seen = []
-    real = greedy.probe_gains
+    real = greedy_cut.probe_gains
 
     def spy(*args, **kwargs):
         gains = real(*args, **kwargs)
         seen.append((gains.score("qk", unit="pair") == 0).float().mean().item())
         return gains
 
-    monkeypatch.setattr(greedy, "probe_gains", spy)
+    monkeypatch.setattr(greedy_cut, "probe_gains", spy)
     gl.greedy_mask(tiny, tiny_calibration[:2, :32], 0.75, score="qk", rounds=3, progress=False)
     assert seen == pytest.approx([0, 0.25, 0.5])
 

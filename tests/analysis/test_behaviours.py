@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 
 import pytest
 import torch
 
 import gainlens as gl
+from gainlens.analysis import behaviour_curves as module
 from gainlens.analysis.sweep.evaluator import Evaluator
-
-module = importlib.import_module("gainlens.analysis.behaviour_curves")
 
 
 def test_copying_prompts_hold_what_they_say():

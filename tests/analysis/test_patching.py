@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +10,7 @@ import transformer_lens.patching as theirs
 from families import FAMILIES, bridge, family_tokens
 
 import gainlens as gl
+from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.model.hooks import attached, hook_point
 
 
@@ -147,8 +146,6 @@ def test_bad_input(tiny, tiny_calibration):
 @pytest.mark.parametrize("name", ["GPTJForCausalLM", "FalconForCausalLM", "LlamaForCausalLM"])
 def test_blocks_below_are_skipped_where_no_fast_copy_can_be_made(name, monkeypatch):
     """GPT-J and Falcon keep attention to themselves; bfloat16 copies are not equal to the bit."""
-    import gainlens.analysis.patching as patching
-
     if name not in FAMILIES:
         pytest.skip("refused on this transformer-lens")
     model = bridge(name)
@@ -157,7 +154,7 @@ def test_blocks_below_are_skipped_where_no_fast_copy_can_be_made(name, monkeypat
     settings = {"metric": metric, "layers": [1], "progress": False}
     if name == "LlamaForCausalLM":
         usual = gl.patch_keys(model, clean, corrupted, **settings)
-        monkeypatch.setattr(patching, "Evaluator", lambda model: SimpleNamespace(fast_copy=None))
+        settings["evaluator"] = Evaluator(model, fast=False)
     runs = [0, 0]
 
     def counter(layer):

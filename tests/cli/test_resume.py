@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 
+from gainlens.analysis.sweep import run as surgery
 from gainlens.cli.main import main
-
-surgery = importlib.import_module("gainlens.analysis.sweep.run")
 
 SMALL = ["--model", "tiny", "--n-docs", "3", "--length", "32"]
 

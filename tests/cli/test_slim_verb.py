@@ -13,7 +13,7 @@ import gainlens as gl
 from gainlens.ablation import KeyMask
 from gainlens.cli.main import main
 from gainlens.export import SlicePlan, plan_of, slim
-from gainlens.export.recipe import mean_loss, training_free_cut
+from gainlens.export.recipe import mean_loss, refitted
 from gainlens.model.loading import load_hf
 
 TEXT = ["--model", "tiny", "--n-docs", "6", "--length", "64", "--judge", "4"]
@@ -51,10 +51,10 @@ def test_half_of_the_keys_then_three_lines_of_transformers(tmp_path, capsys, tin
 def test_refit_stays_closer_to_the_original(tiny, tiny_validation):
     """In nats of Kullback-Leibler divergence: this model's own loss hardly feels the cut."""
     tokens = gl.load_tokens("sotu", tiny, n_docs=32, length=120, split="calibration")
-    plan, cut = training_free_cut(tiny, tokens, 0.5, progress=False)
-    plain, none = training_free_cut(tiny, tokens, 0.5, rounds=0, progress=False)
-    assert plain == plan
-    assert none is None
+    cut = gl.best_cut(tiny, tokens, 0.5, "head", progress=False)
+    plain = gl.best_cut(tiny, tokens, 0.5, "head", rounds=0, progress=False)
+    assert torch.equal(plain.keep, cut.keep)
+    assert plain.maps is None
 
     def away(thin):
         with torch.no_grad():
@@ -62,10 +62,8 @@ def test_refit_stays_closer_to_the_original(tiny, tiny_validation):
         return float((wanted.exp() * (wanted - got)).sum(-1).mean())
 
     with torch.no_grad():
-        refitted, cut_alone = (
-            away(slim(tiny, plan, refit=r)(tiny_validation)) for r in (cut, None)
-        )
-    assert refitted < 0.8 * cut_alone
+        fitted, zeroed = (away(slim(tiny, one)(tiny_validation)) for one in (cut, plain))
+    assert fitted < 0.8 * zeroed
 
 
 def test_loss_is_the_models_own(tiny, tiny_validation):
@@ -80,9 +78,10 @@ def test_where_no_refit_is_to_be_had(originals):
 
     bridge = to_bridge(copy.deepcopy(originals["qwen3"]), "qwen3", None)
     tokens = torch.randint(3, 96, (4, 16))
+    plan = SlicePlan.from_cut(gl.best_cut(bridge, tokens, 0.5, "head", rounds=0))
     with pytest.warns(UserWarning, match="cut without a refit: a norm"):
-        plan, cut = training_free_cut(bridge, tokens, 0.5, progress=False)
-    assert cut is None
+        plan = refitted(bridge, tokens, plan, progress=False)
+    assert plan.maps is None
     slim(bridge, plan)
 
 
@@ -147,12 +146,10 @@ def test_refused_before_a_model_is_probed(tmp_path, capsys, monkeypatch):
     """What can be known beforehand costs no minutes and makes no folder."""
     from gainlens.cli.verbs import slim as command
 
-    monkeypatch.setattr(command, "training_free_cut", None)
+    monkeypatch.setattr(command, "best_cut", None)
     out = tmp_path / "deep/er/out"
     assert "--precision 'q4'" in refused(capsys, "--out", out, "--precision", "q4")
-    for name, value in (("keep", "1.5"), ("values", "0")):
-        message = refused(capsys, "--out", out, f"--{name}", value)
-        assert f"{name}={float(value)}: expected a share" in message
+    assert "values=0.0: expected a share" in refused(capsys, "--out", out, "--values", "0")
     config = transformers.Phi3Config(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=4, pad_token_id=0,
@@ -166,7 +163,7 @@ def test_refused_before_a_model_is_probed(tmp_path, capsys, monkeypatch):
 def test_an_engine_refuses_a_plan_before_it_is_refitted(tmp_path, capsys, monkeypatch):
     from gainlens.cli.verbs import slim as command
 
-    monkeypatch.setattr(command, "refit_of", None)
+    monkeypatch.setattr(command, "refitted", None)
     message = refused(
         capsys, "--out", tmp_path / "out", "--engine", "transformers", "--scope", "head"
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 
 import pytest
 
 from gainlens.cli.main import main
+from gainlens.cli.verbs import surgery as command
 
-command = importlib.import_module("gainlens.cli.verbs.surgery")
 SMALL = ["--model", "tiny", "--n-docs", "3", "--length", "32"]
 
 BAD = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,7 @@ def test_a_refit_folds_into_the_projections(originals, name):
     with torch.no_grad():
         wanted = bridge.run_with_hooks(TOKENS, fwd_hooks=cut.hooks(bridge))
     plan = SlicePlan.from_mask(cut, values=shape_of(hf)[2])
-    for model in (from_hf, slim(bridge, plan, TOKENS, refit=cut)):
+    for model in (from_hf, slim(bridge, plan, TOKENS)):
         torch.testing.assert_close(logits(model), wanted, atol=1e-4, rtol=0)
     assert (wanted - logits(slim(bridge, SlicePlan(plan.keep)))).abs().max() > 0.05
 
@@ -108,13 +109,11 @@ def test_a_refit_folds_into_the_projections(originals, name):
 def test_refits_that_do_not_belong(originals):
     hf = originals["llama"]
     cut = random_refit(hf, 16)
-    with pytest.raises(InputError, match="keeps other dimensions than plan"):
-        slim(hf, SlicePlan.identity(hf), refit=cut)
     stranger = gl.RefitCut(cut.mask, cut.query_maps, cut.key_maps, {"fingerprint": "ab" * 32})
     with pytest.raises(InputError, match=r"another model \(weights abababababab\)"):
         slim(hf, stranger)
     with pytest.raises(InputError, match=r"query maps \(3, 4, 16, 16\): .* takes \(3, 4, 8, 8\)"):
-        slim(originals["qwen2"], SlicePlan.identity(originals["qwen2"]), refit=cut)
+        slim(originals["qwen2"], replace(SlicePlan.identity(originals["qwen2"]), maps=cut.maps))
     normed = originals["qwen3"]
     with pytest.raises(UnsupportedModelError, match="norm between its projections"):
         slim(normed, random_refit(normed, 16))

