@@ -137,7 +137,7 @@ def test_a_refit_that_keeps_what_is_cut_is_refused(mask, tiny):
         RefitCut(mask, good.query_maps[:, :3], good.key_maps)
 
 
-def test_cuts_of_other_kinds_have_one_mode(mask, tiny, tiny_gains):
+def test_cuts_of_other_kinds_have_one_mode(unchecked, mask, tiny, tiny_gains):
     refit = random_refit(mask, key_sites(tiny).n_heads)
     with pytest.raises(InputError, match="mode='mean'"), gl.ablate(tiny, refit, "mean"):
         pass
@@ -197,12 +197,10 @@ def test_each_cut_is_run_once(tiny, mask, tiny_validation, monkeypatch):
     assert len(calls) == 2 * len(text.documents)
 
 
-def test_an_evaluator_belongs_to_its_model_and_hooks(tiny, mask, tiny_validation):
+def test_an_evaluator_belongs_to_its_model_and_hooks(tiny, tiny_gains, mask, tiny_validation):
     evaluator = Evaluator(tiny)
     with pytest.raises(InputError, match="another model"):
-        gl.surgery(
-            gl.load_model("tiny"), tiny_validation, None, evaluator=evaluator, progress=False
-        )
+        gl.surgery(gl.load_model("tiny"), tiny_validation, tiny_gains, evaluator=evaluator)
     with gl.ablate(tiny, mask), pytest.raises(InputError, match="hooks on the model"):
         tiny(tiny_validation)
         evaluator.tokens(tiny_validation)
