@@ -343,12 +343,12 @@ def keep_by_order(
         flat = units.reshape(1, -1)
     sizes = size.repeat(flat.shape[1] // len(size))
     order = -flat if loudest else flat
-    cut = _smallest(order, sizes, fraction)
+    spared = torch.zeros_like(flat, dtype=torch.bool)
     if scope in ("layer", "model") and fraction < 1:
-        by_head = order.reshape(layers * heads, -1)
-        last = torch.zeros_like(by_head, dtype=torch.bool)
-        last.scatter_(1, by_head.argmax(1, keepdim=True), True)
-        cut &= ~last.reshape(cut.shape)
+        best = order.reshape(layers * heads, -1).argmax(1, keepdim=True)
+        by_head = spared.reshape(layers * heads, -1)
+        spared = by_head.scatter(1, best, True).reshape(flat.shape)
+    cut = _smallest(order.masked_fill(spared, torch.inf), sizes, fraction) & ~spared
     if scope == "universal":
         chosen = cut.expand(layers * heads, -1).reshape(layers, heads, -1)
     else:

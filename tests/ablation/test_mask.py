@@ -40,7 +40,14 @@ def test_every_mask_cuts_the_share_asked_for(shape, fraction, scope, unit, pairi
     cut = (~keep).sum(group)
     size = int(np.prod([shape[i] for i in group]))
     # The nearest that whole units allow: a unit is at most two dimensions.
-    assert float((cut - fraction * size).abs().max()) <= 1 + 1e-6
+    target = torch.full(cut.shape, fraction * size)
+    if scope in ("layer", "model") and fraction < 1:  # every head keeps its best unit
+        width = torch.where(partner == torch.arange(d_head), 1, 2) if unit == "pair" else 1
+        best = values.argmax(-1)
+        kept = (torch.as_tensor(width).expand(d_head)[best]).sum(group[:-1])
+        target = torch.minimum(target, size - kept)
+        assert keep.any(-1).all()
+    assert float((cut - target).abs().max()) <= 1 + 1e-6
     if scope == "universal":
         assert (keep == keep[:1, :1]).all()
     elif scope == "head":
@@ -49,15 +56,20 @@ def test_every_mask_cuts_the_share_asked_for(shape, fraction, scope, unit, pairi
             if len(kept) and len(gone) and (partner != torch.arange(d_head)).all():
                 assert gone.max() <= kept.min()
     elif scope == "model" and unit == "dim" and 0 < keep.sum() < keep.numel():
-        assert values[~keep].max() <= values[keep].min()
+        spared = torch.zeros_like(keep).scatter(-1, values.argmax(-1, keepdim=True), True)
+        rest = keep & ~spared
+        assert not rest.any() or values[~keep].max() <= values[rest].min()
 
 
 def test_quietest_and_loudest_are_each_others_opposite(tiny_gains):
     for scope in SCOPES:
         quiet = gl.KeyMask.quietest(tiny_gains, 0.5, scope=scope)
         loud = gl.KeyMask.loudest(tiny_gains, 0.5, scope=scope)
-        assert torch.equal(quiet.keep, ~loud.keep), scope
-        assert quiet.fraction_kept == 0.5
+        # Under a wide scope either order leaves every head the unit that would go last.
+        spared = 2 * tiny_gains.shape[1] * (tiny_gains.shape[0] if scope == "model" else 1)
+        allowed = 0 if scope in ("head", "universal") else spared
+        assert int((quiet.keep == loud.keep).sum()) <= 2 * allowed, scope
+        assert quiet.fraction_kept == loud.fraction_kept == 0.5
 
 
 def test_random_depends_on_the_seed_only(tiny_gains):

@@ -134,7 +134,7 @@ def test_bad_input(tiny, tiny_calibration):
     for other in (clean[:, :10], gl.KeyCache.run(tiny, clean[:, :10])):
         with pytest.raises(gl.InputError, match="positions match"):
             gl.patch_keys(tiny, other, corrupted, metric=metric, progress=False)
-    with pytest.raises(gl.InputError, match="units"):
+    with pytest.raises(gl.InputError, match="unit='head'"):
         gl.patch_keys(tiny, clean, corrupted, metric=metric, unit="head")
     with pytest.raises(gl.InputError, match="layers"):
         gl.patch_keys(tiny, clean, corrupted, metric=metric, layers=[4])

@@ -39,7 +39,7 @@ def results(tiny_gains):
     losses = 3 + np.linspace(0.01, 2, 24).reshape(8, 3)
     curve = SurgeryCurve(points, losses, np.full(3, 3.0), tiny_gains.model, "text", 100)
     mask = gl.KeyMask.quietest(tiny_gains, 0.5)
-    layers, heads, d_head = tiny_gains.shape
+    _, heads, d_head = tiny_gains.shape
     maps = torch.eye(d_head)
     effect = np.arange(12.0).reshape(2, 2, 3)
     row = sys.modules["gainlens.analysis.behaviour_curves"].BehaviourRow
@@ -57,8 +57,8 @@ def results(tiny_gains):
         "plan": gl.SlicePlan.from_mask(mask, values=0.5),
         "refit": gl.RefitCut(
             mask,
-            maps.expand(layers, tiny_gains.model.n_heads, d_head, d_head),
-            maps.expand(layers, heads, d_head, d_head),
+            maps * mask.keep.repeat_interleave(tiny_gains.model.n_heads // heads, 1)[..., None],
+            maps * mask.keep[..., None],
         ),
         "verdict": curve.verdict(0.25, 0.02),
         "no number": gl.Verdict("undecided", "a <claim> & more", nan, (nan, nan), nan, 0),

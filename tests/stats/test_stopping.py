@@ -44,7 +44,7 @@ def test_its_interval_is_the_rules_own(both, tmp_path):
     verdict = stopped.verdict_at(index, 0.02)
     assert verdict.interval == row["interval"]
     assert verdict.n_documents == n
-    plain_width = np.subtract(*gl.analysis.intervals.t_interval(stopped.deltas(index))[::-1])
+    plain_width = np.subtract(*t_interval(stopped.deltas(index))[::-1])
     assert row["interval"][1] - row["interval"][0] > plain_width
     stopped.save(tmp_path / "c.json")
     again = gl.SurgeryCurve.load(tmp_path / "c.json")

@@ -95,17 +95,18 @@ def surgery(
             unit,
             mode,
         )
+    given = [(given_point(name, cut), cut) for name, cut in (cuts or {}).items()]
     evaluator = evaluator_of(model, evaluator or Evaluator(model, fast=fast))
     check_same_weights(gains.model, evaluator.fingerprint)
     text = evaluator.on(tokens, tokens_per_batch)
-    check_judge(text.documents, gains, (cuts or {}).values())
+    check_judge(text.documents, gains, [cut for _, cut in given])
     todo: list[tuple[Point, Cut]] = []
     for point in points:
         mask = point.mask(gains)
         check_something_stays(mask, point.fraction)
         seed = point.seed or 0
         todo.append((point, mask.in_mode(mode, gains=gains, donors=text.documents, seed=seed)))
-    todo += [(given_point(name, cut), cut) for name, cut in (cuts or {}).items()]
+    todo += given
     if get_mode(mode).takes_donors:
         for batch in text.documents:
             donors_for(batch, text.documents)
