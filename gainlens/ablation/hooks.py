@@ -17,7 +17,8 @@ from gainlens.errors import InputError, SilentSiteError
 from gainlens.model.fast_copy import Edit
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.hooks import Hook, attached
-from gainlens.model.rotation import rotate
+from gainlens.model.rotation import Following
+from gainlens.model.running import model_device
 from gainlens.model.sites import STAGES, KeySites, Stage
 from gainlens.probes.gains import KeyGains
 
@@ -59,8 +60,9 @@ def ablation_hooks(
 ) -> AblationHooks:
     """Hooks that replace the key dimensions that ``mask`` does not keep.
 
-    The hooks return a new tensor and never write into the model's own. Positions are taken to
-    be 0, 1, … where a split rotary pair is cut on a model without a hook after its rotation.
+    The hooks return a new tensor and never write into the model's own. Where a split rotary pair
+    is cut on a model without a hook after its rotation, the rotation of the running pass is
+    followed, positions and all.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
@@ -83,15 +85,17 @@ def ablation_hooks(
     commutes = get_mode(mode).commutes and mask.whole_pairs(sites.partner)
     turn = cut.stage == "rotated" and at == "projected" and not commutes
     hooks = AblationHooks(sites.n_layers)
-    device = next(model.parameters()).device
+    device = model_device(model)
+    following = sites.rotation.follow() if turn and sites.rotary_dim else None
+    if following is not None:
+        hooks += following.hooks()
     for layer in range(sites.n_layers):
         fn = partial(
             _cut,
             layer=layer,
             cut=~mask.keep[layer].to(device),
             replacement=cut.replacement,
-            frequencies=sites.frequencies[layer] if turn else None,
-            sites=sites,
+            following=following,
             fires=hooks.fires,
         )
         hooks.append((sites.key_hook(layer, at), fn))
@@ -181,17 +185,16 @@ def _cut(
     layer: int,
     cut: torch.Tensor,
     replacement: Replacement,
-    frequencies: torch.Tensor | None,
-    sites: KeySites,
+    following: Following | None,
     fires: list[int],
 ) -> torch.Tensor:
     fires[layer] += 1
-    if frequencies is not None:
-        keys = rotate(keys, frequencies, sites.pairing)
-    keys = torch.where(cut, replacement(keys, layer), keys)
-    if frequencies is not None:
-        keys = rotate(keys, frequencies, sites.pairing, inverse=True)
-    return keys
+    if following is None:
+        return torch.where(cut, replacement(keys, layer), keys)
+    turn = following.turn("k", layer, keys.shape[1])
+    turned = turn.heads(keys)
+    back = turn.heads(torch.where(cut, replacement(turned, layer), turned), inverse=True)
+    return back
 
 
 @contextmanager
@@ -213,6 +216,6 @@ def ablate(
         SilentSiteError: on leaving, if no forward pass went through every layer.
     """
     hooks = ablation_hooks(model, mask, mode, stage=stage, gains=gains, cache=cache, seed=seed)
-    with attached(model, hooks):
+    with attached(model, hooks, cut=True):
         yield hooks
     hooks.check_fired()

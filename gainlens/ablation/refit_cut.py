@@ -7,7 +7,6 @@ itself, on the queries and keys of the intact model.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 
 from gainlens.ablation.kept import Kept
 from gainlens.ablation.key_mask import KeyMask
-from gainlens.ablation.least_squares import Problem, Turn, fit_maps, make_turn, misfit
+from gainlens.ablation.least_squares import Problem, fit_maps, misfit
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, as_documents
 from gainlens.data.document_identity import TextHasher, document_marks
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
@@ -28,9 +27,11 @@ from gainlens.model.fast_copy import Edit
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import forward_layers
-from gainlens.model.hooks import Hook, attached
-from gainlens.model.rotation import rotate
-from gainlens.model.sites import KeySites
+from gainlens.model.hooks import Hook, attached, check_intact
+from gainlens.model.recorder import query_key_hooks
+from gainlens.model.rotation import Turn
+from gainlens.model.running import is_exact
+from gainlens.model.sites import KeySites, Stage
 
 PATTERN_TOLERANCE, HALF_TOLERANCE = 2e-3, 5e-2
 """Largest difference in an attention weight that rounding explains, in float32 and below it."""
@@ -69,7 +70,7 @@ class RefitCut(Kept):
         ``sites`` are those of the model to be cut; errors as for ``check``.
         """
         self.check(sites)
-        turns = layer_turns(sites, n_pos)
+        turns = [sites.rotation.turn(layer, n_pos) for layer in range(sites.n_layers)]
 
         def cut(
             queries: torch.Tensor, keys: torch.Tensor, layer: int
@@ -91,18 +92,21 @@ class RefitCut(Kept):
         sites = key_sites(model)
         self.check(sites)
         stage = sites.hook_stage("rotated")
+        following = sites.rotation.follow()
 
-        def at(tensor: torch.Tensor, hook: Any, *, maps: torch.Tensor, layer: int) -> torch.Tensor:
+        def at(
+            tensor: torch.Tensor, hook: Any, *, maps: torch.Tensor, letter: str, layer: int
+        ) -> torch.Tensor:
             turn = None
             if stage == "rotated":
-                turn = make_turn(tensor.shape[1], sites.frequencies[layer], sites.partner)
+                turn = following.turn(letter, layer, tensor.shape[1])
             return mapped(tensor, maps, turn)
 
-        found: list[Hook] = []
+        found = following.hooks() if stage == "rotated" else []
         for layer in range(sites.n_layers):
             q, k = sites.query_hook(layer, stage), sites.key_hook(layer, stage)
-            found.append((q, partial(at, maps=self.query_maps[layer], layer=layer)))
-            found.append((k, partial(at, maps=self.key_maps[layer], layer=layer)))
+            found.append((q, partial(at, maps=self.query_maps[layer], letter="q", layer=layer)))
+            found.append((k, partial(at, maps=self.key_maps[layer], letter="k", layer=layer)))
         return found
 
     def check(self, sites: KeySites) -> None:
@@ -141,24 +145,19 @@ class RefitCut(Kept):
         return cut
 
 
-def layer_turns(sites: KeySites, n_pos: int) -> list[Turn]:
-    """The rotation of each layer at positions 0 … ``n_pos`` - 1."""
-    return [make_turn(n_pos, f, sites.partner) for f in sites.frequencies]
-
-
 def mapped(
     x: Float[torch.Tensor, "batch pos head d_head"],
     maps: Float[torch.Tensor, "head d_head d_head2"],
     turn: Turn | None,
 ) -> Float[torch.Tensor, "batch pos head d_head"]:
     """Apply one map per head, in the frame before the rotation when ``turn`` is given."""
-    by_head = x.transpose(1, 2).float()
+    wide = x.float()
     if turn is not None:
-        by_head = turn(by_head, inverse=True)
-    new = torch.einsum("bhpi,hri->bhpr", by_head, maps.to(by_head))
+        wide = turn.heads(wide, inverse=True)
+    new = torch.einsum("bphi,hri->bphr", wide, maps.to(wide))
     if turn is not None:
-        new = turn(new)
-    return new.transpose(1, 2).to(x.dtype)
+        new = turn.heads(new)
+    return new.to(x.dtype)
 
 
 def refit(
@@ -212,8 +211,9 @@ def refit(
         raise InputError("tokens has documents of unequal length: refit takes one length")
     batch = torch.stack(documents)
     n_pos = batch.shape[1]
-    intact, scale = intact_attention(model, batch)
-    turns = layer_turns(sites, n_pos)
+    check_intact(model, "refit")
+    fingerprint = model_fingerprint(model)
+    intact, turns = intact_attention(model, batch)
     at = torch.arange(min(stride, n_pos) - 1, n_pos, stride)
     d, group = sites.d_head, sites.group_size
     query_maps = torch.zeros(sites.n_layers, sites.n_heads, d, d)
@@ -227,7 +227,12 @@ def refit(
                 continue
             rows = slice(head * group, (head + 1) * group)
             problem = _problem(
-                queries[:, :, rows], keys[:, :, head], at, turns[layer], scale, uniform
+                queries[:, :, rows],
+                keys[:, :, head],
+                at,
+                turns[layer],
+                sites.logit_scale[layer],
+                uniform,
             )
             m_q, m_k = fit_maps(problem, kept, rounds=rounds, iterations=iterations, ridge=ridge)
             eye = torch.eye(d)[kept]
@@ -240,7 +245,7 @@ def refit(
     before, after = (sum(m[i] for m in misfits) / max(1, len(misfits)) for i in (0, 1))
     facts = {
         "method": "least squares on attention logits",
-        "fingerprint": model_fingerprint(model),
+        "fingerprint": fingerprint,
         "text": hasher.hexdigest(),
         "documents": list(document_marks([batch])),
         "n_documents": len(batch),
@@ -261,24 +266,25 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 def intact_attention(
     model: Any, batch: Int[torch.Tensor, "document pos"]
-) -> tuple[list[Pair], float]:
-    """Rotated queries and keys of every layer, and the scale of the logits that they make.
+) -> tuple[list[Pair], list[Turn]]:
+    """Rotated queries and keys of every layer, and the rotation that turned them.
 
-    That scale · q·k under a causal mask is all there is to a layer's attention is checked on the
-    model's own attention pattern.
+    That the logit scale times q·k under a causal mask is all there is to a layer's attention is
+    checked on the model's own attention pattern.
 
     Raises:
         UnsupportedModelError: it is not.
     """
     sites = key_sites(model)
-    stage = sites.hook_stage("rotated")
     found: dict[tuple[str, int], list[torch.Tensor]] = {}
     marks: dict[int, torch.Tensor] = {}
+    turns: dict[int, Turn] = {}
+    following = sites.rotation.follow()
 
-    def record(x: torch.Tensor, hook: Any, *, what: str, layer: int) -> None:
-        if stage == "projected":
-            x = rotate(x, sites.frequencies[layer], sites.pairing)
-        found.setdefault((what, layer), []).append(x.detach().float().cpu())
+    def record(letter: str, layer: int, stage: Stage, x: torch.Tensor) -> None:
+        found.setdefault((letter, layer), []).append(x.float().cpu())
+        if layer not in turns:
+            turns[layer] = following.turn(letter, layer, x.shape[1]).alone()
 
     def mark(values: torch.Tensor, hook: Any) -> torch.Tensor:
         seen = torch.eye(values.shape[1], values.shape[-1]).to(values)
@@ -287,10 +293,7 @@ def intact_attention(
     def read(z: torch.Tensor, hook: Any, *, layer: int) -> None:
         marks[layer] = z.detach().float().cpu().reshape(*z.shape[:2], sites.n_heads, -1)
 
-    recorders: list[Hook] = []
-    for layer in range(sites.n_layers):
-        for what, name in (("q", sites.query_hook), ("k", sites.key_hook)):
-            recorders.append((name(layer, stage), partial(record, what=what, layer=layer)))
+    recorders = query_key_hooks(sites, record, following=following)
     with attached(model, recorders):
         rows = max(1, TOKENS_PER_BATCH // batch.shape[1])
         for start in range(0, len(batch), rows):
@@ -308,12 +311,10 @@ def intact_attention(
     short = batch[:1, : min(batch.shape[1], sites.d_head)]
     with attached(model, spell):
         forward_layers(model, short)
-    scale = _logit_scale(model, sites)
-    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    tolerance = PATTERN_TOLERANCE if exact else HALF_TOLERANCE
+    tolerance = PATTERN_TOLERANCE if is_exact(model) else HALF_TOLERANCE
     for layer in range(sites.n_layers):
         q, k = found["q", layer][0], found["k", layer][0].repeat_interleave(sites.group_size, 2)
-        logits = scale * torch.einsum("bihd,bjhd->bhij", q, k)
+        logits = sites.logit_scale[layer] * torch.einsum("bihd,bjhd->bhij", q, k)
         causal = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
         wanted = logits.masked_fill(~causal, -torch.inf).softmax(-1)
         given = marks[layer].permute(0, 2, 1, 3)[..., : wanted.shape[-1]]
@@ -322,18 +323,7 @@ def intact_attention(
                 f"{sites.architecture}: attention of layer {layer} is more than causal attention "
                 "with one scale (soft cap, window or position bias), which refit does not describe"
             )
-    return pairs, scale
-
-
-def _logit_scale(model: Any, sites: KeySites) -> float:
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    known = getattr(config, "query_pre_attn_scalar", None)
-    if known:
-        return 1.0 / math.sqrt(known)
-    direct = getattr(config, "attention_multiplier", None)
-    if direct:
-        return float(direct)
-    return 1.0 / math.sqrt(sites.d_head)
+    return pairs, [turns[layer] for layer in range(sites.n_layers)]
 
 
 def _problem(

@@ -16,6 +16,7 @@ from gainlens.errors import UnsupportedModelError
 from gainlens.export.families import FAMILIES
 from gainlens.export.plan import SlicePlan
 from gainlens.model.finding_sites import key_sites
+from gainlens.model.running import model_device
 from gainlens.probes import KeyGains, probe_gains
 
 FISHER_DOCUMENTS = 8
@@ -79,7 +80,7 @@ def refit_of(
 @torch.inference_mode()
 def mean_loss(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> float:
     """Mean loss per token in nats of a transformers model on documents of one length."""
-    device = next(model.parameters()).device
+    device = model_device(model)
     rows = max(1, TOKENS_PER_BATCH // tokens.shape[1])
     total = 0.0
     for start in range(0, len(tokens), rows):

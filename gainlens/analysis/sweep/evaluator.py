@@ -19,6 +19,7 @@ from gainlens.model.fast_copy import Edit, FastCopy, build_fast_copy
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.forward import cross_entropy, fast_losses, token_losses
 from gainlens.model.hooks import attached
+from gainlens.model.running import evaluating, held, model_device
 from gainlens.probes.gains import KeyGains
 
 SAME_LOSS = 1e-4
@@ -156,9 +157,15 @@ class Evaluator:
                     self.fast_copy.hidden(batch.to(self.fast_copy.device))
                 )
             return found.float().cpu()
-        device = next(self.model.parameters()).device
-        with torch.inference_mode(), self._hooked(batch, cut, mode, gains, seed, donors):
-            return self.model(batch.to(device), return_type="logits").float().cpu()  # type: ignore[no-any-return]
+        device = model_device(self.model)
+        with (
+            torch.inference_mode(),
+            held(self.model),
+            evaluating(self.model),
+            self._hooked(batch, cut, mode, gains, seed, donors),
+        ):
+            logits: torch.Tensor = self.model(batch.to(device), return_type="logits")
+        return logits.float().cpu()
 
     def _cache(
         self, batch: torch.Tensor, mode: str, donors: torch.Tensor | None

@@ -25,6 +25,7 @@ from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
 from gainlens.data.document_identity import text_fingerprint
 from gainlens.errors import InputError
 from gainlens.model.fingerprint import model_fingerprint
+from gainlens.model.hooks import check_intact
 from gainlens.probes.gains import KeyGains, check_same_weights
 from gainlens.stats.stopping import StoppingRule
 
@@ -117,6 +118,7 @@ def surgery(
         check_something_stays(mask, point.fraction)
         todo.append((point, mask))
     todo += [(_given_point(name, cut), cut) for name, cut in (cuts or {}).items()]
+    check_intact(model, "surgery")
     check_same_weights(gains.model, model_fingerprint(model))
     documents = list(batches(tokens, int(model.cfg.d_vocab), tokens_per_batch))
     text = text_fingerprint(documents)
