@@ -82,11 +82,14 @@ class KeyGainProbe:
         ]
         for statistic in self._statistics:
             found += statistic.hooks(self.sites, self._sums)
-        self._names = [name for name, _ in found]
-        self._fires = self._fires or [0] * len(found)
+        # What only follows the rotation adds to no sum, and may be called once per alias.
+        follows = [name.endswith(".hook_resid_pre") for name, _ in found]
+        self._names = [n for (n, _), skip in zip(found, follows, strict=True) if not skip]
+        self._fires = self._fires or [0] * len(self._names)
+        numbers = iter(range(len(self._names)))
         return [
-            (name, partial(self._fired, run=fn, index=index))
-            for index, (name, fn) in enumerate(found)
+            (name, fn if skip else partial(self._fired, run=fn, index=next(numbers)))
+            for (name, fn), skip in zip(found, follows, strict=True)
         ]
 
     def _fired(self, x: torch.Tensor, hook: Any, *, run: HookFn, index: int) -> torch.Tensor | None:

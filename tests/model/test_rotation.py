@@ -242,3 +242,35 @@ def test_every_family_says_its_logit_scale():
         ]
         if found:
             assert key_sites(bridge(name)).logit_scale == pytest.approx(found), name
+
+
+def test_pairs_that_hardly_turn_count_as_rotating():
+    """GPT-J's slowest pair turns by 0.00013 a token, below what six tokens show."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    torch.manual_seed(0)
+    config = transformers.GPTJConfig(
+        n_embd=128, n_layer=2, n_head=2, rotary_dim=64, vocab_size=64, n_positions=64
+    )
+    config.architectures = ["GPTJForCausalLM"]
+    model = transformers.GPTJForCausalLM(config).eval()
+    sites = key_sites(build_bridge_from_module(model, "GPTJForCausalLM", hf_config=config))
+    assert (sites.pairing, sites.rotary_dim) == ("adjacent", 64)
+    wanted = 10000.0 ** (-torch.arange(0, 64, 2).double() / 64)
+    assert torch.allclose(sites.frequencies.double(), wanted.expand(2, -1), rtol=1e-4)
+
+
+def test_a_length_dependent_rotation_that_can_not_be_read_is_refused():
+    """Without the model's own cosines, frequencies measured on short text don't hold."""
+    from dataclasses import replace
+
+    model, _ = pair_of_models(*ROPES["dynamic"])
+    rotation = key_sites(model).rotation
+    assert not rotation.plain
+    blind = replace(rotation, layout=None)
+    with pytest.raises(gl.UnsupportedModelError, match="rope_type"):
+        blind.turn(0, 12)
+    following = blind.follow()
+    following.given[0] = {"position_ids": torch.arange(12)[None]}
+    with pytest.raises(gl.UnsupportedModelError, match="rope_type"):
+        following.turn("k", 0, 12)

@@ -61,8 +61,12 @@ class Units:
 
     def wavelengths(self, layer: int) -> list[float | None]:
         """Tokens per turn of each unit in one layer; None where it does not rotate there."""
+        return [2 * np.pi / f if f > 0 else None for f in self.frequencies(layer)]
+
+    def frequencies(self, layer: int) -> list[float]:
+        """Radians per token of each unit in one layer."""
         row = self.frequency if self.by_layer is None else self.by_layer[layer]
-        return [2 * np.pi / float(f) if f > 0 else None for f in row]
+        return [float(f) for f in row]
 
     def label(self, unit: int) -> str:
         """A name for tables and axes, e.g. ``pair 3 (dims 3, 35)``."""
