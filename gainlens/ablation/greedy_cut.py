@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gainlens.ablation.hooks import ablate
+from gainlens.ablation.hooks import ablation_hooks
 from gainlens.ablation.key_mask import (
     KeyMask,
     Scope,
@@ -18,6 +18,7 @@ from gainlens.ablation.key_mask import (
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, as_documents
 from gainlens.errors import InputError
 from gainlens.model.finding_sites import key_sites
+from gainlens.model.hooks import attached
 from gainlens.probes.probe import probe_gains
 
 
@@ -63,7 +64,8 @@ def greedy_mask(
     mask = KeyMask(torch.ones(key_sites(model).shape, dtype=torch.bool))
     texts: set[str] = set()
     for number in range(1, rounds + 1):
-        with ablate(model, mask):
+        # Not ablate, inside which a probe warns: here the cut model is what is to be scored.
+        with attached(model, ablation_hooks(model, mask)):
             gains = probe_gains(
                 model, documents, (score,), tokens_per_batch=tokens_per_batch, progress=progress
             )

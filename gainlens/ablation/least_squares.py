@@ -21,48 +21,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 
-
-@dataclass(frozen=True)
-class Turn:
-    """The rotation of some dimensions of a head: ``x·cos + x[partner]·sin`` per position."""
-
-    cos: Float[torch.Tensor, "pos dim"]
-    sin: Float[torch.Tensor, "pos dim"]
-    partner: Int[torch.Tensor, " dim"]
-
-    def __call__(
-        self, x: Float[torch.Tensor, "*rest pos dim"], inverse: bool = False
-    ) -> Float[torch.Tensor, "*rest pos dim"]:
-        """Rotate (or rotate back)."""
-        cos, sin = self.cos.to(x.device), self.sin.to(x.device)
-        turned: torch.Tensor = x * cos + x[..., self.partner] * (-sin if inverse else sin)
-        return turned
-
-    def at(self, positions: Int[torch.Tensor, " some"]) -> Turn:
-        """The same rotation at some of the positions."""
-        return Turn(self.cos[positions], self.sin[positions], self.partner)
-
-    def of(self, dims: Int[torch.Tensor, " kept"]) -> Turn:
-        """The rotation of a subset that splits no pair."""
-        place = torch.zeros(len(self.partner), dtype=torch.long)
-        place[dims] = torch.arange(len(dims))
-        return Turn(self.cos[:, dims], self.sin[:, dims], place[self.partner[dims]])
-
-
-def make_turn(
-    n_pos: int,
-    frequencies: Float[torch.Tensor, " rotary_pair"],
-    partner: Int[torch.Tensor, " d_head"],
-) -> Turn:
-    """The rotation of a whole head at positions 0, 1, … (radians per token by pair)."""
-    units = torch.arange(len(partner))
-    lower = units[partner > units]
-    angle = torch.zeros(n_pos, len(partner), dtype=torch.float64)
-    sign = torch.zeros(len(partner), dtype=torch.float64)
-    turn = torch.outer(torch.arange(n_pos, dtype=torch.float64), frequencies.double())
-    angle[:, lower], angle[:, partner[lower]] = turn, turn
-    sign[lower], sign[partner[lower]] = -1.0, 1.0
-    return Turn(angle.cos().float(), (angle.sin() * sign).float(), partner)
+from gainlens.model.rotation import Turn
 
 
 @dataclass(frozen=True)
@@ -171,9 +130,9 @@ def _solve_queries(
     def normal(m: torch.Tensor) -> torch.Tensor:
         field = turn(queries @ m.T)
         bent = torch.einsum("dprs,dps->dpr", curvature, field)
-        return turn(bent, inverse=True).flatten(0, 1).T @ queries.flatten(0, 1)
+        return turn.adjoint(bent).flatten(0, 1).T @ queries.flatten(0, 1)
 
-    right = turn(target, inverse=True).flatten(0, 1).T @ queries.flatten(0, 1)
+    right = turn.adjoint(target).flatten(0, 1).T @ queries.flatten(0, 1)
     left = turn_back_mean(curvature, turn)
     return _conjugate_gradients(normal, right, start, left, covariance, iterations, ridge)
 
@@ -182,8 +141,8 @@ def turn_back_mean(
     curvature: Float[torch.Tensor, "doc pos kept kept"], turn: Turn
 ) -> Float[torch.Tensor, "kept kept"]:
     """Sum over positions of the curvature in the frame before the rotation."""
-    half = turn(curvature.transpose(-1, -2).permute(2, 0, 1, 3), inverse=True)
-    both: torch.Tensor = turn(half.permute(3, 1, 2, 0), inverse=True).sum((1, 2))
+    half = turn.adjoint(curvature.transpose(-1, -2).permute(2, 0, 1, 3))
+    both: torch.Tensor = turn.adjoint(half.permute(3, 1, 2, 0)).sum((1, 2))
     return both
 
 
@@ -202,14 +161,14 @@ def _solve_keys(
     def pulled_back(logits: torch.Tensor) -> torch.Tensor:
         centred = weights * (logits - (weights * logits).sum(-1, keepdim=True))
         field = scale * torch.einsum("gdij,gdir->djr", centred, queries)
-        return turn(field, inverse=True).flatten(0, 1).T @ keys.flatten(0, 1)
+        return turn.adjoint(field).flatten(0, 1).T @ keys.flatten(0, 1)
 
     def normal(m: torch.Tensor) -> torch.Tensor:
         field = turn(keys @ m.T)
         return pulled_back(scale * (queries @ field.transpose(-1, -2)))
 
     right = pulled_back(problem.logits)
-    back = query_turn(queries, inverse=True).flatten(0, 2)
+    back = query_turn.adjoint(queries).flatten(0, 2)
     left = scale**2 * (back.T @ back)
     return _conjugate_gradients(normal, right, start, left, covariance, iterations, ridge)
 

@@ -7,7 +7,6 @@ intact model.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -16,17 +15,19 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from gainlens.ablation.key_mask import KeyMask
-from gainlens.ablation.least_squares import Problem, Turn, fit_maps, misfit
-from gainlens.ablation.refit_cut import RefitCut, layer_turns
+from gainlens.ablation.least_squares import Problem, fit_maps, misfit
+from gainlens.ablation.refit_cut import RefitCut
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, as_documents
 from gainlens.data.document_identity import document_marks, text_fingerprint
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import forward_layers
-from gainlens.model.hooks import Hook, attached
-from gainlens.model.rotation import rotate
-from gainlens.model.sites import KeySites
+from gainlens.model.hooks import Hook, attached, check_intact
+from gainlens.model.recorder import query_key_hooks
+from gainlens.model.rotation import Turn
+from gainlens.model.running import is_exact
+from gainlens.model.sites import Stage
 
 PATTERN_TOLERANCE, HALF_TOLERANCE = 2e-3, 5e-2
 """Largest difference in an attention weight that rounding explains, in float32 and below it."""
@@ -83,8 +84,9 @@ def refit(
         raise InputError("tokens has documents of unequal length: refit takes one length")
     batch = torch.stack(documents)
     n_pos = batch.shape[1]
-    intact, scale = intact_attention(model, batch)
-    turns = layer_turns(sites, n_pos)
+    check_intact(model, "refit")
+    fingerprint = model_fingerprint(model)
+    intact, turns = intact_attention(model, batch)
     at = torch.arange(min(stride, n_pos) - 1, n_pos, stride)
     d, group = sites.d_head, sites.group_size
     query_maps = torch.zeros(sites.n_layers, sites.n_heads, d, d)
@@ -98,7 +100,12 @@ def refit(
                 continue
             rows = slice(head * group, (head + 1) * group)
             problem = _problem(
-                queries[:, :, rows], keys[:, :, head], at, turns[layer], scale, uniform
+                queries[:, :, rows],
+                keys[:, :, head],
+                at,
+                turns[layer],
+                sites.logit_scale[layer],
+                uniform,
             )
             m_q, m_k = fit_maps(problem, kept, rounds=rounds, iterations=iterations, ridge=ridge)
             eye = torch.eye(d)[kept]
@@ -109,7 +116,7 @@ def refit(
     before, after = (sum(m[i] for m in misfits) / max(1, len(misfits)) for i in (0, 1))
     facts = {
         "method": "least squares on attention logits",
-        "fingerprint": model_fingerprint(model),
+        "fingerprint": fingerprint,
         "text": text_fingerprint(batch),
         "documents": list(document_marks([batch])),
         "n_documents": len(batch),
@@ -130,24 +137,25 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 def intact_attention(
     model: Any, batch: Int[torch.Tensor, "document pos"]
-) -> tuple[list[Pair], float]:
-    """Rotated queries and keys of every layer, and the scale of the logits that they make.
+) -> tuple[list[Pair], list[Turn]]:
+    """Rotated queries and keys of every layer, and the rotation that turned them.
 
-    That scale · q·k under a causal mask is all there is to a layer's attention is checked on the
-    model's own attention pattern.
+    That the logit scale times q·k under a causal mask is all there is to a layer's attention is
+    checked on the model's own attention pattern.
 
     Raises:
         UnsupportedModelError: it is not.
     """
     sites = key_sites(model)
-    stage = sites.hook_stage("rotated")
     found: dict[tuple[str, int], list[torch.Tensor]] = {}
     marks: dict[int, torch.Tensor] = {}
+    turns: dict[int, Turn] = {}
+    following = sites.rotation.follow()
 
-    def record(x: torch.Tensor, hook: Any, *, what: str, layer: int) -> None:
-        if stage == "projected":
-            x = rotate(x, sites.frequencies[layer], sites.pairing)
-        found.setdefault((what, layer), []).append(x.detach().float().cpu())
+    def record(letter: str, layer: int, stage: Stage, x: torch.Tensor) -> None:
+        found.setdefault((letter, layer), []).append(x.float().cpu())
+        if layer not in turns:
+            turns[layer] = following.turn(letter, layer, x.shape[1]).alone()
 
     def mark(values: torch.Tensor, hook: Any) -> torch.Tensor:
         seen = torch.eye(values.shape[1], values.shape[-1]).to(values)
@@ -156,10 +164,7 @@ def intact_attention(
     def read(z: torch.Tensor, hook: Any, *, layer: int) -> None:
         marks[layer] = z.detach().float().cpu().reshape(*z.shape[:2], sites.n_heads, -1)
 
-    recorders: list[Hook] = []
-    for layer in range(sites.n_layers):
-        for what, name in (("q", sites.query_hook), ("k", sites.key_hook)):
-            recorders.append((name(layer, stage), partial(record, what=what, layer=layer)))
+    recorders = query_key_hooks(sites, record, following=following)
     with attached(model, recorders):
         rows = max(1, TOKENS_PER_BATCH // batch.shape[1])
         for start in range(0, len(batch), rows):
@@ -177,12 +182,10 @@ def intact_attention(
     short = batch[:1, : min(batch.shape[1], sites.d_head)]
     with attached(model, spell):
         forward_layers(model, short)
-    scale = _logit_scale(model, sites)
-    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    tolerance = PATTERN_TOLERANCE if exact else HALF_TOLERANCE
+    tolerance = PATTERN_TOLERANCE if is_exact(model) else HALF_TOLERANCE
     for layer in range(sites.n_layers):
         q, k = found["q", layer][0], found["k", layer][0].repeat_interleave(sites.group_size, 2)
-        logits = scale * torch.einsum("bihd,bjhd->bhij", q, k)
+        logits = sites.logit_scale[layer] * torch.einsum("bihd,bjhd->bhij", q, k)
         causal = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
         wanted = logits.masked_fill(~causal, -torch.inf).softmax(-1)
         given = marks[layer].permute(0, 2, 1, 3)[..., : wanted.shape[-1]]
@@ -191,18 +194,7 @@ def intact_attention(
                 f"{sites.architecture}: attention of layer {layer} is more than causal attention "
                 "with one scale (soft cap, window or position bias), which refit does not describe"
             )
-    return pairs, scale
-
-
-def _logit_scale(model: Any, sites: KeySites) -> float:
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    known = getattr(config, "query_pre_attn_scalar", None)
-    if known:
-        return 1.0 / math.sqrt(known)
-    direct = getattr(config, "attention_multiplier", None)
-    if direct:
-        return float(direct)
-    return 1.0 / math.sqrt(sites.d_head)
+    return pairs, [turns[layer] for layer in range(sites.n_layers)]
 
 
 def _problem(

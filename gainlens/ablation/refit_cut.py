@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float, Int
 from gainlens.ablation.counted_hooks import AblationHooks
 from gainlens.ablation.cut import Cut, HeadMaps
 from gainlens.ablation.key_mask import KeyMask
-from gainlens.ablation.least_squares import Turn, make_turn
 from gainlens.errors import InputError
 from gainlens.model.fast_copy import Edit
 from gainlens.model.finding_sites import key_sites
+from gainlens.model.rotation import Turn
 from gainlens.model.sites import KeySites
 
 
@@ -101,7 +101,7 @@ class RefitCut(Cut):
         """See ``Cut.edit``: the maps act in the frame before the rotation."""
         sites = key_sites(model)
         self.check(sites)
-        turns = layer_turns(sites, batch.shape[1])
+        turns = [sites.rotation.turn(n, batch.shape[1]) for n in range(sites.n_layers)]
 
         def cut(
             queries: torch.Tensor, keys: torch.Tensor, layer: int
@@ -122,22 +122,25 @@ class RefitCut(Cut):
         self.check(sites)
         stage = sites.hook_stage("rotated")
         hooks = AblationHooks(sites.n_layers)
+        following = sites.rotation.follow()
+        if stage == "rotated":
+            hooks += following.hooks()
 
         def at(
-            tensor: torch.Tensor, hook: Any, *, maps: torch.Tensor, layer: int, keys: bool
+            tensor: torch.Tensor, hook: Any, *, maps: torch.Tensor, letter: str, layer: int
         ) -> torch.Tensor:
-            hooks.fires[layer] += keys
+            hooks.fires[layer] += letter == "k"
             turn = None
             if stage == "rotated":
-                turn = make_turn(tensor.shape[1], sites.frequencies[layer], sites.partner)
+                turn = following.turn(letter, layer, tensor.shape[1])
             return mapped(tensor, maps, turn)
 
         for layer in range(sites.n_layers):
-            for name, maps, keys in (
-                (sites.query_hook(layer, stage), self.query_maps[layer], False),
-                (sites.key_hook(layer, stage), self.key_maps[layer], True),
+            for name, maps, letter in (
+                (sites.query_hook(layer, stage), self.query_maps[layer], "q"),
+                (sites.key_hook(layer, stage), self.key_maps[layer], "k"),
             ):
-                hooks.append((name, partial(at, maps=maps, layer=layer, keys=keys)))
+                hooks.append((name, partial(at, maps=maps, layer=layer, letter=letter)))
         return hooks
 
     def only(self, layer: int, kv_head: int | None = None) -> RefitCut:
@@ -163,21 +166,16 @@ class RefitCut(Cut):
             )
 
 
-def layer_turns(sites: KeySites, n_pos: int) -> list[Turn]:
-    """The rotation of each layer at positions 0 … ``n_pos`` - 1."""
-    return [make_turn(n_pos, f, sites.partner) for f in sites.frequencies]
-
-
 def mapped(
     x: Float[torch.Tensor, "batch pos head d_head"],
     maps: Float[torch.Tensor, "head d_head d_head2"],
     turn: Turn | None,
 ) -> Float[torch.Tensor, "batch pos head d_head"]:
     """Apply one map per head, in the frame before the rotation when ``turn`` is given."""
-    by_head = x.transpose(1, 2).float()
+    wide = x.float()
     if turn is not None:
-        by_head = turn(by_head, inverse=True)
-    new = torch.einsum("bhpi,hri->bhpr", by_head, maps.to(by_head))
+        wide = turn.heads(wide, inverse=True)
+    new = torch.einsum("bphi,hri->bphr", wide, maps.to(wide))
     if turn is not None:
-        new = turn(new)
-    return new.transpose(1, 2).to(x.dtype)
+        new = turn.heads(new)
+    return new.to(x.dtype)

@@ -25,6 +25,7 @@ from gainlens.errors import InputError
 from gainlens.files import FORMAT
 from gainlens.frames import data_frame
 from gainlens.model.fingerprint import model_fingerprint
+from gainlens.model.hooks import check_intact
 from gainlens.probes.gains import KeyGains, check_same_weights
 
 CANDIDATES = 8
@@ -161,6 +162,7 @@ def behaviours(
     """
     check_fractions(tuple(fractions))
     documents = as_documents(tokens, int(model.cfg.d_vocab))
+    check_intact(model, "behaviours")
     check_same_weights(gains.model, model_fingerprint(model))
     check_judge(documents, gains, (cuts or {}).values())
     pool = torch.unique(torch.cat(documents))

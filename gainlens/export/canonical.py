@@ -16,7 +16,7 @@ from jaxtyping import Float
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.export.plan import SlicePlan
 from gainlens.export.sources.base import KeyMap, Source
-from gainlens.export.weights import AttentionWeights
+from gainlens.model.attention_weights import AttentionWeights
 
 
 def to_canonical(

@@ -15,6 +15,7 @@ from gainlens.errors import UnsupportedModelError
 from gainlens.export.families import FAMILIES
 from gainlens.export.plan import SlicePlan
 from gainlens.model.finding_sites import key_sites
+from gainlens.model.running import model_device
 
 
 def refitted(
@@ -46,7 +47,7 @@ def refitted(
 @torch.inference_mode()
 def mean_loss(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> float:
     """Mean loss per token in nats of a transformers model on documents of one length."""
-    device = next(model.parameters()).device
+    device = model_device(model)
     rows = max(1, TOKENS_PER_BATCH // tokens.shape[1])
     total = 0.0
     for start in range(0, len(tokens), rows):

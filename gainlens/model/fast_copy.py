@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.model.linear import use_fast_linear
+from gainlens.model.running import is_exact, model_device
 
 NAME = "gainlens_fast_copy"
 ATTRIBUTE = "_gainlens_fast_copy"
@@ -56,13 +57,12 @@ class FastCopy:
     @property
     def device(self) -> torch.device:
         """Where the shared tensors lie."""
-        found: torch.device = next(self.model.parameters()).device
-        return found
+        return model_device(self.model)
 
     @property
     def exact(self) -> bool:
         """Whether the weights are float32 or wider, so that two ways agree closely."""
-        return next(self.model.parameters()).dtype in (torch.float32, torch.float64)
+        return is_exact(self.model)
 
     @contextmanager
     def edited(self, edit: Edit | None) -> Iterator[None]:
@@ -164,16 +164,27 @@ def build_fast_copy(bridge: Any) -> FastCopy | None:
         return None
     try:
         _register()
-        config = copy.deepcopy(original.config)
-        config._attn_implementation = NAME
-        with torch.device("meta"):
-            model = type(original)(config)
-        if not _share(model, original):
+        model = twin(original, NAME)
+        if model is None:
             return None
         use_fast_linear(model)
         return FastCopy(model.eval(), int(bridge.cfg.n_layers))
     except Exception:  # any family may refuse; the hooks then do the work
         return None
+
+
+def twin(original: Any, attention: str) -> Any | None:
+    """The transformers model around the very tensors of one that a bridge wraps, or None.
+
+    Args:
+        original: what the bridge wraps.
+        attention: name of the attention implementation.
+    """
+    config = copy.deepcopy(original.config)
+    config._attn_implementation = attention
+    with torch.device("meta"):
+        model = type(original)(config)
+    return model.eval() if _share(model, original) else None
 
 
 def _share(model: Any, original: Any) -> bool:

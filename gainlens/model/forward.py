@@ -11,23 +11,27 @@ from jaxtyping import Float, Int
 
 from gainlens.errors import SilentSiteError
 from gainlens.model.fast_copy import Edit, FastCopy
+from gainlens.model.running import evaluating, held, model_device
 
 HEAD_POSITIONS = 64
 """Positions that the output head sees at a time: 64 × 49,152 logits stay within a CPU's caches."""
 
 
 def forward_layers(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> None:
-    """Run every layer for the sake of its hooks; logits are dropped, no gradient is kept."""
-    with torch.inference_mode():
-        model(tokens.to(next(model.parameters()).device), return_type=None)
+    """Run every layer for the sake of its hooks, in eval mode; no logits, no gradient."""
+    with torch.inference_mode(), held(model), evaluating(model):
+        model(tokens.to(model_device(model)), return_type=None)
 
 
 def token_losses(
     model: Any, tokens: Int[torch.Tensor, "document pos"]
 ) -> Float[torch.Tensor, "document next_pos"]:
-    """Next-token loss in nats per position, float32 on the CPU, ``[document, pos - 1]``."""
-    tokens = tokens.to(next(model.parameters()).device)
-    with torch.inference_mode():
+    """Next-token loss in nats per position, float32 on the CPU, ``[document, pos - 1]``.
+
+    The model is run in eval mode.
+    """
+    tokens = tokens.to(model_device(model))
+    with torch.inference_mode(), held(model), evaluating(model):
         if hasattr(model, "original_model"):
             logits = model(tokens, return_type="logits")
             return cross_entropy(lambda part: part, logits, tokens)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 
 from gainlens.errors import UnsupportedModelError
+from gainlens.model.running import evaluating, model_device
 
 CHECK_TOKENS = 16
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -158,7 +159,8 @@ def _few_logits(model: Any, vocabulary: int, context: int) -> Float[torch.Tensor
     generator = torch.Generator().manual_seed(0)
     length = min(CHECK_TOKENS, context)
     tokens = torch.randint(0, vocabulary, (1, length), generator=generator)
-    output = model(tokens.to(next(model.parameters()).device))
+    with evaluating(model):
+        output = model(tokens.to(model_device(model)))
     logits: torch.Tensor = getattr(output, "logits", output)
     return logits.cpu()
 

@@ -80,7 +80,7 @@ def transformers_model(model: Any) -> Any:
         return model
     source = open_source(model)
     tensors = getattr(source, "tensors", None)
-    if tensors is None or source.family.key_site in ("query_key_value", "c_attn"):
+    if tensors is None or source.family.layout.joint:
         raise UnsupportedModelError(
             f"{type(model).__name__} of {source.architecture} keeps its weights in a layout of its "
             "own: train the transformers model itself, or write gainlens.slim(model, run.plan) "

@@ -77,7 +77,7 @@ def test_cutting_before_a_norm_is_refused_and_would_differ(name):
 @pytest.mark.parametrize("name", ["GPTNeoXForCausalLM", "GPTJForCausalLM", "Phi3ForCausalLM"])
 def test_split_pairs_are_cut_after_the_rotation_also_where_no_hook_fires(name):
     """Against attention by hand: keys turned, cut, and the scores put in by a plain hook."""
-    from gainlens.model.rotation import rotate
+    from oracle_rotation import rotate
 
     model, tokens = bridge(name), family_tokens()
     sites = key_sites(model)

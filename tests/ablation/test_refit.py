@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from families import bridge, family_tokens
+from oracle_rotation import rotate
 from planted import planted_llama, written_by
 
 import gainlens as gl
-from gainlens.ablation.least_squares import make_turn
 from gainlens.analysis.sweep.evaluator import Evaluator
-from gainlens.model.rotation import rotate
+from gainlens.model.rotation import Turn
 
 
 @pytest.mark.parametrize("pairing", ["half", "adjacent"])
@@ -19,7 +19,7 @@ def test_turn_is_the_models_rotation(pairing):
 
     frequencies = torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64)
     x = torch.randn(2, 5, 3, 8)
-    turn = make_turn(5, frequencies, pair_partners(8, 6, pairing))
+    turn = Turn.of_frequencies(frequencies, pair_partners(8, 6, pairing), torch.arange(5))
     wanted = rotate(x, frequencies, pairing).transpose(1, 2)
     assert torch.allclose(turn(x.transpose(1, 2)), wanted, atol=1e-6)
     assert torch.allclose(turn(wanted, inverse=True), x.transpose(1, 2), atol=1e-5)

@@ -383,7 +383,7 @@ def test_models_that_can_not_be_slim(originals):
     with pytest.raises(InputError, match="expected a TransformerBridge"):
         slim(torch.nn.Linear(2, 2), SlicePlan(torch.ones(1, 4, 8, dtype=torch.bool)))
     with pytest.raises(InputError, match="expected a cut"):
-        slim(originals["llama"], gl.KeyMask(torch.ones(3, 2, 16, torch.ones(2, 2, 2))
+        slim(originals["llama"], torch.ones(3, 2, 16, dtype=torch.bool))
 
 
 def test_folded_bridge_is_refused(originals):

@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, MISROTATED, ROTARY, bridge, family_tokens, hugging_face
+from oracle_rotation import rotate
 
 import gainlens as gl
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.hooks import attached, hook_point
-from gainlens.model.rotation import rotate
 from gainlens.model.sites import pair_partners
 from gainlens.model.verify import find_pairing, pairing_residual
 

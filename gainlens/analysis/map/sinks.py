@@ -88,15 +88,15 @@ class Sinks:
 
     def table(self) -> list[dict[str, Any]]:
         """One row per sink unit of each sink head, by layer."""
-        wavelength = self.units.wavelength
+        units = self.units
         total = np.clip(self.advantage, 0, None).sum(-1)
         return [
             {
                 "layer": int(layer),
                 "kv_head": int(head),
                 "unit": int(u),
-                "frequency": float(self.units.frequency[u]),
-                "wavelength": wavelength[u],
+                "frequency": units.frequencies(int(layer))[u],
+                "wavelength": units.wavelengths(int(layer))[u],
                 "attention_to_first": float(self.mass[layer, head]),
                 "advantage_nats": float(self.advantage[layer, head, u]),
                 "share_of_advantage": float(self.advantage[layer, head, u] / total[layer, head]),

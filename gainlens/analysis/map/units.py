@@ -18,6 +18,9 @@ BAND_SIZE = 4
 """Neighbouring frequencies per band: few enough to follow the rotary profile closely, enough that a
 shuffle inside a band (4! orders per layer) still moves something."""
 
+SAME_FREQUENCY = 1e-3
+"""Relative difference of two measured frequencies that counts as none."""
+
 Gains = KeyGains | CanonicalGains | torch.Tensor | np.ndarray
 
 
@@ -28,24 +31,42 @@ class Units:
     Attributes:
         kind: ``pair``, ``dim`` or, in a canonical basis, ``singular direction``.
         dims: the key dimensions of each unit.
-        frequency: radians per token of each unit, ``[unit]``; 0 where it does not rotate. The
-            mean over layers where layers rotate differently.
+        frequency: radians per token of each unit, ``[unit]``; 0 where it does not rotate. Where
+            layers rotate differently, that of the first layer that rotates it; ``by_layer`` has
+            all.
         bands: frequency band of each unit, ``[unit]``, or None where nothing rotates and so no
             frequency profile exists.
+        by_layer: radians per token, ``[layer, unit]``, where layers rotate differently.
     """
 
     kind: str
     dims: tuple[tuple[int, ...], ...]
     frequency: Float[np.ndarray, " unit"]
     bands: Int[np.ndarray, " unit"] | None
+    by_layer: Float[np.ndarray, "layer unit"] | None = None
 
     def __len__(self) -> int:
         return len(self.dims)
 
     @property
     def wavelength(self) -> list[float | None]:
-        """Tokens per turn of each unit; None where it does not rotate."""
-        return [2 * np.pi / float(f) if f > 0 else None for f in self.frequency]
+        """Tokens per turn of each unit; None where it does not rotate, or layers differ."""
+        same = np.ones(len(self), dtype=bool)
+        if self.by_layer is not None:
+            same = np.isclose(self.by_layer, self.frequency, rtol=SAME_FREQUENCY).all(0)
+        return [
+            2 * np.pi / float(f) if f > 0 and one else None
+            for f, one in zip(self.frequency, same, strict=True)
+        ]
+
+    def wavelengths(self, layer: int) -> list[float | None]:
+        """Tokens per turn of each unit in one layer; None where it does not rotate there."""
+        return [2 * np.pi / f if f > 0 else None for f in self.frequencies(layer)]
+
+    def frequencies(self, layer: int) -> list[float]:
+        """Radians per token of each unit in one layer."""
+        row = self.frequency if self.by_layer is None else self.by_layer[layer]
+        return [float(f) for f in row]
 
     def label(self, unit: int) -> str:
         """A name for tables and axes, e.g. ``pair 3 (dims 3, 35)``."""
@@ -61,6 +82,7 @@ class Units:
             "dims": [list(d) for d in self.dims],
             "frequency": self.frequency.tolist(),
             "bands": None if self.bands is None else self.bands.tolist(),
+            "frequency_by_layer": None if self.by_layer is None else self.by_layer.tolist(),
         }
 
     @classmethod
@@ -72,6 +94,9 @@ class Units:
             tuple(tuple(int(i) for i in d) for d in data["dims"]),
             np.array(data["frequency"], dtype=np.float64),
             None if bands is None else np.array(bands, dtype=np.int64),
+            None
+            if data.get("frequency_by_layer") is None
+            else np.array(data["frequency_by_layer"], dtype=np.float64),
         )
 
 
@@ -145,20 +170,27 @@ def _of_key_gains(
     partner = card.partner.numpy()
     own = np.arange(card.d_head)
     values = gains.score(score, stage=stage, unit=kind).double().numpy()  # type: ignore[arg-type]
-    per_pair = gains.frequencies.double().mean(0).numpy() if card.rotary_dim else np.zeros(0)
-    frequency = np.zeros(card.d_head)
     lower = own[own < partner]
-    frequency[lower] = per_pair[: len(lower)]
-    frequency[partner[lower]] = per_pair[: len(lower)]
+    every = np.zeros((len(gains.frequencies), card.d_head))
+    every[:, lower] = every[:, partner[lower]] = gains.frequencies.double().numpy()[:, : len(lower)]
+    # An average over layers of two rotary bases would be the frequency of none.
+    turning = (every > 0).argmax(0)
+    frequency = every[turning, own]
+    by_layer = None if np.allclose(every, frequency, rtol=SAME_FREQUENCY, atol=0) else every
     if kind == "dim":
         singles = tuple((int(i),) for i in own)
-        return _checked(values), Units("dim", singles, frequency, frequency_bands(frequency))
+        return _checked(values), Units(
+            "dim", singles, frequency, frequency_bands(frequency), by_layer
+        )
     first = own[own <= partner]
     dims: tuple[tuple[int, ...], ...] = tuple(
         (int(i),) if partner[i] == i else (int(i), int(partner[i])) for i in first
     )
     frequency = frequency[first]
-    return _checked(values[..., first]), Units("pair", dims, frequency, frequency_bands(frequency))
+    by_layer = None if by_layer is None else by_layer[:, first]
+    return _checked(values[..., first]), Units(
+        "pair", dims, frequency, frequency_bands(frequency), by_layer
+    )
 
 
 def _checked(x: np.ndarray) -> Float[np.ndarray, "layer kv_head unit"]:

@@ -20,12 +20,12 @@ from gainlens.ablation.key_mask import KeyMask
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
 from gainlens.data.document_identity import text_fingerprint
 from gainlens.errors import InputError, SilentSiteError
-from gainlens.model.device import model_device
 from gainlens.model.fast_copy import Edit, FastCopy, build_fast_copy
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import cross_entropy, fast_losses, token_losses
 from gainlens.model.hooks import attached
+from gainlens.model.running import evaluating, held, model_device
 
 SAME_LOSS = 1e-4
 """Largest difference in a document's mean loss, in nats, between the two ways on a few tokens;
@@ -165,7 +165,7 @@ class Evaluator:
                 with self.fast_copy.edited(self._edit(batch, cut)):
                     hidden = self.fast_copy.hidden(batch.to(self.fast_copy.device))
                     return self.fast_copy.logits(hidden).float().cpu()
-            with self._hooked(batch, cut):
+            with held(self.model), evaluating(self.model), self._hooked(batch, cut):
                 found = self.model(batch.to(model_device(self.model)), return_type="logits")
                 return found.float().cpu()  # type: ignore[no-any-return]
 

@@ -23,6 +23,7 @@ from gainlens.analysis.sweep.resume_file import SweepFile
 from gainlens.analysis.sweep.resume_header import sweep_header
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError
+from gainlens.model.hooks import check_intact
 from gainlens.probes.gains import KeyGains, check_same_weights
 from gainlens.stats.stopping import StoppingRule
 
@@ -95,6 +96,7 @@ def surgery(
             unit,
             mode,
         )
+    check_intact(model, "surgery")
     given = [(given_point(name, cut), cut) for name, cut in (cuts or {}).items()]
     evaluator = evaluator_of(model, evaluator or Evaluator(model, fast=fast))
     check_same_weights(gains.model, evaluator.fingerprint)

@@ -1,15 +1,29 @@
-"""The attention weights of one layer in one layout for all families, and thin versions of them."""
+"""The attention weights of one layer in one form for all families, and thin versions of them.
+
+Where an architecture keeps them is in ``gainlens.model.attention_layouts``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float
 
-from gainlens.export.layout import HeadLayout
+
+class Slots(Protocol):
+    """Where the dimensions of a thin head come from."""
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a thin head."""
+
+    @property
+    def order(self) -> npt.NDArray[np.int64]:
+        """``[kv_head, width]``: the dimension in each slot; -1 where empty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +50,7 @@ class AttentionWeights:
     q_norm: Float[torch.Tensor, "kv_head kept"] | None = None
     k_norm: Float[torch.Tensor, "kv_head kept"] | None = None
 
-    def thin_keys(self, layout: HeadLayout) -> AttentionWeights:
+    def thin_keys(self, layout: Slots) -> AttentionWeights:
         """Queries and keys with the layout's slots only; empty slots are zero rows.
 
         With a norm the projections stay whole, since the norm's statistic runs over the full
