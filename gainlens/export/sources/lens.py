@@ -12,6 +12,7 @@ from gainlens.ablation import KeyMask, ablation_hooks
 from gainlens.export.sources.base import Flows, ProjectionMaps, Source, ValueMap
 from gainlens.export.sources.huggingface import at_least_float, second_moment
 from gainlens.model.hooks import Hook, attached
+from gainlens.model.running import evaluating
 
 
 class LensSource(Source):
