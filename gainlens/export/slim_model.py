@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from gainlens.ablation.refit_cut import RefitCut
 from gainlens.data.batches import Tokens, batches
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
-from gainlens.export.building import parameters_on_meta, put
+from gainlens.export.building import put, without_weights
 from gainlens.export.canonical import canonical_maps, check_no_rotation, to_canonical
 from gainlens.export.modeling import (
     CLASSES,
@@ -101,8 +101,7 @@ def slim(
     biases = _biases(source, plan)
     config = slim_config(source.config, source.family, plan, biases)
     config.dtype = source.dtype
-    with parameters_on_meta():
-        thin: Any = CLASSES[source.family.name][1](config)
+    thin = without_weights(lambda: CLASSES[source.family.name][1](config))
     attention = [f"{source.family.attention.format(n)}." for n in range(source.n_layers)]
     for layer, prefix in enumerate(attention):
         weights = source.attention(layer)

@@ -12,6 +12,7 @@ from typing import Any
 
 from gainlens.environment import environment
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
+from gainlens.export.building import without_weights
 from gainlens.export.plan import SlicePlan
 from gainlens.export.sources import open_source
 from gainlens.files import check_free, check_writable, write_json
@@ -86,10 +87,7 @@ def transformers_model(model: Any) -> Any:
             "own: train the transformers model itself, or write gainlens.slim(model, run.plan) "
             "with gainlens.export_model"
         )
-    from gainlens.export.building import parameters_on_meta
-
-    with parameters_on_meta():
-        whole = type(model.original_model)(source.config)
+    whole = without_weights(lambda: type(model.original_model)(source.config))
     wanted = whole.state_dict()
     buffers = dict(whole.named_buffers())
     state = {name: tensors.get(name, buffers.get(name)) for name in wanted}
