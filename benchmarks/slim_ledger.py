@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 import gainlens as gl
+from gainlens.environment import environment
 from gainlens.export import SlicePlan, slim
-from gainlens.export.speed_ledger import CONTEXTS, ledger, machine
+from gainlens.export.speed_ledger import CONTEXTS, ledger
 from gainlens.files import write_json
 from gainlens.model.loading import load_hf
 
@@ -152,7 +153,7 @@ def size_check(out: Path) -> int:
         "peak_target": 2.2,
         "largest_logit_difference": thin.gainlens_parity.difference,
         "seed": 0,
-        "machine": machine(),
+        **environment(),
     }
     write_json(out, result)
     print(json.dumps(result, indent=1))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 
+from gainlens.ablation.cut_files import check_mask_file
 from gainlens.ablation.kept import Kept
 from gainlens.errors import InputError
 from gainlens.files import load_tensors, save_tensors
@@ -243,9 +244,10 @@ class KeyMask(Kept):
         """Read what ``save`` wrote.
 
         Raises:
-            FileFormatError: missing, truncated, or not a mask.
+            FileFormatError: missing, damaged, or not a mask.
         """
         tensors, facts = load_tensors(path, "mask")
+        check_mask_file(tensors, facts, path)
         return cls(tensors["keep"], facts)
 
 

@@ -17,12 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
+from gainlens.ablation.cut_files import check_refit_file
 from gainlens.ablation.kept import Kept
 from gainlens.ablation.key_mask import KeyMask
 from gainlens.ablation.least_squares import Problem, Turn, fit_maps, make_turn, misfit
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, as_documents
 from gainlens.data.document_identity import TextHasher, document_marks
-from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
+from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.files import load_tensors, save_tensors
 from gainlens.model.fast_copy import Edit
 from gainlens.model.finding_sites import key_sites
@@ -128,17 +129,12 @@ class RefitCut(Kept):
         """Read what ``save`` wrote.
 
         Raises:
-            FileFormatError: missing, truncated, or not a refitted cut.
+            FileFormatError: missing, damaged, or not a refitted cut.
         """
         tensors, facts = load_tensors(path, "refit")
-        try:
-            mask = KeyMask(tensors["keep"], facts["mask"])
-            cut = cls(mask, tensors["query_maps"], tensors["key_maps"], facts["refit"])
-        except (KeyError, TypeError) as error:
-            raise FileFormatError(f"{path} lacks or mislabels a field: {error}") from None
-        if not all(bool(torch.isfinite(m).all()) for m in (cut.query_maps, cut.key_maps)):
-            raise FileFormatError(f"{path}: its maps hold NaN or infinity")
-        return cut
+        check_refit_file(tensors, facts, path)
+        mask = KeyMask(tensors["keep"], facts["mask"])
+        return cls(mask, tensors["query_maps"], tensors["key_maps"], facts["refit"])
 
 
 def layer_turns(sites: KeySites, n_pos: int) -> list[Turn]:

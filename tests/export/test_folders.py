@@ -46,15 +46,18 @@ def logits(model):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs permissions of files")
 @pytest.mark.parametrize("engine", ["gainlens", "transformers", "llama.cpp"])
-def test_an_empty_folder_is_filled_where_it_is(thin, engine, tmp_path):
-    """A mounted disk can't be replaced, and may be all that a user can write to."""
+@pytest.mark.parametrize("mounted", [False, True])
+def test_an_empty_folder_is_filled(thin, engine, mounted, tmp_path, monkeypatch):
+    """In one step; where it is, if it is a mounted disk, which can't be replaced."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: mounted)
     folder = tmp_path / "mine"
     folder.mkdir(mode=0o750)
     before = folder.stat()
     export_model(thin, folder, engine)
     after = folder.stat()
-    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
-    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+    assert after.st_mode == before.st_mode
+    assert (after.st_ino == before.st_ino) == mounted
+    assert not [p for p in [*folder.iterdir(), *tmp_path.iterdir()] if p.name.startswith(".")]
     torch.testing.assert_close(
         logits(ENGINES[engine].read_back(folder)), logits(thin), atol=1e-4, rtol=0
     )
@@ -62,6 +65,7 @@ def test_an_empty_folder_is_filled_where_it_is(thin, engine, tmp_path):
 
 @pytest.mark.parametrize("when", ["writing", "moving"])
 def test_an_empty_folder_is_empty_again_when_it_fails(thin, when, tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
     if when == "writing":
         monkeypatch.setattr(type(thin), "save_pretrained", _fail)
     else:
