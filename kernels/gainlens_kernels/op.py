@@ -105,7 +105,6 @@ def _fake_forward(
     starts: torch.Tensor | None,
 ) -> torch.Tensor:
     check_tensors(q, k, v)
-    check_tensors(q, k, v)
     check_bounds("lengths", lengths, q)
     check_bounds("starts", starts, q)
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
@@ -122,6 +121,7 @@ def _fake_backward(
     lengths: torch.Tensor | None,
     starts: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_tensors(q, k, v)
     check_bounds("lengths", lengths, q)
     check_bounds("starts", starts, q)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

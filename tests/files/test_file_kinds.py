@@ -23,6 +23,7 @@ from gainlens.model.config_limits import check_config
 from gainlens.probes.gains import ModelCard
 from gainlens.stats.stopping import StoppingRule
 from gainlens.training import checkpoint
+from gainlens.training.slices import Slice
 
 pytestmark = pytest.mark.one_env
 CARD = ModelCard("ab" * 32, "Llama", 2, 4, 2, 4, "half", 4)
@@ -67,10 +68,8 @@ class Run:
     header: ClassVar = {"model": "m"}
 
     def __init__(self):
-        class Part:
-            name, leaf = "q", torch.nn.Parameter(torch.ones(3, 2))
-
-        self.slices = [Part()]
+        leaf = torch.nn.Parameter(torch.ones(3, 2))
+        self.slices = [Slice("q", "qk", torch.nn.Parameter(torch.ones(3, 2)), [], leaf=leaf)]
         self.optimizer = torch.optim.Adam([self.slices[0].leaf])
         self.slices[0].leaf.grad = torch.ones(3, 2)
         self.optimizer.step()
@@ -79,7 +78,7 @@ class Run:
         row = {"step": 3, "tokens": 9, "loss": 1.0}
         progress = {"step": 3, "curve": [row], "tokens": 9, "seconds": 1.0}
         progress |= {"stopped": "steps", "bytes": {}}
-        checkpoint.save_checkpoint(path, self.slices, self.optimizer, self.header, progress)
+        checkpoint.save_checkpoint(Path(path), self.slices, self.optimizer, self.header, progress)
 
     @classmethod
     def load(cls, path):
@@ -117,6 +116,17 @@ def kind(request, tmp_path_factory):
     return request.param, type(thing), path, path.read_bytes()
 
 
+def same(name, one, other):
+    """Whether two files hold the same (safetensors orders its header as it likes)."""
+    if name in JSON:
+        return one.read_bytes() == other.read_bytes()
+    (a, facts_a), (b, facts_b) = (load_tensors(path, name) for path in (one, other))
+    equal = a.keys() == b.keys() and all(
+        torch.equal(a[k].nan_to_num(), b[k].nan_to_num()) for k in a
+    )
+    return equal and facts_a == facts_b
+
+
 def test_every_kind_in_the_code_has_a_row():
     root = Path(gl.__file__).parent
     code = "\n".join(p.read_text(encoding="utf-8") for p in root.rglob("*.py"))
@@ -126,11 +136,9 @@ def test_every_kind_in_the_code_has_a_row():
 
 
 def test_what_was_saved_is_read_and_written_alike(kind, tmp_path):
-    _, cls, path, content = kind
-    again = cls.load(path)
-    again.save(tmp_path / "again")
-    if cls is not Run:
-        assert (tmp_path / "again").read_bytes() == content
+    name, cls, path, _ = kind
+    cls.load(path).save(tmp_path / "again")
+    assert same(name, path, tmp_path / "again")
 
 
 def test_truncated_anywhere(kind, tmp_path):
@@ -146,7 +154,7 @@ def test_truncated_anywhere(kind, tmp_path):
 
 
 def test_one_flipped_bit_is_an_error_or_changes_nothing(kind, tmp_path):
-    name, cls, _, content = kind
+    name, cls, path, content = kind
     draw, refused = random.Random(1), 0
     for _ in range(60):
         data = bytearray(content)
@@ -158,8 +166,7 @@ def test_one_flipped_bit_is_an_error_or_changes_nothing(kind, tmp_path):
             refused += 1
         else:  # white space between two words of JSON, say
             again.save(tmp_path / "again")
-            if cls is not Run:
-                assert (tmp_path / "again").read_bytes() == content
+            assert same(name, path, tmp_path / "again")
     assert refused > (20 if name in JSON else 40)
 
 
@@ -228,11 +235,11 @@ TENSORS = {
     "gains: heads": ("gains", lambda t, f: f["model"].update(n_heads=3)),
     "gains: layers": ("gains", lambda t, f: f["model"].update(n_layers=10**6)),
     "gains: unknown": ("gains", lambda t, f: f.update(more=1)),
-    "gains: stage": ("gains", lambda t, f: t.update({"k_sq.x": t["k_sq.rotated"]})),
+    "gains: stage": ("gains", lambda t, f: t.update({"k_sq.x": t["k_sq.rotated"].clone()})),
     "mask: type": ("mask", lambda t, f: t.update(keep=t["keep"].float())),
     "mask: axes": ("mask", lambda t, f: t.update(keep=t["keep"][0])),
     "mask: empty": ("mask", lambda t, f: t.update(keep=t["keep"][:0])),
-    "mask: more": ("mask", lambda t, f: t.update(more=t["keep"])),
+    "mask: more": ("mask", lambda t, f: t.update(more=t["keep"].clone())),
     "refit: cut rows": ("refit", lambda t, f: t.update(key_maps=torch.ones(2, 2, 4, 4))),
     "refit: query rows": ("refit", lambda t, f: t.update(query_maps=torch.ones(2, 4, 4, 4))),
     "refit: NaN": ("refit", lambda t, f: t.update(key_maps=nan(t["key_maps"]))),
