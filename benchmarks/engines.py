@@ -23,8 +23,9 @@ import transformers
 import gainlens as gl
 from gainlens.ablation import KeyMask
 from gainlens.data.document_identity import text_fingerprint
+from gainlens.environment import environment
 from gainlens.export import SlicePlan, export_model, slim
-from gainlens.export.speed_ledger import machine, predict_decode
+from gainlens.export.speed_ledger import predict_decode
 from gainlens.files import write_json
 from gainlens.model.loading import load_hf, load_tokenizer
 from gainlens.model.zoo import smollm2
@@ -111,7 +112,7 @@ def main() -> int:
             "reference": f"transformers {transformers.__version__}",
             "engines": results,
             "seed": 0,
-            "machine": machine(),
+            **environment(),
         },
     )  # fmt: skip
     print(json.dumps(results, indent=1))

@@ -20,7 +20,7 @@ import torch
 import gainlens as gl
 from gainlens.ablation import KeyMask
 from gainlens.export import SlicePlan, slim
-from gainlens.export.speed_ledger import CONTEXTS, ledger, machine
+from gainlens.export.speed_ledger import CONTEXTS, ledger
 from gainlens.files import write_json
 from gainlens.model.loading import load_hf
 

@@ -1,5 +1,6 @@
 """gainlens: what the key dimensions of a transformer do, which can go, and what that is worth."""
 
+import gainlens.starting  # noqa: F401  first: it answers Ctrl-C while the rest is imported
 from gainlens.ablation import (
     Cut,
     KeyCache,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from gainlens.ablation.counted_hooks import AblationHooks
 from gainlens.ablation.cut import Cut
+from gainlens.ablation.cut_files import check_mask_file
 from gainlens.ablation.key_cache import KeyCache
 from gainlens.ablation.masked_cut import MaskedCut
 from gainlens.errors import InputError
@@ -76,6 +77,11 @@ class KeyMask(Cut):
     def tensors(self) -> dict[str, torch.Tensor]:
         """The mask itself."""
         return {"keep": self.keep}
+
+    @classmethod
+    def check_file(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """See ``Cut.check_file``."""
+        check_mask_file(tensors, facts)
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> KeyMask:

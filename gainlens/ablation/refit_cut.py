@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,10 @@ from jaxtyping import Bool, Float, Int
 
 from gainlens.ablation.counted_hooks import AblationHooks
 from gainlens.ablation.cut import Cut, HeadMaps
+from gainlens.ablation.cut_files import check_maps, check_refit_file
 from gainlens.ablation.key_mask import KeyMask
 from gainlens.errors import InputError
+from gainlens.files.schema import Mismatch
 from gainlens.model.fast_copy import Edit
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.rotation import Turn
@@ -54,20 +57,10 @@ class RefitCut(Cut):
                 f"maps have shapes {found[0]} and {found[1]}: the mask {mask.shape} takes "
                 "[layer, head, d_head, d_head] and [layer, kv_head, d_head, d_head]"
             )
-        group = n_heads // n_kv
-        for name, maps, keep in (
-            ("query", query_maps, mask.keep.repeat_interleave(group, 1)),
-            ("key", key_maps, mask.keep),
-        ):
-            if not bool(torch.isfinite(maps).all()):
-                raise InputError(f"{name} maps hold NaN or infinity: expected finite numbers")
-            kept = (maps != 0).any(-1) & ~keep
-            if bool(kept.any()):
-                layer, head, dim = (int(n) for n in kept.nonzero()[0])
-                raise InputError(
-                    f"{name} map of layer {layer}, head {head} has values in dimension {dim}, "
-                    "which the mask cuts: expected zero rows there"
-                )
+        try:
+            check_maps(mask.keep, query_maps, key_maps)
+        except Mismatch as error:
+            raise InputError(str(error)) from None
 
     def __repr__(self) -> str:
         return f"RefitCut({self.mask!r})"
@@ -90,6 +83,11 @@ class RefitCut(Cut):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Mask and maps."""
         return {"keep": self.keep, "query_maps": self.query_maps, "key_maps": self.key_maps}
+
+    @classmethod
+    def check_file(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """See ``Cut.check_file``."""
+        check_refit_file(tensors, facts)
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> RefitCut:

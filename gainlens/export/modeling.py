@@ -72,12 +72,10 @@ class SlimAttention(nn.Module):
         self.normed, self.norm_offset = family.norm, family.norm_offset
         self.resid_dropout = nn.Dropout(config.resid_pdrop if family.resid_dropout else 0.0)
         self.rotates = layout.frequency is not None
-        index, self.still = None, False
-        if layout.frequency is not None and not layout.natural:
-            rows = layout.frequency
-            rows = rows[:1] if (rows == rows[:1]).all() else rows
-            index = torch.from_numpy(rows.copy())
-            self.still = bool((rows == family.rotary_dim(config) // 2).any())
+        self.still = False
+        index = rope_rows(layout)
+        if index is not None:
+            self.still = bool((index == family.rotary_dim(config) // 2).any())
         self.register_buffer("rope_index", index)
 
     def forward(
@@ -154,6 +152,15 @@ class SlimAttention(nn.Module):
         if cos.shape[2] > 1 and group > 1:
             cos, sin = cos.repeat_interleave(group, 2), sin.repeat_interleave(group, 2)
         return _turn(q, cos, sin), turned_k
+
+
+def rope_rows(layout: HeadLayout) -> Int[torch.Tensor, "kv_head slot"] | None:
+    """Which frequency turns each slot pair; None where slots turn as in the full model."""
+    if layout.frequency is None or layout.natural:
+        return None
+    rows = layout.frequency
+    rows = rows[:1] if (rows == rows[:1]).all() else rows
+    return torch.from_numpy(rows.copy())
 
 
 def _turn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,14 +14,37 @@ from jaxtyping import Bool
 from gainlens.ablation.cut import Cut, HeadMaps, check_cut
 from gainlens.ablation.kept import Kept
 from gainlens.ablation.key_mask import KeyMask
-from gainlens.errors import FileFormatError, InputError
+from gainlens.errors import InputError
 from gainlens.export.layout import HeadLayout, head_layout
-from gainlens.files import FORMAT, read_json, write_json
+from gainlens.files import opened, read_json, sealed, write_json
+from gainlens.files.schema import (
+    MAX_LAYERS,
+    MAX_WIDTH,
+    Mismatch,
+    checking,
+    facts,
+    listing,
+    maybe,
+    record,
+    text,
+    whole,
+)
 from gainlens.model.sites import pair_partners
 
 Basis = Literal["own", "canonical"]
 BASES: tuple[Basis, ...] = ("own", "canonical")
 KIND = "slice_plan"
+MAX_UNITS = 1 << 28
+"""Key dimensions of all heads of the largest model that a plan may be of."""
+PLAN = record(
+    fingerprint=maybe(text()),
+    shape=listing(whole(1, MAX_WIDTH), length=3),
+    basis=text(*BASES),
+    keep=listing(lambda *_: None),  # looked at once the shape is known
+    value_widths=maybe(listing(whole(1, MAX_WIDTH))),
+    facts=facts,
+)
+"""What a plan's file holds, besides its seal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,57 +296,47 @@ class SlicePlan(Kept):
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready description; kept dimensions as lists of indices."""
-        return {
-            "format": FORMAT,
-            "kind": KIND,
-            "fingerprint": self.fingerprint,
-            "shape": list(self.shape),
-            "basis": self.basis,
-            "keep": [[head.nonzero().flatten().tolist() for head in layer] for layer in self.keep],
-            "value_widths": None if self.value_widths is None else list(self.value_widths),
-            "facts": self.facts,
-        }
+        return sealed(
+            KIND,
+            {
+                "fingerprint": self.fingerprint,
+                "shape": list(self.shape),
+                "basis": self.basis,
+                "keep": [[h.nonzero().flatten().tolist() for h in layer] for layer in self.keep],
+                "value_widths": None if self.value_widths is None else list(self.value_widths),
+                "facts": self.facts,
+            },
+        )
 
     @classmethod
     def from_json(cls, value: Any, where: str = "plan") -> SlicePlan:
         """Read ``value``, which ``to_json`` made; errors name it ``where``.
 
         Raises:
-            FileFormatError: not a plan, of another version, or with indices out of range.
-            InputError: a plan that no model can be cut by.
+            FileFormatError: damaged, not a plan, of another version, with indices out of range,
+                or one that no model can be cut by.
         """
-        try:
-            if value["format"] != FORMAT or value["kind"] != KIND:
-                raise FileFormatError(
-                    f"{where} is not a slice plan of format {FORMAT}: it says {value['kind']!r}, "
-                    f"{value['format']!r}"
-                )
-            n_layers, n_kv_heads, d_head = (int(n) for n in value["shape"])
-            rows = value["keep"]
-            if len(rows) != n_layers or any(len(layer) != n_kv_heads for layer in rows):
-                raise FileFormatError(
-                    f"{where}: keep does not hold {n_layers} × {n_kv_heads} heads"
-                )
-            keep = torch.zeros(n_layers, n_kv_heads, d_head, dtype=torch.bool)
+        data = opened(value, KIND, where)
+        with checking(where, "slice plan"):
+            PLAN(data, "plan")
+            shape, rows = data["shape"], data["keep"]
+            if shape[0] > MAX_LAYERS or math.prod(shape) > MAX_UNITS:
+                raise Mismatch(f"shape is {shape}, larger than any model's")
+            head = listing(whole(0, shape[2] - 1))
+            listing(listing(head, length=shape[1]), length=shape[0])(rows, "keep")
+            keep = torch.zeros(*shape, dtype=torch.bool)
             for layer, heads in enumerate(rows):
-                for head, dims in enumerate(heads):
-                    if any(not isinstance(d, int) or not 0 <= d < d_head for d in dims):
-                        raise FileFormatError(
-                            f"{where}: key head {head} of layer {layer} names a dimension "
-                            f"outside 0..{d_head - 1}"
-                        )
-                    keep[layer, head, dims] = True
+                for number, dims in enumerate(heads):
+                    if dims != sorted(set(dims)):
+                        raise Mismatch(f"keep[{layer}][{number}] is not in rising order")
+                    keep[layer, number, dims] = True
             return cls(
                 keep,
-                None if value["value_widths"] is None else tuple(value["value_widths"]),
-                value["basis"],
-                value["fingerprint"],
-                dict(value["facts"]),
+                None if data["value_widths"] is None else tuple(data["value_widths"]),
+                data["basis"],
+                data["fingerprint"],
+                dict(data["facts"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise FileFormatError(f"{where} is not a slice plan: {error!r}") from None
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file.
@@ -339,7 +353,7 @@ class SlicePlan(Kept):
         """Read what ``save`` wrote.
 
         Raises:
-            FileFormatError: missing, truncated, or not a plan.
+            FileFormatError: missing, damaged, or not a plan.
         """
         return cls.from_json(read_json(path), str(path))
 

@@ -7,14 +7,11 @@ arithmetic; so both ratios can be predicted from sizes alone and set beside the 
 from __future__ import annotations
 
 import copy
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from gainlens.environment import environment
 from gainlens.errors import InputError
 from gainlens.export import timing
 from gainlens.export.attention import ATTENTION
@@ -180,7 +177,7 @@ def ledger(
         },
         "contexts": rows,
         "twice_as_fast": verdict_on_doubling(before, after, batch),
-        "machine": machine(),
+        **environment(),
     }
 
 
@@ -224,22 +221,3 @@ def _ratio(timed: dict[str, dict[str, float]], what: str, before: str) -> float:
 def untouched(model: Any) -> Any:
     """A copy of a transformers model for ``ledger``'s baseline."""
     return copy.deepcopy(model).eval()
-
-
-def machine() -> dict[str, Any]:
-    """Versions and hardware, for result files; no names of hosts."""
-    import transformers
-
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-        name = names[0] if names else name
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }

@@ -123,7 +123,10 @@ def architecture_of(hf: Any) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where there is none."""
-    lines = str(error).strip().splitlines()
+    text = str(error).strip()
+    if "weights_only" in text or "Weights only load" in text:  # no advice to run a file's code
+        return "its weights are a pickle that asks to run code: expected safetensors"
+    lines = text.splitlines()
     return lines[0].strip() if lines else type(error).__name__
 
 

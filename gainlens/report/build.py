@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -21,7 +18,7 @@ from gainlens.analysis.map.evidence import similarity_table, with_evidence
 from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.environment import environment
 from gainlens.errors import InputError, UnsupportedModelError
-from gainlens.files import check_writable, read_json, write_json
+from gainlens.files import check_writable, locked, read_json, write_json, written_folder
 from gainlens.model import load_tokens
 from gainlens.probes import KeyGains, probe_gains
 from gainlens.report.claims import all_claims
@@ -141,8 +138,8 @@ def check_report_folder(out: str | Path) -> Path:
         check_writable(out)
         if any(out.iterdir()):
             facts = out / "report.json"
-            known = facts.is_file() and read_json(facts).get("kind") == KIND
-            if not known:
+            known = read_json(facts) if facts.is_file() else None
+            if not (isinstance(known, dict) and known.get("kind") == KIND):
                 raise InputError(f"--out {out}: holds files that are not a gainlens report")
     return out
 
@@ -150,17 +147,22 @@ def check_report_folder(out: str | Path) -> Path:
 def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
     """Run the plan and leave ``out`` with the page, the figures and the numbers.
 
-    Everything is written beside and renamed at the end, so ``out`` is whole or as it was.
+    The folder appears in one step at the end, in the place of an old report if there is one.
 
     Returns:
         What ``report.json`` holds.
 
     Raises:
-        InputError: see ``check_report_folder``, ``Plan.check``, ``load_tokens``, ``probe_gains``,
-            ``surgery``.
+        InputError: another process is writing the report; see also ``check_report_folder``,
+            ``Plan.check``, ``load_tokens``, ``probe_gains``, ``surgery``.
     """
     out = check_report_folder(out)
     plan.check()
+    with locked(out):
+        return _build(model, plan, out)
+
+
+def _build(model: Any, plan: Plan, out: Path) -> dict[str, Any]:
     started = time.monotonic()
     calibration, validation = (
         load_tokens(plan.text, model, n_docs=plan.n_docs, length=plan.length, split=split)
@@ -193,14 +195,8 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
         evaluator=evaluator,
     )
     seconds = time.monotonic() - started
-    beside = Path(tempfile.mkdtemp(dir=out.resolve().parent, prefix=f".{out.name}."))
-    try:
-        facts = _write(beside, plan, gains, curve, cmap, damage, without, seconds)
-        os.chmod(beside, 0o755)
-        _replace(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return facts
+    with written_folder(out, "--out", replace=True) as beside:
+        return _write(beside, plan, gains, curve, cmap, damage, without, seconds)
 
 
 def refitted_cuts(model: Any, calibration: torch.Tensor, plan: Plan) -> tuple[dict[str, Cut], str]:
@@ -236,17 +232,6 @@ def damage_by_place(
         for by in ("layer", "head")
     )
     return Damage(by_layer, by_head, len(text), int(text.shape[1]))
-
-
-def _replace(beside: Path, out: Path) -> None:
-    """Put the new folder in the place of the old one."""
-    if out.exists():
-        old = Path(tempfile.mkdtemp(dir=beside.parent, prefix=f".{out.name}.old."))
-        os.replace(out, old / "report")
-        os.replace(beside, out)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(beside, out)
 
 
 def _write(

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from transformers.pytorch_utils import Conv1D
 
 from gainlens.errors import InputError, UnsupportedModelError
-from gainlens.export.building import parameters_on_meta
+from gainlens.export.building import without_weights
 from gainlens.export.families import SlimFamily
 from gainlens.export.plan import SlicePlan
 from gainlens.training.slices import Layout, Place, Slice, from_rows, module_at, places_of, to_rows
@@ -224,8 +224,7 @@ def _added_biases(root: Any, family: SlimFamily, config: Any) -> set[int]:
 
     Trained, they would make a model that no checkpoint of the family holds.
     """
-    with parameters_on_meta():
-        whole = getattr(transformers, family.model_class)(config)
+    whole = without_weights(lambda: getattr(transformers, family.model_class)(config))
     held = [name for name, _ in whole.named_parameters() if name.endswith("bias")]
     attention = family.attention.format(0)
     own = {letter: f"{attention}.{letter}_proj.bias" for letter in "qkv"}

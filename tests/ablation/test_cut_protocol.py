@@ -127,7 +127,7 @@ def test_a_refit_that_keeps_what_is_cut_is_refused(mask, tiny):
     keys = good.key_maps.clone()
     head, dim = (~mask.keep[2]).nonzero()[0].tolist()
     keys[2, head, dim, 0] = 1.0
-    with pytest.raises(InputError, match=f"layer 2, head {head} .* dimension {dim}"):
+    with pytest.raises(InputError, match=f"key head {head} of layer 2 writes dimension {dim}"):
         RefitCut(mask, good.query_maps, keys)
     keys = good.key_maps.clone()
     keys[0, 0, 0, 0] = float("nan")

@@ -30,6 +30,7 @@ def test_report_leaves_what_a_person_opens(report):
     names = {path.name for path in report.iterdir()}
     # tiny has no sink head on so short a text, so there is no figure of sinks
     assert names == {
+        "SHA256SUMS",
         "index.html",
         "report.json",
         "gains.safetensors",

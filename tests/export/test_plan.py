@@ -15,6 +15,7 @@ from gainlens.ablation import KeyMask
 from gainlens.errors import FileFormatError, InputError
 from gainlens.export import SlicePlan, canonical_plan, slim
 from gainlens.export.layout import head_layout
+from gainlens.files import sealed
 
 
 def plan_with(keep, **kwargs):
@@ -103,7 +104,8 @@ def test_json_round_trip(tmp_path):
 )
 def test_files_that_are_no_plan(tmp_path, change):
     good = plan_with([[[1, 0, 1, 0]]]).to_json()
-    (tmp_path / "plan.json").write_text(json.dumps({**good, **change}))
+    bad = sealed("slice_plan", {k: v for k, v in {**good, **change}.items() if k != "checksum"})
+    (tmp_path / "plan.json").write_text(json.dumps(bad))
     with pytest.raises(FileFormatError, match=r"plan\.json"):
         SlicePlan.load(tmp_path / "plan.json")
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gainlens.errors import FileFormatError
+from gainlens.analysis.map.fields import check_part
 from gainlens.files import FORMAT, load_tensors, save_tensors
+from gainlens.files.schema import Mismatch, checking
 
 if TYPE_CHECKING:
     from gainlens.analysis.map.coordinates import CoordinateMap
@@ -36,12 +37,11 @@ def load_map(path: str | Path, root: type, parts: Sequence[type]) -> Any:
         parts: the other classes that may be built from a file; no others ever are.
     """
     tensors, facts = load_tensors(path, "map")
-    try:
+    with checking(str(path), "map"):
         found = _unpack(facts["map"], tensors, {c.__name__: c for c in (root, *parts)})
         if not isinstance(found, root):
-            raise TypeError("its root is no map")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FileFormatError(f"{path} lacks or mislabels a field of a map: {error}") from None
+            raise Mismatch("its root is no map")
+        check_part(found)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def surgery(
     Raises:
         InputError: gains of another model, a fraction outside 0..1 or cutting everything, text
             that also chose the cut, a loss that is not finite, a margin of zero or below, a file
-            of another sweep.
+            of another sweep, or one that another process is writing.
         FileFormatError: ``out`` is there and damaged.
     """
     get_mode(mode)
@@ -122,9 +123,10 @@ def surgery(
         file = SweepFile(out, header)
         file.check_lengths(len(todo) + 1, sum(text.sizes), () if rule is None else rule.looks)
     losses: list[Float[np.ndarray, " document"]] = [] if file is None else list(file.done)
-    with tqdm(
+    bar = tqdm(
         total=len(todo) + 1, initial=len(losses), desc="surgery", unit="point", disable=not progress
-    ) as bar:
+    )
+    with file or nullcontext(), bar:
         for index in range(len(losses), len(todo) + 1):
             if index == 0:
                 found = text.intact

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from gainlens.export.speed_ledger import CONTEXTS, ledger, sizes
 from gainlens.export.writing import check_plan
 from gainlens.files import check_free, check_writable, write_json
 from gainlens.model import load_tokens
-from gainlens.model.loading import load_hf
+from gainlens.model.loading import check_name, load_hf
 from gainlens.model.zoo import smollm2
 from gainlens.probes import KeyGains
 from gainlens.training.folder import healed_from
@@ -87,7 +86,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         share = getattr(options, name)
         if share is not None and not 0 < share <= 1:
             raise InputError(f"{name}={share!r}: expected a share above 0 and up to 1")
-    existed = _check_free(out)
+    _check_free(out)
+    original = healed_from(options.model) if options.judge else None
+    if original is not None:
+        try:
+            check_name(original)
+        except InputError as error:
+            raise InputError(
+                f"--model {options.model} was healed from another, whose loss the cut is compared "
+                f"with: {error} (--judge 0 goes without)"
+            ) from None
     model = open_model(options)
     open_source(model)  # refuses before minutes of probing
     judge = None
@@ -104,14 +112,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         precision=options.precision,
         tokenizer=_tokenizer(options, model),
     )
-    try:
-        replace(plan, maps=None).save(out / "slice_plan.json")
-    except InputError:
-        for entry in out.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        if not existed:
-            out.rmdir()
-        raise
     full = slim(model, SlicePlan.identity(model))
     del model
     before, after = sizes(full), sizes(thin)
@@ -218,14 +218,13 @@ def _check_plan(options: argparse.Namespace, model: Any, plan: SlicePlan) -> Non
         raise EngineLimitError(f"{error} (here: {keep})", error.nearest) from None
 
 
-def _check_free(out: Path) -> bool:
-    """Whether the folder exists; raises unless it is empty and writable, or can be made."""
+def _check_free(out: Path) -> None:
+    """Raise ``InputError`` unless the folder is empty and writable, or can be made."""
     check_free(out, "--out")
     there = out.absolute()
     while not there.exists():  # nothing is made before there is something to put in it
         there = there.parent
     check_writable(there)
-    return there == out.absolute()
 
 
 def _own_plan(file: str, model: str) -> SlicePlan:

@@ -190,7 +190,7 @@ def test_a_map_file_builds_nothing_but_its_parts(cmap, tmp_path):
 
     tree = {"$class": "Popen", "fields": {"args": "true"}}
     save_tensors(tmp_path / "bad", "map", {}, {"map": tree})
-    with pytest.raises(gl.FileFormatError, match="field of a map"):
+    with pytest.raises(gl.FileFormatError, match="holds no map: it lacks 'Popen'"):
         gl.CoordinateMap.load(tmp_path / "bad")
 
 
