@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from making.ledgers import anything
-from making.markdown import RESULTS, not_yet, number, provenance, recorded, table
+from parts.ledgers import anything
+from parts.markdown import RESULTS, not_yet, number, provenance, recorded, table
 
 COMMAND = "make acceptance"
 
@@ -15,7 +15,7 @@ def page() -> str:
     file = RESULTS / "slim_ledger.json"
     facts = recorded(file)
     parts = [not_yet(f"docs/results/{file.name}", COMMAND)] if facts is None else _page(facts)
-    big = RESULTS / "slim_1b.json"
+    big = RESULTS / "slim_ledger_size_check.json"
     found = recorded(big)
     parts.append("## Cutting a model of 1.1 billion weights")
     parts.append(

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from making import healing, scratch
-from making.markdown import RESULTS, ROOT, recorded
+from parts import from_scratch, healing
+from parts.markdown import RESULTS, ROOT, recorded
 
 FOLDER = ROOT / "docs/pictures"
 SOURCE = RESULTS / "report_smollm2.json"
@@ -41,7 +41,7 @@ def draw() -> None:
 def stale() -> list[str]:
     """Pictures that are not of the recorded runs."""
     return [
-        f"{(FOLDER / name).relative_to(ROOT)}.svg is stale: run python docs/fill.py"
+        f"{(FOLDER / name).relative_to(ROOT)}.svg is stale: run python tools/docs/fill.py"
         for name in stale_names()
     ]
 
@@ -164,5 +164,5 @@ PICTURES: dict[str, tuple[float, float, Callable[..., None], Callable[[], Any]]]
     "above_null": (4.4, 3.6, above_null, report),
     "gains": (5.4, 3.6, gains, report),
     "healing": (*healing.PICTURE, healing.runs),
-    "scratch": (*scratch.PICTURE, scratch.run),
+    "scratch": (*from_scratch.PICTURE, from_scratch.run),
 }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from making.markdown import RESULTS, ROOT, not_yet, provenance, recorded, table
+from parts.markdown import RESULTS, ROOT, not_yet, provenance, recorded, table
 
 COMMAND = "make bench-heal"
 ORDER = ("layer-50", "head-50", "universal-50", "layer-75", "layer-80")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import cache
 
-from making.markdown import ROOT, table
+from parts.markdown import ROOT, table
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/export")]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from making import healing, scratch
-from making.markdown import RESULTS, not_yet, recorded, table
+from parts import from_scratch, healing
+from parts.markdown import RESULTS, not_yet, recorded, table
 
 MARGIN = 0.02
 """The bound of every claim that the loss does not rise, in nats."""
@@ -17,7 +17,7 @@ def worth() -> str:
     slim = recorded(RESULTS / "slim_ledger.json")
     if slim is not None:
         rows.append(_speed(slim))
-    training = scratch.run()
+    training = from_scratch.run()
     if training:
         rows.append(_training(training))
     if not rows:

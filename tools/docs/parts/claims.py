@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from making.markdown import RESULTS, interval, not_yet, number, provenance, recorded, table
+from parts.markdown import RESULTS, interval, not_yet, number, provenance, recorded, table
 
 REPORT = "report_smollm2.json"
 
@@ -108,7 +108,7 @@ def price() -> str:
 
 def planted() -> str:
     """How often the map finds what was planted, and answers no where nothing is shared."""
-    facts = recorded(RESULTS / "map_planted.json")
+    facts = recorded(RESULTS / "coordinate_map_planted.json")
     if facts is None:
         return not_yet("the planted maps", "python benchmarks/coordinate_map.py --planted")
     rows = [
@@ -122,5 +122,5 @@ def planted() -> str:
         f"({facts['seeds']} seeds each). Where nothing is shared, the answer is:\n\n"
         + table(["gains", "not shared", "no universal unit", "smallest mean cosine"], rows)
         + "\n\n"
-        + provenance(facts, "docs/results/map_planted.json")
+        + provenance(facts, "docs/results/coordinate_map_planted.json")
     )

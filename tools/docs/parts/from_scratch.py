@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from making.ledgers import anything
-from making.markdown import RESULTS, not_yet, provenance, recorded, table
+from parts.ledgers import anything
+from parts.markdown import RESULTS, not_yet, provenance, recorded, table
 
 COMMAND = "make bench-train"
 RUN, COST = RESULTS / "from_scratch.json", RESULTS / "training_cost.json"

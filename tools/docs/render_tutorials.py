@@ -1,6 +1,6 @@
 """Run the tutorials and make a page of the site of each.
 
-``python docs/render_tutorials.py --run`` executes ``tutorials/*.py`` on the model named by
+``python tools/docs/render_tutorials.py --run`` executes ``tutorials/*.py`` on the model named by
 GAINLENS_TUTORIAL_MODEL (by default SmolLM2), keeps what each cell printed in
 ``docs/tutorials/outputs.json`` and its figures beside it, and writes a page per tutorial. Without
 ``--run`` the pages are made again from what was kept; ``--check`` only says whether they are what
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "tutorials"
 PAGES = ROOT / "docs" / "tutorials"
 KEPT = PAGES / "outputs.json"
@@ -160,7 +160,7 @@ def record(path: Path, model: str) -> dict[str, Any]:
 def page(path: Path, kept: dict[str, Any]) -> str:
     """The page of a tutorial, with the outputs that belong to its cells as they are now."""
     run = kept.get(path.stem, {})
-    lines = [f"<!-- made of tutorials/{path.name} by docs/render_tutorials.py -->", ""]
+    lines = [f"<!-- made of tutorials/{path.name} by tools/docs/render_tutorials.py -->", ""]
     for cell in cells(path):
         if cell.kind == "markdown":
             lines += [cell.source, ""]
@@ -217,7 +217,7 @@ def main() -> int:
             if not options.check:
                 target.write_text(wanted, encoding="utf-8")
     if options.check and stale:
-        print(f"run python docs/render_tutorials.py: {', '.join(stale)} not current")
+        print(f"run python tools/docs/render_tutorials.py: {', '.join(stale)} not current")
         return 1
     return 0
 

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "docs/results"
-LEDGERS = ROOT / "docs/ledgers"
 
 
 def recorded(path: Path) -> Any | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from making.markdown import (
-    LEDGERS,
+from parts.markdown import (
     RESULTS,
     ROOT,
     details,
@@ -23,7 +22,7 @@ MANY = 16
 
 def kernels() -> str:
     """Every recorded machine: its summary, then all rows."""
-    files = sorted(LEDGERS.glob("kernels_*.json"))
+    files = sorted(RESULTS.glob("kernels_*.json"))
     if not files:
         return not_yet("the ledger of the kernels", "make bench-kernels")
     return "\n\n".join(_kernels(path) for path in files)
@@ -124,9 +123,9 @@ def engines() -> str:
 def cost() -> str:
     """What probing and cutting cost beside the bare model."""
     commands = {
-        "bench_probe.json": "python benchmarks/probe.py",
-        "bench_surgery.json": "python benchmarks/surgery_speed.py",
-        "map_scale.json": "python benchmarks/coordinate_map.py --scale",
+        "probe.json": "python benchmarks/probe.py",
+        "surgery_speed.json": "python benchmarks/surgery_speed.py",
+        "coordinate_map_scale.json": "python benchmarks/coordinate_map.py --scale",
     }
     titles = ("Probing", "Surgery", "The map")
     parts = []

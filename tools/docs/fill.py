@@ -1,7 +1,7 @@
 """Fill README.md and the pages of docs from recorded results and the code's own tables.
 
-python docs/fill.py            # rewrite pages and pictures
-python docs/fill.py --check    # exit 1, saying what, if one is stale or a public name undocumented
+python tools/docs/fill.py            # rewrite pages and pictures
+python tools/docs/fill.py --check    # exit 1 and name each stale page and undocumented name
 """
 
 from __future__ import annotations
@@ -9,12 +9,24 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from making import api, claims, healing, ledgers, pictures, public, scratch, slim, support, worth
-from making.markdown import ROOT
+from parts import (
+    api,
+    claims,
+    docstrings,
+    from_scratch,
+    healing,
+    ledgers,
+    pictures,
+    slim,
+    support,
+    worth,
+)
+from parts.markdown import ROOT
 
 PARTS: dict[str, Callable[[], str]] = {
     "claims": claims.claims,
@@ -32,16 +44,22 @@ PARTS: dict[str, Callable[[], str]] = {
     "engine ledger": ledgers.engines,
     "slim ledger": slim.page,
     "healing ledger": healing.page,
-    "scratch ledger": scratch.page,
+    "scratch ledger": from_scratch.page,
     "cost ledger": ledgers.cost,
-    "api": api.api,
-}
+} | {f"api {room}": partial(api.page, room) for room in api.PAGES}
 """A page says ``<!-- NAME -->`` … ``<!-- /NAME -->``; what is between them is made here."""
 
 
 def pages() -> list[Path]:
     """The pages that are filled."""
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *written()]
+
+
+def written() -> list[Path]:
+    """The pages of the site that are written by hand: all but those made of the tutorials."""
+    docs = ROOT / "docs"
+    made = (docs / "tutorials", docs / "results")
+    return sorted(p for p in docs.rglob("*.md") if not any(p.is_relative_to(m) for m in made))
 
 
 def filled(text: str) -> str:
@@ -60,19 +78,19 @@ def filled(text: str) -> str:
 
 
 def stale() -> list[str]:
-    """What ``python docs/fill.py`` would change."""
+    """What ``python tools/docs/fill.py`` would change."""
     found = []
     for path in pages():
         text = path.read_text(encoding="utf-8")
         if filled(text) != text:
-            found.append(f"{path.relative_to(ROOT)} is stale: run python docs/fill.py")
+            found.append(f"{path.relative_to(ROOT)} is stale: run python tools/docs/fill.py")
     return found + pictures.stale()
 
 
 def main() -> int:
     """Fill, or check."""
     if "--check" in sys.argv:
-        faults = stale() + public.faults()
+        faults = stale() + docstrings.faults()
         for fault in faults:
             sys.stderr.write(fault + "\n")
         return int(bool(faults))
