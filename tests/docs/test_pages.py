@@ -70,7 +70,8 @@ def test_a_missing_record_says_how_to_make_it(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     for name in ("RUN", "COST"):
         monkeypatch.setattr(from_scratch, name, tmp_path / "none.json")
-    for make in (claims.claims, claims.cuts, claims.surgery, claims.similarity, claims.price,
+    for make in (claims.claims, claims.cuts, claims.surgery, claims.similarity,
+                 claims.findings, claims.sharing_cost,
                  claims.planted, ledgers.kernels, ledgers.engines, slim.page, healing.page,
                  from_scratch.page, ledgers.cost, worth.worth):  # fmt: skip
         assert "Not recorded yet" in make()

@@ -30,11 +30,12 @@ from parts.markdown import ROOT
 
 PARTS: dict[str, Callable[[], str]] = {
     "claims": claims.claims,
+    "findings": claims.findings,
     "cuts": claims.cuts,
     "worth": worth.worth,
     "surgery": claims.surgery,
     "similarity": claims.similarity,
-    "price": claims.price,
+    "sharing cost": claims.sharing_cost,
     "planted": claims.planted,
     "support": support.support,
     "scores": support.scores,

@@ -1,4 +1,4 @@
-"""The ledger of training from scratch: one row and one line of the figure per arm."""
+"""The page on training from scratch: one row and one line of the figure per arm."""
 
 from __future__ import annotations
 
@@ -61,12 +61,13 @@ def _run(facts: dict[str, Any]) -> list[str]:
     text = facts["text"]
     return [
         f"{facts['model']}; {facts['steps']} steps on {text['rows_trained']:,} rows of "
-        f"{text['length']} tokens of {text['source']} ({text['tokenizer']}), seeds "
-        f"{facts['seeds']}, constant learning rate {facts['lr']:g}. The picks come after "
-        f"{facts['steps_at_full_width_before_the_pick']} steps at full width. Validation loss in "
-        f"nats per token, mean over seeds, on {text['validation_documents']} documents; 95% "
-        "intervals over documents, paired with full width. Equal time is the time in which the "
-        "quickest arm ends, by times per step that were taken in turns.",
+        f"{text['length']} tokens ({text['source']}, tokenizer {text['tokenizer']}), seeds "
+        f"{facts['seeds']}, constant learning rate {facts['lr']:g}. The active dimensions are "
+        f"picked after {facts['steps_at_full_width_before_the_pick']} steps at full width. The "
+        "loss is in nats per token, the mean over seeds, on "
+        f"{text['validation_documents']} validation documents of {text['length']} tokens. The 95% "
+        "intervals are over documents, paired with full width. *Equal time* is the time at which "
+        "the fastest arm finishes; times per step were measured in turns.",
         table(head, body),
         "![Validation loss over steps, for full width, born slim and three ways to pick the "
         "active dimensions](pictures/scratch.svg)",
@@ -76,7 +77,7 @@ def _run(facts: dict[str, Any]) -> list[str]:
 
 
 def _verdict(arms: list[dict[str, Any]]) -> str:
-    """What the run says about training at virtual width, from its own numbers."""
+    """What the run says about training at virtual width."""
     by = {row["arm"]: row for row in arms}
     virtual = [by[arm] for arm in ("gain", "random", "fixed")]
     worse = [row for row in virtual if row["low"] > 0]
@@ -91,8 +92,8 @@ def _verdict(arms: list[dict[str, Any]]) -> str:
     times = by["gain"]["seconds per step"] / by["full"]["seconds per step"]
     picks = by["random"]["loss at equal tokens"] - by["gain"]["loss at equal tokens"]
     return (
-        f"{first}. At equal time the lowest loss is that of: {SAID[best['arm']]}. A step at "
-        f"virtual width takes {times:.2f} of the time of one at full width; picking by gain is "
+        f"{first}. At equal time, {SAID[best['arm']]} has the lowest loss. A step at virtual "
+        f"width takes {times:.2f} times as long as a step at full width. Picking by gain is "
         f"{abs(picks):.3f} nats {'better' if picks > 0 else 'worse'} than picking at random."
     )
 

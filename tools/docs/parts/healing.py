@@ -1,4 +1,4 @@
-"""The ledger of healing: one row and one line of the figure per recorded run."""
+"""The page on healing: one row and one line of the figure per recorded run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def page() -> str:
     """The table, the figure, what it says, and where each row is from."""
     rows = runs()
     if not rows:
-        return not_yet("the runs of healing", COMMAND)
+        return not_yet("the healing runs", COMMAND)
     head = (
         "cut, scope",
         "cut alone",
@@ -34,7 +34,7 @@ def page() -> str:
         "verdict at 0.02",
         "healing tokens",
         "divergence",
-        "same first choice",
+        "same top token",
     )
     body = [
         (
@@ -52,16 +52,18 @@ def page() -> str:
     first = rows[0]
     text = first["text"]
     parts = [
-        f"Rise of the validation loss of {first['model']} in nats per token with its 95% interval, "
-        f"on {text['validation_documents']} speeches of {text['length']} tokens that neither "
-        "chose the cut, nor trained, nor said when to stop; paired by document with the intact "
-        f"model, whose loss is {first['intact_loss']:.3f}. Divergence (nats per token) and the "
-        "share of positions with the same first choice say how like the intact model's the "
-        "predictions are: a loss alone can also fall by better calibration.",
+        f"Rise of the validation loss of {first['model']} in nats per token, with its 95% "
+        f"interval, on {text['validation_documents']} speeches of {text['length']} tokens. Nothing "
+        f"was measured beyond position {text['length']}. These speeches did not choose the cut, "
+        "did not train it and did not decide when to stop. Differences are paired by document "
+        f"with the intact model, whose loss is {first['intact_loss']:.3f}. A loss can also fall "
+        "because the model is better calibrated. The divergence from the intact model (nats per "
+        "token) and the share of positions with the same top token say how close the predictions "
+        "themselves are.",
         table(head, body),
         f"![Rise of the loss against healing tokens, for {len(rows)} cuts](pictures/healing.svg)",
-        "The curves are drawn on calibration speeches that were not trained on; the table is "
-        "judged on others.",
+        "The curves are measured on calibration speeches that were not trained on. The table is "
+        "measured on validation speeches.",
         _cost(rows),
         _published(rows),
         *(
@@ -82,10 +84,10 @@ def _cost(rows: list[dict[str, Any]]) -> str:
     facts = rows[0]["facts"]
     active = facts["active_bytes"]
     return (
-        f"What is trained: {', '.join(facts['settings']['train'])}; "
-        f"{facts['active_parameters']:,} numbers at {rows[0]['fraction_cut']:.0%}. Gradients take "
-        f"{facts['gradient_bytes'] / active:.3f} and the optimiser "
-        f"{facts['optimizer_bytes'] / active:.3f} times the bytes of these."
+        f"Trained weights: {', '.join(facts['settings']['train'])}, which is "
+        f"{facts['active_parameters']:,} parameters at {rows[0]['fraction_cut']:.0%}. Gradients "
+        f"take {facts['gradient_bytes'] / active:.3f} times their bytes, optimiser state "
+        f"{facts['optimizer_bytes'] / active:.3f} times."
     )
 
 
@@ -94,15 +96,15 @@ def _published(rows: list[dict[str, Any]]) -> str:
     if not deep:
         return ""
     said = "; ".join(
-        f"{f['fraction_cut']:.0%} cut: the loss rises from {f['intact_loss']:.3f} by "
+        f"with {f['fraction_cut']:.0%} cut, the loss rises from {f['intact_loss']:.3f} by "
         f"{f['verdict']['estimate']:.3f} ({f['verdict']['estimate'] / f['intact_loss']:.1%} of the "
         f"loss, {math.expm1(f['verdict']['estimate']):.1%} of the perplexity) after "
         f"{f['facts']['tokens']:,} tokens"
         for f in deep
     )
     return (
-        "*Thin Keys, Full Values* publishes 75% of the key cache saved at about 2% of quality, "
-        f"after fine-tuning. Here {said}."
+        "The paper *Thin Keys, Full Values* reports 75% of the key cache saved for about 2% of "
+        f"quality, after fine-tuning. Here, {said}."
     )
 
 
@@ -116,14 +118,14 @@ def picture(figure: Any, rows: list[dict[str, Any]]) -> None:
         tokens = [row["tokens"] / 1000 for row in points]
         name = f"{facts['fraction_cut']:.0%}, one set per {facts['scope']}"
         if facts["scope"] == "universal":
-            name = f"{facts['fraction_cut']:.0%}, one set for all"
+            name = f"{facts['fraction_cut']:.0%}, one set for all heads"
         ax.plot(tokens, [row["rise"] for row in points], color=colour, marker=marker,
                 markersize=4, label=name)  # fmt: skip
         low, high = zip(*(row["interval"] for row in points), strict=True)
         ax.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
         ax.axhline(
             facts["before_training"]["zeroed"]["estimate"],
-            color=colour, linestyle=":", linewidth=1, label=f"{name}: cut, untrained",
+            color=colour, linestyle=":", linewidth=1, label=f"{name}: before training",
         )  # fmt: skip
     ax.axhline(0, color="black", linewidth=1, label="intact model")
     ax.axhline(0.02, color="black", linestyle="--", linewidth=0.8, label="margin: 0.02 nats")
@@ -133,7 +135,7 @@ def picture(figure: Any, rows: list[dict[str, Any]]) -> None:
     ax.minorticks_off()
     ax.set_xlabel("healing tokens (thousands)")
     ax.set_ylabel("rise of the loss (nats per token)")
-    ax.set_title("SmolLM2-135M: how fast a cut heals", fontsize=10)
+    ax.set_title("SmolLM2-135M: healing a cut (256 tokens)", fontsize=10)
     ax.legend(fontsize=7, loc="upper right")
 
 

@@ -1,4 +1,4 @@
-"""The ledger pages: kernels, engines and the cost of measuring."""
+"""The pages on kernels, engines and the cost of measuring."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def kernels() -> str:
     """Every recorded machine: its summary, then all rows."""
     files = sorted(RESULTS.glob("kernels_*.json"))
     if not files:
-        return not_yet("the ledger of the kernels", "make bench-kernels")
+        return not_yet("the kernel times", "make bench-kernels")
     return "\n\n".join(_kernels(path) for path in files)
 
 
@@ -43,10 +43,16 @@ def _kernels(path: Path) -> str:
         parts.append(table(["figure", "value"], rows))
     rows = [_kernel_row(row) for row in facts.get("rows", ())]
     if rows:
-        head = ["case", "ours (µs)", "best other way (µs)", "best / ours", "bandwidth share"]
+        head = [
+            "case",
+            "ours (µs)",
+            "best alternative (µs)",
+            "alternative / ours",
+            "share of read bandwidth",
+        ]
         parts.append(details(f"All {len(rows)} cases", table(head, rows)))
     for name, why in (facts.get("skipped") or {}).items():
-        parts.append(f"Left out: {name}, {why}.")
+        parts.append(f"Skipped: {name}, {why}.")
     return "\n\n".join(parts)
 
 
@@ -96,32 +102,32 @@ def engines() -> str:
     text = facts["text"]
     return "\n\n".join(
         [
-            f"{facts['model']}, keys and values at {facts['plan']['keys']:.0%}, one set for all "
-            f"heads; {text['prompts']} prompts of {text['length']} tokens of {text['name']} "
-            f"({text['split']}), {facts['new_tokens']} new tokens each. Reference: "
+            f"{facts['model']} with {facts['plan']['keys']:.0%} of its keys and values, one set for "
+            f"all heads. {text['prompts']} prompts of {text['length']} tokens ({text['name']}, "
+            f"{text['split']}), {facts['new_tokens']} new tokens each. Reference: "
             f"{facts['reference']}. Target: log-probabilities within "
-            f"{facts['targets']['logprob']:g}, {facts['targets']['greedy']}.",
+            f"{facts['targets']['logprob']:g} and {facts['targets']['greedy']}.",
             table(
                 ["engine", "version", "prompts", "log-probabilities compared",
-                 "largest difference", "prompts with other greedy tokens"],
+                 "largest difference", "prompts whose greedy tokens differ"],
                 rows,
             ),
             table(
-                ["engine", "context", "full (ms a token)", "slim (ms a token)", "faster",
+                ["engine", "context", "full (ms per token)", "slim (ms per token)", "speed-up",
                  "predicted from bytes"],
                 times,
             ),
-            "Times are those of one more token, full and slim in turns, the median of the turns; "
-            "llama.cpp with its own defaults (a cache in float16, its fused attention). Bytes "
-            "predict no more than memory allows: where an engine's own work per token weighs "
-            "more, thin heads save less.",
+            "Times are for one more token. Full and slim models take turns; the median is given. "
+            "llama.cpp runs with its defaults (float16 cache, fused attention). The prediction "
+            "counts only the bytes that are read. Where an engine spends more time on other work "
+            "per token, thin heads save less.",
             provenance(facts, "docs/results/engines.json"),
         ]
     )  # fmt: skip
 
 
 def cost() -> str:
-    """What probing and cutting cost beside the bare model."""
+    """What probing and cutting cost beside the plain forward pass."""
     commands = {
         "probe.json": "python benchmarks/probe.py",
         "surgery_speed.json": "python benchmarks/surgery_speed.py",

@@ -1,4 +1,4 @@
-"""The ledger of the slim model: counted, predicted and measured, in gainlens' own engine."""
+"""The page on the slim model: counted, predicted and measured, in gainlens' own engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def page() -> str:
     parts = [not_yet(f"docs/results/{file.name}", COMMAND)] if facts is None else _page(facts)
     big = RESULTS / "slim_ledger_size_check.json"
     found = recorded(big)
-    parts.append("## Cutting a model of 1.1 billion weights")
+    parts.append("## Cutting a model of 1.1 billion parameters")
     parts.append(
         not_yet(f"docs/results/{big.name}", COMMAND) if found is None else anything(found, big)
     )
@@ -28,24 +28,25 @@ def _page(facts: dict[str, Any]) -> list[str]:
     plan, parity = facts["plan"], facts["parity"]
     chosen = plan["facts"]
     return [
-        f"{facts['name']} with {plan['keys_kept']:.0%} of its keys (ranked by {chosen['score']}, "
-        f"scope {chosen['scope']}), {facts['dtype']}, batch {facts['batch']}; all contenders in "
-        "turns, in one run.",
+        f"{facts['name']} with {plan['keys_kept']:.0%} of its key dimensions (ranked by "
+        f"{chosen['score']}, scope {chosen['scope']}), {facts['dtype']}, batch {facts['batch']}. "
+        "All models take turns in one run.",
         "## What is saved",
         _saved(facts),
         "## Decoding",
-        "Tokens per second with so many tokens in the cache. *Predicted* is the ratio of the bytes "
-        "that a token reads; *transformers* is the untouched model at its best attention setting.",
+        "Tokens per second with the given number of tokens in the cache. *Predicted* is the ratio "
+        "of the bytes that one token reads. *transformers* is the original model with its fastest "
+        "attention setting. *full, here* is the original model with the kernels of gainlens.",
         _decode(facts["contexts"]),
-        f"**Could it double?** {_sentence(facts['twice_as_fast']['verdict'])}",
+        f"**Can decoding become twice as fast?** {_limit(facts)}",
         "## Prefill",
-        "Tokens per second of a prompt. *Predicted* is the ratio of the operations.",
+        "Prompt tokens per second. *Predicted* is the ratio of the operation counts.",
         _prefill(facts["contexts"]),
-        "## The same numbers?",
-        f"Largest difference of a logit between the slim model and the masked original (the "
-        f"largest logit is {number(parity['largest_logit'])}), and how much of it is float32: in "
-        "float64 it is gone, and the original differs as much from its own float64 when PyTorch "
-        "computes its attention.",
+        "## Numerical agreement",
+        "Largest difference of a logit between the slim model and the masked original (the largest "
+        f"logit is {number(parity['largest_logit'])}). In float64 the difference vanishes, so it "
+        "is float32 rounding. The original model with PyTorch's attention differs as much from "
+        "its own float64 result.",
         _rounding(parity["rounding"]),
         provenance(facts, "docs/results/slim_ledger.json"),
     ]
@@ -53,11 +54,11 @@ def _page(facts: dict[str, Any]) -> list[str]:
 
 def _saved(facts: dict[str, Any]) -> str:
     names = {
-        "parameters": "weights",
+        "parameters": "parameters",
         "key_bytes": "bytes of keys per token",
         "value_bytes": "bytes of values per token",
         "flops": "operations per token",
-        "flops_per_position": "operations per token and position of context",
+        "flops_per_position": "operations per token and position of the context",
     }
     rows = [
         (said, facts["full"][name], facts["slim"][name],
@@ -107,5 +108,17 @@ def _rounding(rows: list[dict[str, Any]]) -> str:
     return table(["plan", *names.values()], body)
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + "."
+def _limit(facts: dict[str, Any]) -> str:
+    """Why the ratio is bounded, from the numbers of the record."""
+    found = facts["twice_as_fast"]
+    if found["from_context"] is not None:
+        return f"Yes, from a context of {found['from_context']:,} tokens on, by the bytes read."
+    keys, values = facts["full"]["key_bytes"], facts["full"]["value_bytes"]
+    left = (facts["slim"]["key_bytes"] + facts["slim"]["value_bytes"]) / (keys + values)
+    return (
+        f"No. Keys are {keys / (keys + values):.0%} of the cache, and this plan leaves "
+        f"{left:.0%} of the cache, so the ratio stays below {found['limit']:.2f} at any context. "
+        "A factor of two needs a cut of more than half of keys and values together, and a context "
+        "whose cache outweighs the weights: with a quarter of both left, "
+        f"{found['with_a_quarter_left_from_context']:,} tokens at batch {facts['batch']}."
+    )

@@ -55,7 +55,7 @@ def site_of(architecture: str) -> str:
     _, _, pairing, _, fires, _ = TESTED[architecture]
     if pairing == "none":
         return "`hook_k`"
-    return "`hook_rot_k`" if fires else "`hook_k`, turned by gainlens"
+    return "`hook_rot_k`" if fires else "`hook_k`, rotated by gainlens"
 
 
 def support() -> str:
@@ -93,10 +93,10 @@ def scores() -> str:
     from gainlens.probes.scores import SCORES
 
     rows = [
-        (f"`{s.name}`", s.formula, "yes" if s.gauge_invariant else "no, descriptive")
+        (f"`{s.name}`", s.formula, "yes" if s.gauge_invariant else "no (descriptive only)")
         for s in SCORES.values()
     ]
-    return table(["score", "definition", "may rank a cut (gauge-invariant)"], rows)
+    return table(["score", "definition", "gauge-invariant (may rank a cut)"], rows)
 
 
 def modes() -> str:
@@ -104,7 +104,7 @@ def modes() -> str:
     from gainlens.ablation.modes import MODES
 
     rows = [(f"`{m.name}`", m.meaning, m.commutes) for m in MODES.values()]
-    return table(["mode", "what the cut dimensions carry", "commutes with the rotation"], rows)
+    return table(["mode", "what replaces the cut dimensions", "commutes with the rotation"], rows)
 
 
 def engines() -> str:

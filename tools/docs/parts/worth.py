@@ -1,4 +1,4 @@
-"""What recorded runs say of what a cut is worth: after healing, in speed, in training."""
+"""What a cut is worth by the recorded runs: after healing, in speed, in training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MARGIN = 0.02
 
 
 def worth() -> str:
-    """Healed cuts, "ghost compute" and "virtual width", one row each."""
+    """Healed cuts, speed and training at virtual width, one row each."""
     rows = [_healed(facts) for facts in healing.runs()]
     slim = recorded(RESULTS / "slim_ledger.json")
     if slim is not None:
@@ -22,21 +22,25 @@ def worth() -> str:
         rows.append(_training(training))
     if not rows:
         return not_yet("what a cut is worth", "make bench-heal acceptance bench-train")
-    return table(["claim", "says SmolLM2-135M", "number", "beside it"], rows)
+    return table(["claim", "on SmolLM2-135M", "number", "for comparison", "measured on"], rows)
 
 
 def _healed(facts: dict[str, Any]) -> tuple[str, ...]:
+    text = facts["text"]
     verdict, before = facts["verdict"], facts["before_training"]["zeroed"]["estimate"]
     low, high = verdict["interval"]
     where = (
-        "one set for all layers" if facts["scope"] == "universal" else f"sets per {facts['scope']}"
+        "one set for all layers and heads"
+        if facts["scope"] == "universal"
+        else f"one set per {facts['scope']}"
     )
     return (
-        f"{facts['fraction_cut']:.0%} can go once healed ({where})",
+        f"after healing, {facts['fraction_cut']:.0%} can be cut ({where})",
         f"**{verdict['status']}**",
         f"{verdict['estimate']:+.3f} nats [{low:+.3f}, {high:+.3f}] after "
-        f"{facts['facts']['tokens']:,} tokens (bound {verdict['margin']:g})",
-        f"cut alone {before:+.3f}",
+        f"{facts['facts']['tokens']:,} training tokens (margin {verdict['margin']:g})",
+        f"the same cut before training {before:+.3f}",
+        f"{text['validation_documents']} speeches × {text['length']} tokens",
     )
 
 
@@ -48,22 +52,25 @@ def _speed(facts: dict[str, Any]) -> tuple[str, ...]:
     best = ", ".join(f"× {row['decode_ratio_to_best_transformers']:.2f}" for row in rows)
     kept = facts["plan"]["keys_kept"]
     return (
-        f"{1 - kept:.0%} of the keys is ghost compute: skip it and decoding doubles",
+        f"without {1 - kept:.0%} of the key dimensions, decoding is twice as fast",
         f"**{status}**",
         f"{found} tokens of context; by bytes at most × {limit:.2f} at any context",
-        f"transformers' best attention: {best}",
+        f"against the fastest attention of transformers: {best}",
+        f"{facts['machine']['cores']} CPU cores, batch {facts['batch']}",
     )
 
 
 def _training(facts: dict[str, Any]) -> tuple[str, ...]:
+    text = facts["text"]
     by = {row["arm"]: row for row in facts["arms"]}
     gain, full = by["gain"], by["full"]
     status = "fails" if gain["low"] > MARGIN else "holds" if gain["high"] < MARGIN else "undecided"
     times = gain["seconds per step"] / full["seconds per step"]
     return (
-        "training needs the active dimensions alone (12 of 64, a small model from scratch)",
+        "training needs only the active dimensions (12 of 64, a small model from scratch)",
         f"**{status}**",
         f"{gain['over full width']:+.3f} nats [{gain['low']:+.3f}, {gain['high']:+.3f}] over full "
-        f"width at equal tokens (bound {MARGIN:g})",
+        f"width at equal tokens (margin {MARGIN:g})",
         f"time of a step × {times:.2f}",
+        f"{text['validation_documents']} documents × {text['length']} tokens",
     )
