@@ -104,8 +104,8 @@ def cuts() -> str:
     return (
         table(["cut", "how", "rise of the loss (nats)", "95% interval"], rows)
         + f"\n\nJudged on {text['validation_documents']} speeches of {text['length']} tokens; "
-        f"nothing was measured beyond position {text['length']}. {text['score_documents']} calibration "
-        f"speeches ranked the pairs, {text['refit_documents']} fitted the refit. The loss of the "
+        f"nothing was measured beyond position {text['length']}. {text['score_documents']} "
+        f"calibration speeches ranked the pairs, {text['refit_documents']} fitted the refit. The loss of the "
         f"intact model is {facts['intact_loss']:.3f} nats."
     )
 

@@ -102,8 +102,8 @@ def engines() -> str:
     text = facts["text"]
     return "\n\n".join(
         [
-            f"{facts['model']} with {facts['plan']['keys']:.0%} of its keys and values, one set for "
-            f"all heads. {text['prompts']} prompts of {text['length']} tokens ({text['name']}, "
+            f"{facts['model']} with {facts['plan']['keys']:.0%} of its keys and values, one set "
+            f"for all heads. {text['prompts']} prompts of {text['length']} tokens ({text['name']}, "
             f"{text['split']}), {facts['new_tokens']} new tokens each. Reference: "
             f"{facts['reference']}. Target: log-probabilities within "
             f"{facts['targets']['logprob']:g} and {facts['targets']['greedy']}.",
