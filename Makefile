@@ -17,7 +17,7 @@ FAST := tests/test_rooms.py tests/stats tests/plots tests/data
 .DEFAULT_GOAL := help
 .PHONY: help report install install-hooked test test-fast test-bridge test-hooked lint format docs \
   fill tutorials bench bench-cuts bench-map bench-heal bench-train bench-kernels engines \
-  acceptance asan-kernels test-neon test-wheel dist clean
+  acceptance asan-kernels test-neon test-wheel wheels sdist coverage clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -131,9 +131,17 @@ test-neon:  ## kernel self-test for ARM in an emulator
 test-wheel: install  ## build and install the wheel and the source distribution
 	kernels/tools/wheel.sh $(PY)
 
-dist: install  ## wheel and source distribution in dist/
+wheels:  ## wheels for this platform in dist/ (cibuildwheel; on Linux needs docker or podman)
+	$(PY) -m pip install -q cibuildwheel
+	$(PY) -m cibuildwheel --output-dir dist
+
+sdist:  ## source distribution in dist/
 	$(PY) -m pip install -q build
-	$(PY) -m build
+	$(PY) -m build --sdist
+
+coverage: install  ## all tests on transformer-lens 4 with the share of lines that they run
+	$(PY) -m pip install -q pytest-cov
+	$(TEST) $(PY) $(PYTEST) --cov=gainlens --cov-report=term-missing:skip-covered
 
 clean:  ## remove environments and everything that was built
 	rm -rf .engines .venv .venv-hooked report site build dist

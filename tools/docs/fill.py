@@ -1,7 +1,10 @@
 """Fill README.md and the pages of docs from recorded results and the code's own tables.
 
-python tools/docs/fill.py            # rewrite pages and pictures
-python tools/docs/fill.py --check    # exit 1 and name each stale page and undocumented name
+    python tools/docs/fill.py            # rewrite pages and figures
+    python tools/docs/fill.py --check    # exit 1 and name each stale page and undocumented name
+
+Why not cog: it would put Python into the pages. Here a page has only a marker, and what it stands
+for is a tested function in ``parts``.
 """
 
 from __future__ import annotations

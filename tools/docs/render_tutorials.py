@@ -1,10 +1,15 @@
-"""Run the tutorials and make a page of the site of each.
+"""Run the tutorials and make a page of the site from each.
 
 ``python tools/docs/render_tutorials.py --run`` executes ``tutorials/*.py`` on the model named by
 GAINLENS_TUTORIAL_MODEL (by default SmolLM2), keeps what each cell printed in
 ``docs/tutorials/outputs.json`` and its figures beside it, and writes a page per tutorial. Without
-``--run`` the pages are made again from what was kept; ``--check`` only says whether they are what
-they would become. A cell that was changed since the run has no output until the next run.
+``--run`` the pages are rendered again from the kept outputs; ``--check`` only says whether they are
+current. A cell that has changed since the run has no output until the next run.
+
+Why not jupytext with a mkdocs plug-in: those run a notebook at each build, or need the outputs in
+an .ipynb file. Here a build takes seconds and no model, outputs are kept as readable JSON and tied
+to the exact text of their cell, each figure has words in its place, and a test fails when a cell
+and its output differ. No plug-in that was looked at does all of this.
 """
 
 from __future__ import annotations
@@ -177,12 +182,13 @@ def page(path: Path, kept: dict[str, Any]) -> str:
     if run:
         versions = ", ".join(f"{k} {v}" for k, v in sorted(run["versions"].items()))
         lines += [
-            f"What is shown was run on `{run['model']}` in {run['seconds']} s with {versions}."
+            f"The outputs are from a run on `{run['model']}`, which took {run['seconds']} s, with "
+            f"{versions}."
         ]
     lines += [
-        f"The source is `tutorials/{path.name}`: a notebook in jupytext's percent format, which "
-        "Jupyter (with jupytext), VS Code and plain Python run as it is. "
-        f"`{ENV}=tiny` runs it on the small model, `smollm2` on SmolLM2-135M.",
+        f"The source is `tutorials/{path.name}`, a notebook in jupytext's percent format. Jupyter "
+        "(with jupytext), VS Code and plain Python run it as it is. "
+        f"`{ENV}=tiny` selects the small model, `{ENV}=smollm2` selects SmolLM2-135M.",
         "",
     ]
     return "\n".join(lines)

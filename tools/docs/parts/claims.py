@@ -105,8 +105,8 @@ def cuts() -> str:
         table(["cut", "how", "rise of the loss (nats)", "95% interval"], rows)
         + f"\n\nJudged on {text['validation_documents']} speeches of {text['length']} tokens; "
         f"nothing was measured beyond position {text['length']}. {text['score_documents']} "
-        f"calibration speeches ranked the pairs, {text['refit_documents']} fitted the refit. The loss of the "
-        f"intact model is {facts['intact_loss']:.3f} nats."
+        f"calibration speeches ranked the pairs, {text['refit_documents']} fitted the refit. The "
+        f"loss of the intact model is {facts['intact_loss']:.3f} nats."
     )
 
 

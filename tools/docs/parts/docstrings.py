@@ -1,5 +1,9 @@
 """What is missing in the docstrings of public names.
 
+Why not pydoclint: it checks that sections match signatures, for every function of a file. This
+check asks only of public names, and asks for what pydoclint does not know: that a tensor has its
+shape, and that "as for f" may stand for a list of arguments.
+
 Asked of every name in ``__all__`` of gainlens and of the kernels, and of their public methods: a
 docstring; every parameter named in it; tensors annotated with their shape; ``Raises`` where the
 body raises.
