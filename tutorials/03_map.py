@@ -130,7 +130,7 @@ for score in gains.scores:
 # fraction with three scopes and compare the loss on text that did not choose the sets. The control is a
 # random universal set.
 
-# %% alt="Rise of the loss at each cut for a set per head, a set per layer, one shared set and a random shared set, with 95% intervals."
+# %% alt="Rise of the loss at each cut for a set per head, a set per layer, one universal set and a random universal set, with 95% intervals."
 cmap = gl.with_evidence(
     cmap,
     model,
