@@ -1,8 +1,8 @@
 """The coordinate map of a model with all of its evidence, as one JSON file.
 
-    python benchmarks/coordinate_map.py --model smollm2 --out docs/results/map_smollm2.json
-    python benchmarks/coordinate_map.py --scale --out docs/results/map_scale.json
-    python benchmarks/coordinate_map.py --planted --out docs/results/map_planted.json
+    python benchmarks/coordinate_map.py
+    python benchmarks/coordinate_map.py --scale --out docs/results/coordinate_map_scale.json
+    python benchmarks/coordinate_map.py --planted --out docs/results/coordinate_map_planted.json
 
 The first answers for a model: is the map universal, on what evidence, which units, which sinks, at
 what price. Texts are small so that it takes about ten minutes on two cores: gains choose on
@@ -253,7 +253,7 @@ def main() -> None:
     """Read the command line, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--out", default="docs/results/map_smollm2.json")
+    parser.add_argument("--out", default="docs/results/coordinate_map_smollm2.json")
     parser.add_argument("--map", help="also save the map itself here")
     parser.add_argument("--docs", type=int, default=16, help="calibration documents")
     parser.add_argument("--judges", type=int, default=8, help="validation documents")

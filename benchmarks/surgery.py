@@ -1,6 +1,6 @@
 """Rise of SmolLM2's validation loss when key pairs are cut, without training.
 
-    python benchmarks/surgery.py [--fraction 0.5 …] [--docs 24] [--out docs/results/…json]
+    python benchmarks/surgery.py [--fraction 0.5 …] [--docs 24] [--out FILE]
 
 The method: rank rotary pairs by ``fisher`` on calibration speeches (per-head budgets within a
 layer), cut the quietest, then refit the kept query and key dimensions to the intact attention
