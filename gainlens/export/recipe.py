@@ -11,7 +11,6 @@ from jaxtyping import Int
 
 from gainlens.ablation.key_mask import Scope
 from gainlens.ablation.refit_cut import RefitCut, refit
-from gainlens.data.batches import TOKENS_PER_BATCH
 from gainlens.errors import UnsupportedModelError
 from gainlens.export.families import FAMILIES
 from gainlens.export.plan import SlicePlan
@@ -74,19 +73,3 @@ def refit_of(
     except UnsupportedModelError as error:
         warnings.warn(f"cut without a refit: {error}", stacklevel=2)
         return None
-
-
-@torch.inference_mode()
-def mean_loss(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> float:
-    """Mean loss per token in nats of a transformers model on documents of one length."""
-    device = next(model.parameters()).device
-    rows = max(1, TOKENS_PER_BATCH // tokens.shape[1])
-    total = 0.0
-    for start in range(0, len(tokens), rows):
-        batch = tokens[start : start + rows]
-        logits = model(batch.to(device), use_cache=False).logits[:, :-1].float()
-        wanted = batch[:, 1:].flatten().to(device)
-        total += float(
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum")
-        )
-    return total / (tokens.shape[0] * (tokens.shape[1] - 1))

@@ -6,8 +6,7 @@ import importlib
 import json
 
 import pytest
-
-from gainlens.cli.main import main
+from calls import status_of as main
 
 command = importlib.import_module("gainlens.cli.verbs.surgery")
 SMALL = ["--model", "tiny", "--n-docs", "3", "--length", "32"]
@@ -19,6 +18,9 @@ BAD = {
     "scope": ["--scope", "house"],
     "unit": ["--unit", "triple"],
     "mode": ["--mode", "patch"],
+    "scope ": ["--scope", "heads"],
+    "n-docs": ["--n-docs", "2000"],
+    "fraction  ": ["--fractions", "25,50"],
     "mode ": ["--mode", "louder"],
     "score": ["--score", "loudness"],
     "order": ["--orders", "quietest,upwards"],
