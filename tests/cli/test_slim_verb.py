@@ -206,6 +206,7 @@ def test_a_disk_that_is_full_at_the_last_file(tmp_path, capsys, monkeypatch, exi
 def test_the_canonical_basis_of_a_model_without_rotation(tmp_path, capsys, originals):
     originals["gpt2"].save_pretrained(tmp_path / "gpt2")
     where = ["--model", tmp_path / "gpt2", "--judge", "0", "--basis", "canonical"]
+    where += ["--scope", "head"]
     found = done(capsys, *where, "--fraction", "0.75", "--out", tmp_path / "slim")
     assert found["slim"]["key_bytes"] * 4 == found["full"]["key_bytes"]
     plan = plan_of(gl.load_slim(tmp_path / "slim").config)
