@@ -26,8 +26,9 @@ from gainlens.environment import environment
 from gainlens.files import write_json
 from gainlens.model.loading import load_hf
 from gainlens.model.zoo.cache import cache_root
+from gainlens.stats.loss_rise import rise_verdict
 from gainlens.training import train_virtual_width
-from gainlens.training.run import rise_verdict, row_digests
+from gainlens.training.run import row_digests
 from gainlens.training.student import Student
 
 RUNS = {

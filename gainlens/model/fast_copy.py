@@ -43,7 +43,7 @@ class FastCopy:
     def __init__(self, model: Any, n_layers: int) -> None:
         self.model = model
         self.n_layers = n_layers
-        self._head = _head_alone(model)
+        self._head = family_head(model)
         self._layers = _layers(model, n_layers)
         self._edit: Edit | None = None
         self._fires = [0] * n_layers
@@ -126,13 +126,7 @@ class FastCopy:
         self, hidden: Float[torch.Tensor, "document pos d_model"]
     ) -> Float[torch.Tensor, "document pos vocab"]:
         """The family's own head (scale, soft-capping and all) on part of ``hidden``."""
-        stub = self._head.base_model
-        stub.given = hidden
-        try:
-            found: torch.Tensor = self._head(inputs_embeds=hidden, use_cache=False).logits
-        finally:
-            stub.given = None
-        return found
+        return self._head(hidden)
 
     @property
     def complete(self) -> bool:
@@ -236,11 +230,28 @@ class _Given(torch.nn.Module):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.given)
 
 
-def _head_alone(model: Any) -> Any:
+def family_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A transformers model's own head (scale, soft-capping and all), on any part of what it reads.
+
+    Args:
+        model: a causal language model, or the one inside a bridge.
+
+    Returns:
+        From ``[document, pos, d_model]`` to logits ``[document, pos, vocab]``.
+    """
     head = copy.copy(model)
     head._modules = dict(model._modules)
-    head._modules[model.base_model_prefix] = _Given()
-    return head
+    stub = head._modules[model.base_model_prefix] = _Given()
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        stub.given = hidden
+        try:
+            found: torch.Tensor = head(inputs_embeds=hidden, use_cache=False).logits
+        finally:
+            stub.given = None
+        return found
+
+    return logits
 
 
 def _attend(

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.errors import InputError
+from gainlens.model.forward import HEAD_POSITIONS, Head, before_head
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.rotation import Turn
 from gainlens.model.running import evaluating, model_device
@@ -93,11 +94,34 @@ def forward_backward(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> N
     ):
         # A copy: tokens made in inference mode can't be part of a graph.
         tokens = tokens.clone().to(model_device(model))
-        logits = model(tokens, return_type="logits")
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-        )
-        loss = losses.reshape(len(tokens), -1).mean(1).sum()
-        if not bool(torch.isfinite(loss)):
-            raise InputError("the loss is not finite; expected weights without NaN or infinity")
-        torch.autograd.grad(loss, start)
+        hidden, head = before_head(model, tokens)
+        gradient = loss_gradient(head, hidden, tokens)
+        torch.autograd.grad(hidden, start, gradient)
+
+
+def loss_gradient(
+    head: Head,
+    hidden: Float[torch.Tensor, "document pos width"],
+    tokens: Int[torch.Tensor, "document pos"],
+) -> Float[torch.Tensor, "document pos width"]:
+    """Gradient, at what the head reads, of the documents' mean next-token losses, summed.
+
+    The head sees ``HEAD_POSITIONS`` positions at a time, so that memory does not grow with the
+    length of the text times the vocabulary.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    gradient = torch.zeros_like(hidden)
+    n_targets = tokens.shape[1] - 1
+    for row, targets, found in zip(hidden.detach(), tokens[:, 1:], gradient, strict=True):
+        for start in range(0, n_targets, HEAD_POSITIONS):
+            part = slice(start, min(start + HEAD_POSITIONS, n_targets))
+            leaf = row[None, part].clone().requires_grad_()
+            loss = torch.nn.functional.cross_entropy(
+                head(leaf)[0].float(), targets[part], reduction="sum"
+            )
+            if not bool(torch.isfinite(loss)):
+                raise InputError("the loss is not finite; expected weights without NaN or infinity")
+            found[part] = torch.autograd.grad(loss / n_targets, leaf)[0][0]
+    return gradient

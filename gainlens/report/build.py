@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,11 +20,12 @@ from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.environment import environment
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.files import check_writable, locked, read_json, write_json, written_folder
-from gainlens.model import load_tokens
+from gainlens.model import key_sites, load_tokens
 from gainlens.probes import KeyGains, probe_gains
 from gainlens.report.claims import all_claims
 from gainlens.report.figures import DAMAGE_FRACTION, Damage, draw_figures
 from gainlens.report.page import render_page
+from gainlens.report.progress import Stages, stage_costs
 from gainlens.report.sections import all_sections
 
 KIND = "gainlens-report"
@@ -168,32 +170,41 @@ def _build(model: Any, plan: Plan, out: Path) -> dict[str, Any]:
         load_tokens(plan.text, model, n_docs=plan.n_docs, length=plan.length, split=split)
         for split in ("calibration", "validation")
     )
-    gains = probe_gains(model, calibration)
-    cuts, without = refitted_cuts(model, calibration, plan)
-    evaluator = Evaluator(model)
-    curve = surgery(
-        model,
-        validation,
-        gains,
-        plan.all_fractions,
-        score=plan.score,
-        seeds=plan.seeds,
-        cuts=cuts,
-        evaluator=evaluator,
-    )
-    damage = damage_by_place(evaluator, validation, gains, plan)
-    cmap = with_evidence(
-        coordinate_map(gains, seed=plan.seed),
-        model,
-        gains,
-        calibration[: plan.evidence_docs],
-        validation[: plan.evidence_docs],
-        score=tuple(dict.fromkeys((plan.score, "std", "rms"))),
-        fractions=(0.25, 0.5),
-        patch=validation[: plan.damage_docs, : plan.damage_length] if plan.damage_docs else False,
-        seed=plan.seed,
-        evaluator=evaluator,
-    )
+    stages = Stages(stage_costs(plan, key_sites(model).shape))
+    with closing(stages):
+        with stages.stage("probe"):
+            gains = probe_gains(model, calibration)
+        with stages.stage("refit"):
+            cuts, without = refitted_cuts(model, calibration, plan)
+        evaluator = Evaluator(model)
+        with stages.stage("surgery"):
+            curve = surgery(
+                model,
+                validation,
+                gains,
+                plan.all_fractions,
+                score=plan.score,
+                seeds=plan.seeds,
+                cuts=cuts,
+                evaluator=evaluator,
+            )
+        with stages.stage("damage"):
+            damage = damage_by_place(evaluator, validation, gains, plan)
+        with stages.stage("map"):
+            cmap = with_evidence(
+                coordinate_map(gains, seed=plan.seed),
+                model,
+                gains,
+                calibration[: plan.evidence_docs],
+                validation[: plan.evidence_docs],
+                score=tuple(dict.fromkeys((plan.score, "std", "rms"))),
+                fractions=(0.25, 0.5),
+                patch=validation[: plan.damage_docs, : plan.damage_length]
+                if plan.damage_docs
+                else False,
+                seed=plan.seed,
+                evaluator=evaluator,
+            )
     seconds = time.monotonic() - started
     with written_folder(out, "--out", replace=True) as beside:
         return _write(beside, plan, gains, curve, cmap, damage, without, seconds)

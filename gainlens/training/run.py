@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from gainlens.data.document_identity import row_hash
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.frames import data_frame
-from gainlens.stats.intervals import documents_by_scaling
-from gainlens.stats.stopping import skew_interval
-from gainlens.stats.verdicts import Verdict, non_inferiority
+from gainlens.stats.loss_rise import rise_verdict
+from gainlens.stats.verdicts import Verdict
 from gainlens.training.folder import save_folder
 from gainlens.training.student import Student
 
@@ -141,32 +140,6 @@ class TrainingRun:
         from gainlens.plots.notebook import figure_html
 
         return figure_html(self, "Rise of the loss against training tokens")
-
-
-def rise_verdict(
-    rise: Float[np.ndarray, " document"],
-    fraction: float,
-    margin: float,
-    level: float = 0.95,
-    *,
-    trained: bool = True,
-) -> Verdict:
-    """The verdict on paired differences of the loss, one per document."""
-    how = " and the rest trained" if trained else ""
-    mean, interval = float(rise.mean()), skew_interval(rise, level)
-    verdict = non_inferiority(
-        f"with {fraction:.0%} of the key dimensions cut{how}, the loss rises by less than "
-        f"{margin:g} nats",
-        mean,
-        interval,
-        margin,
-        len(rise),
-        note="paired by document with the intact model",
-        more_documents=0,
-    )
-    if verdict.status != "undecided":
-        return verdict
-    return replace(verdict, more_documents=documents_by_scaling(interval, mean, margin, len(rise)))
 
 
 def row_digests(rows: Iterable[Int[torch.Tensor, " pos"]]) -> set[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from calls import status_of as main
 
-from gainlens.cli.main import main
 from gainlens.cli.verbs import surgery as command
 
 SMALL = ["--model", "tiny", "--n-docs", "3", "--length", "32"]
@@ -18,6 +18,9 @@ BAD = {
     "scope": ["--scope", "house"],
     "unit": ["--unit", "triple"],
     "mode": ["--mode", "patch"],
+    "scope ": ["--scope", "heads"],
+    "n-docs": ["--n-docs", "2000"],
+    "fraction  ": ["--fractions", "25,50"],
     "mode ": ["--mode", "louder"],
     "score": ["--score", "loudness"],
     "order": ["--orders", "quietest,upwards"],
