@@ -7,6 +7,7 @@ For each row of ``gainlens.export.families`` there is a configuration class with
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import AttentionInterface
 
 from gainlens.errors import InputError
 from gainlens.export.attention import ATTENTION, eager_forward, register
-from gainlens.export.cache import use_growing_layer
+from gainlens.export.cache import prepare_layer
 from gainlens.export.families import FAMILIES, SlimFamily
 from gainlens.export.layout import HeadLayout
 from gainlens.export.plan import SlicePlan
@@ -49,7 +50,7 @@ class SlimAttention(nn.Module):
         value_width: int,
         biases: str,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not the family's own attention, see ATTENTION_CLASSES
         self.config, self.layer_idx, self.is_causal = config, layer_idx, True
         self.n_heads = int(config.num_attention_heads)
         self.n_kv_heads = family.n_kv_heads(config)
@@ -101,9 +102,12 @@ class SlimAttention(nn.Module):
         if self.rotates and position_embeddings is not None:
             q, k = self._rotate(q, k, *position_embeddings)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        # Under autocast rotation and norm give float32; the cache and the kernel take one type.
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
-            use_growing_layer(cache, self.layer_idx)
+            prepare_layer(cache, self.layer_idx, k, v)
             k, v = cache.update(k, v, self.layer_idx)
+            k, v = k.to(q.dtype), v.to(q.dtype)  # a cache filled outside autocast, or inside
         attend = _INTERFACE.get_interface(self.config._attn_implementation, eager_forward)
         out, weights = attend(
             self,
@@ -222,7 +226,7 @@ def install_attention(model: nn.Module, config: Any, family: SlimFamily) -> None
     biases = str(config.gainlens["biases"])
     for layer, (layout, width) in enumerate(zip(layouts, values, strict=True)):
         path, _, name = family.attention.format(layer).rpartition(".")
-        thin = SlimAttention(config, family, layer, layout, width, biases)
+        thin = ATTENTION_CLASSES[family.name](config, family, layer, layout, width, biases)
         setattr(model.get_submodule(path), name, thin)
 
 
@@ -248,11 +252,6 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
             config._attn_implementation = ATTENTION
         base_model.__init__(self, config, *args, **kwargs)
         install_attention(self, config, family)
-        for module in self.modules():
-            recorded = transformers.utils.output_capturing._CAN_RECORD_REGISTRY.get(module)
-            if recorded and "attentions" in recorded:
-                record = {**recorded, "attentions": SlimAttention}
-                transformers.utils.output_capturing._CAN_RECORD_REGISTRY[module] = record
 
     model_class = type(
         f"Slim{family.name}ForCausalLM",
@@ -264,11 +263,31 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
             "config_class": config_class,
             "_tp_plan": {},
             "_can_set_attn_implementation_cached_value": True,
+            # The configuration names the full head: let the first keys say how wide a cache is.
+            "_get_static_cache_init_shape": lambda self: None,
         },
     )
     return config_class, model_class
 
 
+def _attention_class(family: SlimFamily) -> type[SlimAttention]:
+    """``SlimAttention`` that transformers takes for the family's own.
+
+    ``output_attentions`` records the modules of a class that each backbone names, in a table for
+    the whole process: what is no such module is never seen, and the table is everybody's.
+    """
+    home = sys.modules[getattr(transformers, family.model_class).__module__]
+    own: Any = getattr(home, f"{family.name}Attention")
+    return type(
+        f"Slim{family.name}Attention",
+        (SlimAttention, own),
+        {"__module__": __name__, "__doc__": f"``SlimAttention`` in the place of {own.__name__}."},
+    )
+
+
+ATTENTION_CLASSES = {f.name: _attention_class(f) for f in FAMILIES.values()}
+for _attention in ATTENTION_CLASSES.values():
+    globals()[_attention.__name__] = _attention
 CLASSES: dict[str, tuple[Any, Any]] = {f.name: _classes(f) for f in FAMILIES.values()}
 for _config, _model in CLASSES.values():
     globals()[_config.__name__], globals()[_model.__name__] = _config, _model
