@@ -8,6 +8,7 @@ For each row of ``gainlens.export.families`` there is a configuration class with
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from gainlens.export.layout import HeadLayout
 from gainlens.export.plan import SlicePlan
 
 PREFIX = "gainlens_"
+CODE = "modeling_gainlens"
+"""Module in a saved folder by which transformers finds the classes: ``trust_remote_code=True``."""
 _INTERFACE = AttentionInterface()
 
 
@@ -172,13 +175,18 @@ def _turn(
 def slim_config(config: Any, family: SlimFamily, plan: SlicePlan, biases: str) -> Any:
     """The configuration of the slim version of a model with ``config``."""
     settings = config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
+    own = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
+    for name in own:
         settings.pop(name, None)
     cls, _ = CLASSES[family.name]
     return cls(
         **settings,
         gainlens={"plan": plan.to_json(), "biases": biases},
         architectures=[f"Slim{family.name}ForCausalLM"],
+        auto_map={
+            "AutoConfig": f"{CODE}.Slim{family.name}Config",
+            "AutoModelForCausalLM": f"{CODE}.Slim{family.name}ForCausalLM",
+        },
     )
 
 
@@ -244,6 +252,7 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
             "model_type": model_type_of(family),
             "base_model_tp_plan": None,
             "base_model_pp_plan": None,
+            "register_for_auto_class": classmethod(_stay_in_gainlens),
         },
     )
 
@@ -253,6 +262,10 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
         base_model.__init__(self, config, *args, **kwargs)
         install_attention(self, config, family)
 
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        base_model.save_pretrained(self, save_directory, *args, **kwargs)
+        (Path(save_directory) / f"{CODE}.py").write_text(_code(family), encoding="utf-8")
+
     model_class = type(
         f"Slim{family.name}ForCausalLM",
         (base_model,),
@@ -260,6 +273,8 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
             "__module__": __name__,
             "__doc__": f"{family.model_class} with thin keys; made by ``gainlens.slim``.",
             "__init__": __init__,
+            "save_pretrained": save_pretrained,
+            "register_for_auto_class": classmethod(_stay_in_gainlens),
             "config_class": config_class,
             "_tp_plan": {},
             "_can_set_attn_implementation_cached_value": True,
@@ -268,6 +283,20 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
         },
     )
     return config_class, model_class
+
+
+def _stay_in_gainlens(cls: Any, auto_class: str = "") -> None:
+    """Classes that were found through a folder's code are not copied into the next folder."""
+
+
+def _code(family: SlimFamily) -> str:
+    return (
+        '"""This checkpoint was made by gainlens, which runs it: pip install gainlens."""\n\n'
+        "from gainlens.export.modeling import (  # noqa: F401\n"
+        f"    Slim{family.name}Config,\n"
+        f"    Slim{family.name}ForCausalLM,\n"
+        ")\n"
+    )
 
 
 def _attention_class(family: SlimFamily) -> type[SlimAttention]:

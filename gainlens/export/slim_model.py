@@ -98,7 +98,7 @@ def slim(
     cut = _cut(source, plan, refit)
     paths = _paths(source, plan, cut, tokens)
 
-    biases = _biases(source, plan)
+    biases = biases_of(source, plan)
     config = slim_config(source.config, source.family, plan, biases)
     config.dtype = source.dtype
     with parameters_on_meta():
@@ -134,6 +134,8 @@ def slim(
     generation = getattr(getattr(model, "original_model", model), "generation_config", None)
     if generation is not None:
         thin.generation_config = type(generation).from_dict(generation.to_dict())
+    tokenizer = getattr(model, "tokenizer", None)
+    thin.gainlens_tokenizer = tokenizer if hasattr(tokenizer, "save_pretrained") else None
     thin.gainlens_parity = _check(source, thin, cut, paths)
     return thin
 
@@ -154,7 +156,7 @@ def load_slim(folder: str | Path, **kwargs: Any) -> Any:
     if not Path(folder).is_dir():
         raise InputError(f"folder {str(folder)!r} does not exist")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _, model_class = CLASSES[family_of(config).name]
         model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
     except Exception as error:
@@ -226,7 +228,8 @@ def _paths(
     return value_paths(source, plan.value_widths, flows)
 
 
-def _biases(source: Source, plan: SlicePlan) -> str:
+def biases_of(source: Source, plan: SlicePlan) -> str:
+    """Which of ``q``, ``k``, ``v``, ``o`` have a bias in the slim model, a letter each."""
     first = source.attention(0)
     found = "".join(n for n in "qkvo" if getattr(first, f"{n}_bias") is not None)
     if plan.basis == "canonical":

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser, n_docs=24)
     parser.add_argument("--keep", type=float, default=0.5, help="share of key dimensions that stay")
     parser.add_argument(
-        "--values", type=float, help="share of value dimensions that stay (stock engines: as keys)"
+        "--values", type=float, help="share of value dimensions that stay (all; vllm: as keys)"
     )
     parser.add_argument("--plan", help="a plan file, in the place of --keep, --values and --scope")
     parser.add_argument("--gains", help="a gains file; without it the calibration text is probed")
@@ -191,7 +191,9 @@ def _cut(
         tokens = text(options, model, "calibration") if needed else None
         return plan, refit_of(model, tokens, plan, rounds=rounds) if rounds else None, tokens
     own = options.engine == "gainlens"
-    values = options.values if options.values is not None or own else options.keep
+    values = options.values
+    if values is None and not ENGINES[options.engine].wide_values:
+        values = options.keep
     scope: Any = options.scope or ("head" if own else "universal")
     if options.basis == "canonical":
         plan = canonical_plan(model, options.keep, scope).with_values(values)
