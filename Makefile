@@ -74,8 +74,9 @@ bench-train: install
 	$(PY) benchmarks/training_cost.py
 
 # The same slim checkpoint in transformers, vLLM and llama.cpp; the result is kept in docs/results.
-engines: install .engines/installed.stamp
+engines: install .engines/installed.stamp .engines/transformers4.stamp
 	$(PY) benchmarks/engines.py
+	$(TEST) $(PY) -m pytest tests/export/test_transformers4.py
 
 # Too long for every change: the engines, the slim model's ledger, a slim 1B model.
 acceptance: engines
@@ -90,6 +91,12 @@ acceptance: engines
 	.engines/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	test -x .engines/llama/bin/python || $(PYTHON) -m venv .engines/llama
 	.engines/llama/bin/python -m pip install -q xllamacpp==2026.10.11549
+	touch $@
+
+# The last transformers 4, which reads the rotary frequencies of a folder under other names.
+.engines/transformers4.stamp:
+	test -x .engines/transformers4/bin/python || $(PYTHON) -m venv .engines/transformers4
+	.engines/transformers4/bin/python -m pip install -q "transformers==4.57.*" torch==2.13.0
 	touch $@
 
 clean:
