@@ -158,7 +158,8 @@ def load_slim(folder: str | Path, **kwargs: Any) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _, model_class = CLASSES[family_of(config).name]
-        model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+        settings = {**kwargs, "trust_remote_code": False, "output_loading_info": True}
+        model, info = model_class.from_pretrained(folder, **settings)
     except Exception as error:
         raise FileFormatError(
             f"{folder} can't be read as a slim model: {first_line(error)}"

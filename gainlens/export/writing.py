@@ -41,7 +41,7 @@ def export_model(
     *,
     precision: str | None = None,
     tokenizer: Any | None = None,
-    verdict: Verdict | None = None,
+    verdict: Any | None = None,
     command: str | None = None,
 ) -> Path:
     """Write ``slim`` for an engine, run the written files, and put them in place if they agree.
@@ -61,7 +61,7 @@ def export_model(
             that of the model that was cut, where it had one. For ``llama.cpp`` the path of a GGUF
             file of the original, whose vocabulary is copied: llama.cpp loads a file without one,
             and serves it not. A warning says where a folder gets none.
-        verdict: on what the cut costs, for the model card (``README.md``).
+        verdict: a ``Verdict`` on what the cut costs, for the model card (``README.md``).
         command: that made the folder, for the model card.
 
     Returns:
