@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 
 from gainlens.errors import UnsupportedModelError
+from gainlens.model.text_config import text_config
 
 
 @torch.no_grad()
@@ -48,11 +49,12 @@ def _weights(model: Any) -> tuple[Float[torch.Tensor, "vocab d_model"], list[Mat
         layers = [_transformer_lens(block.attn) for block in model.blocks]
         return _embedding(model), layers
     if hasattr(model, "get_input_embeddings"):
-        heads = int(model.config.num_attention_heads)
+        config = text_config(model.config)
+        heads = int(config.num_attention_heads)
         found = [
             matrices
             for module in model.modules()
-            if (matrices := _hugging_face(module, heads, model.config)) is not None
+            if (matrices := _hugging_face(module, heads, config)) is not None
         ]
         if found:
             return model.get_input_embeddings().weight, found
