@@ -107,11 +107,11 @@ def _reason(module: Any) -> str | None:
 
 
 @torch.no_grad()
-def _merged(module: Any) -> nn.Module:
+def _merged(module: Any) -> Any:
     """A linear layer without adapters; a bias is shared."""
     inner = module.base_layer
     names = _active(module)
-    plain = copy.deepcopy(inner, {id(t): t for t in inner.parameters()})
+    plain: Any = copy.deepcopy(inner, {id(t): t for t in inner.parameters()})
     if names:
         wide = torch.promote_types(inner.weight.dtype, torch.float32)
         weight = inner.weight.to(wide)

@@ -73,15 +73,10 @@ def sizes(slim: Any) -> Sizes:
     positions = sum(
         m.weight.numel() for n, m in slim.named_modules() if n.endswith("wpe")
     )  # learned positions: one row is read
-    rows = [
-        (m.sliding_window, m.n_kv_heads * m.head_dim * element,
-         m.n_kv_heads * m.value_dim * element, 2 * m.n_heads * (m.head_dim + m.value_dim))
-        for m in modules
-    ]  # fmt: skip
-    keys, values, per_position = (sum(row[i] for row in rows) for i in (1, 2, 3))
-    lengths = sorted({row[0] for row in rows if row[0] is not None})
+    keys, values, per_position = _per_token(modules, element)
+    lengths = sorted({w for m in modules if (w := m.sliding_window) is not None})
     windows = tuple(
-        (length, *(sum(row[i] for row in rows if row[0] == length) for i in (1, 2, 3)))
+        (length, *_per_token([m for m in modules if m.sliding_window == length], element))
         for length in lengths
     )
     return Sizes(
@@ -93,6 +88,13 @@ def sizes(slim: Any) -> Sizes:
         flops_per_position=per_position,
         windows=windows,
     )
+
+
+def _per_token(modules: Sequence[SlimAttention], element: int) -> tuple[int, int, int]:
+    """Bytes of keys and of values, and operations, for each position that layers see."""
+    keys = sum(m.n_kv_heads * m.head_dim for m in modules) * element
+    values = sum(m.n_kv_heads * m.value_dim for m in modules) * element
+    return keys, values, sum(2 * m.n_heads * (m.head_dim + m.value_dim) for m in modules)
 
 
 def predict_decode(full: Any, slim: Any, context: int, batch: int = 1) -> float:
