@@ -107,8 +107,9 @@ bench-train: install  ## small models from scratch; cost of a training step
 bench-kernels: install  ## speed of the attention kernels; BENCH="--quick" passes arguments
 	$(PY) benchmarks/kernels.py $(BENCH)
 
-engines: install .engines/installed.stamp  ## one slim checkpoint in transformers, vLLM, llama.cpp
+engines: install .engines/installed.stamp .engines/transformers4.stamp  ## one slim checkpoint in transformers, vLLM, llama.cpp
 	$(PY) benchmarks/engines.py
+	$(TEST) $(PY) -m pytest tests/export/test_transformers4.py
 
 acceptance: engines  ## engines, speed of the slim model, a slim 1B model (long)
 	$(PY) benchmarks/slim_ledger.py
@@ -122,6 +123,12 @@ acceptance: engines  ## engines, speed of the slim model, a slim 1B model (long)
 	.engines/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	test -x .engines/llama/bin/python || $(PYTHON) -m venv .engines/llama
 	.engines/llama/bin/python -m pip install -q xllamacpp==2026.10.11549
+	touch $@
+
+# The last transformers 4, which reads the rotary frequencies of a folder under other names.
+.engines/transformers4.stamp:
+	test -x .engines/transformers4/bin/python || $(PYTHON) -m venv .engines/transformers4
+	.engines/transformers4/bin/python -m pip install -q "transformers==4.57.*" torch==2.13.0
 	touch $@
 
 asan-kernels: install  ## kernel tests under Address- and UndefinedBehaviourSanitizer

@@ -90,7 +90,7 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     cut = _maps_of(source, plan)
     paths = _paths(source, plan, cut, tokens)
 
-    biases = _biases(source, plan)
+    biases = biases_of(source, plan)
     config = slim_config(source.config, source.family, plan, biases)
     config.dtype = source.dtype
     thin = without_weights(lambda: CLASSES[source.family.name][1](config))
@@ -125,6 +125,8 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     generation = getattr(getattr(model, "original_model", model), "generation_config", None)
     if generation is not None:
         thin.generation_config = type(generation).from_dict(generation.to_dict())
+    tokenizer = getattr(model, "tokenizer", None)
+    thin.gainlens_tokenizer = tokenizer if hasattr(tokenizer, "save_pretrained") else None
     thin.gainlens_parity = _check(source, thin, cut, paths)
     return thin
 
@@ -249,7 +251,8 @@ def _paths(
     return value_paths(source, plan.value_widths, flows)
 
 
-def _biases(source: Source, plan: SlicePlan) -> str:
+def biases_of(source: Source, plan: SlicePlan) -> str:
+    """Which of ``q``, ``k``, ``v``, ``o`` have a bias in the slim model, a letter each."""
     first = source.attention(0)
     found = "".join(n for n in "qkvo" if getattr(first, f"{n}_bias") is not None)
     if plan.basis == "canonical":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,14 @@ import torch
 
 from gainlens.errors import GainlensError, InputError
 from gainlens.export.building import float_copy
+from gainlens.export.card import write_card
 from gainlens.export.engines import Engine, get_engine
 from gainlens.export.modeling import plan_of, plan_rotary_dim, slim_config
 from gainlens.export.plan import SlicePlan
+from gainlens.export.slim_model import biases_of
 from gainlens.export.sources import open_source
 from gainlens.files import check_free, written_folder
+from gainlens.stats.verdicts import Verdict
 
 GATE = 1e-4
 """Largest logit difference over the largest logit (or over 1 where that is smaller)."""
@@ -36,6 +40,8 @@ def export_model(
     *,
     precision: str | None = None,
     tokenizer: Any | None = None,
+    verdict: Any | None = None,
+    command: str | None = None,
 ) -> Path:
     """Write ``slim`` for an engine, run the written files, and put them in place if they agree.
 
@@ -51,9 +57,12 @@ def export_model(
         folder: to be made; may exist if it is empty.
         engine: ``gainlens`` (any plan), ``transformers``, ``vllm`` or ``llama.cpp``.
         precision: of the weights, one of the engine's; its first (``f32``) by default.
-        tokenizer: a transformers tokenizer to save beside; for ``llama.cpp`` the path of a GGUF
+        tokenizer: a transformers tokenizer to save beside, with its chat template; by default
+            that of the model that was cut, where it had one. For ``llama.cpp`` the path of a GGUF
             file of the original, whose vocabulary is copied: llama.cpp loads a file without one,
-            and serves it not.
+            and serves it not. A warning says where a folder gets none.
+        verdict: a ``Verdict`` on what the cut costs, for the model card (``README.md``).
+        command: that made the folder, for the model card.
 
     Returns:
         The folder.
@@ -75,18 +84,39 @@ def export_model(
         raise InputError(
             f"precision={precision!r}: engine={engine!r} writes {', '.join(row.precisions)}"
         )
+    if verdict is not None and not isinstance(verdict, Verdict):
+        raise InputError(f"verdict={verdict!r}: expected a gainlens Verdict or None")
+    if tokenizer is None and not row.reads_gguf:
+        tokenizer = getattr(slim, "gainlens_tokenizer", None)
     check_free(Path(folder))
     row.check(slim)
     row.check_tokenizer(tokenizer, int(slim.config.vocab_size))
+    _say(row, slim)
+    if tokenizer is None:
+        warnings.warn(
+            f"folder {str(folder)!r} gets no tokenizer: pass tokenizer= ("
+            + ("a GGUF file of the original)" if row.reads_gguf else "the original's)"),
+            stacklevel=2,
+        )
     with written_folder(Path(folder)) as beside:
         row.write(float_copy(slim), beside, chosen, tokenizer)
         check_parity(row, slim, beside, chosen)
         plan.save(beside / PLAN)
+        write_card(
+            beside,
+            slim,
+            row,
+            chosen,
+            name=Path(folder).absolute().name,
+            tokenizer=tokenizer is not None,
+            verdict=verdict,
+            command=command,
+        )
     return Path(folder)
 
 
 def check_plan(model: Any, plan: SlicePlan, engine: str) -> None:
-    """Raise what ``export_model`` would, before anything is cut.
+    """Raise, and warn of, what ``export_model`` would, before anything is cut.
 
     Args:
         model: that is to be made slim, of any of the three kinds.
@@ -101,8 +131,16 @@ def check_plan(model: Any, plan: SlicePlan, engine: str) -> None:
     source = open_source(model)
     plan.check_model(source.shape, source.fingerprint, source.architecture)
     plan.check_pairs(plan_rotary_dim(source.family, source.config, plan))
-    config = slim_config(source.config, source.family, plan, "")
-    get_engine(engine).check(SimpleNamespace(config=config))
+    config = slim_config(source.config, source.family, plan, biases_of(source, plan))
+    row = get_engine(engine)
+    row.check(SimpleNamespace(config=config))
+    _say(row, SimpleNamespace(config=config))
+
+
+def _say(engine: Engine, slim: Any) -> None:
+    """Warn of the engine's limits before any work."""
+    for note in engine.notes(slim):
+        warnings.warn(f"engine={engine.name!r}: {note}", stacklevel=3)
 
 
 def check_parity(engine: Engine, slim: Any, folder: Path, precision: str) -> float:
@@ -121,6 +159,8 @@ def check_parity(engine: Engine, slim: Any, folder: Path, precision: str) -> flo
     generator = torch.Generator().manual_seed(1)
     long = torch.randint(0, vocabulary, (1, length), generator=generator)
     parity = getattr(slim, "gainlens_parity", None)
+    if parity is not None and parity.logits.shape[-1] != vocabulary:
+        parity = None  # the embedding was resized since: nothing of the original's compares
     texts = [long] if parity is None else [long, parity.tokens]
     whose = "the masked original's"
     if precision == "f32":

@@ -21,6 +21,7 @@ from gainlens.model.attention_layouts import (
     plain_tensors,
 )
 from gainlens.model.attention_weights import AttentionWeights
+from gainlens.model.text_config import text_config
 from gainlens.model.wrapping import architecture_of
 
 Tensors = dict[str, torch.Tensor]
@@ -83,7 +84,7 @@ def _layers(model: Any) -> Iterator[tuple[Tensors, list[torch.Tensor]]]:
             f"model of type {type(inner).__name__} keeps its attention weights in a form that "
             "has no fingerprint"
         )
-    config = inner.config
+    config = text_config(inner.config)
     held = _present(inner)
     for layer in range(int(config.num_hidden_layers)):
         yield _layer(model if lens else None, layout, config, layer, held)

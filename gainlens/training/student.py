@@ -15,6 +15,7 @@ from gainlens.ablation.hooks import ablation_hooks
 from gainlens.ablation.key_mask import KeyMask
 from gainlens.data.batches import Tokens, batches
 from gainlens.errors import InputError, SilentSiteError
+from gainlens.export.adapters import check_no_adapters
 from gainlens.export.plan import SlicePlan
 from gainlens.export.slim_model import check_maps
 from gainlens.export.sources import open_source
@@ -79,6 +80,7 @@ class Student:
         if precision not in PRECISIONS:
             raise InputError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
         check_whole(model)
+        check_no_adapters(model, "trained at virtual width")
         source = open_source(model)
         check_plan(plan)
         plan.check_model(source.shape, source.fingerprint, source.architecture)

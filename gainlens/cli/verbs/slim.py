@@ -167,7 +167,7 @@ def _cut(options: argparse.Namespace, model: Any) -> tuple[SlicePlan, torch.Tens
         return refitted(model, tokens, plan, rounds=rounds or 0), tokens
     stock = options.engine != "gainlens"
     scope: Scope = options.scope or ("universal" if stock else "layer")
-    if stock and values is None:
+    if values is None and not ENGINES[options.engine].wide_values:
         values = 1 - options.fraction
     if options.basis == "canonical":
         plan = canonical_plan(model, options.fraction, scope).with_values(values)
