@@ -6,7 +6,7 @@ Where an architecture keeps them is in ``gainlens.model.attention_layouts``.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 
 
+@runtime_checkable
 class Slots(Protocol):
     """Where the dimensions of a thin head come from."""
 
