@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.errors import UnsupportedModelError
-from gainlens.model.rotation import Following, Rotation, Turn, angle_frequencies, read_tables
+from gainlens.model.rotary_tables import read_tables
+from gainlens.model.rotation import Following, Rotation, Turn, angle_frequencies
 from gainlens.model.running import is_exact
 
 N_POS = 6

@@ -7,6 +7,7 @@ import torch
 import transformers
 from families import ALL_FAMILIES, COMMON, NO_GROUPS, bridge, family_tokens, hugging_face
 from oracle_rotation import edited_keys
+from releases import HAS_HOOKED
 
 import gainlens as gl
 from gainlens.ablation.refit_cut import RefitCut
@@ -274,3 +275,27 @@ def test_a_length_dependent_rotation_that_can_not_be_read_is_refused():
     following.given[0] = {"position_ids": torch.arange(12)[None]}
     with pytest.raises(gl.UnsupportedModelError, match="rope_type"):
         following.turn("k", 0, 12)
+
+
+@pytest.mark.skipif(not HAS_HOOKED, reason="transformer-lens 4 has no HookedTransformer")
+def test_refitted_maps_follow_a_cache_of_a_hooked_transformer():
+    """It caches unrotated keys and turns all of them in every pass."""
+    from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+    model = gl.load_model("tiny", kind="hooked")
+    sites = key_sites(model)
+    assert sites.rotation.layout == "halves"
+    torch.manual_seed(1)
+    d = sites.d_head
+    cut = RefitCut(
+        gl.KeyMask(torch.ones(sites.shape, dtype=torch.bool)),
+        torch.eye(d) + 0.2 * torch.randn(sites.n_layers, sites.n_heads, d, d),
+        torch.eye(d) + 0.2 * torch.randn(sites.n_layers, sites.n_kv_heads, d, d),
+    )
+    tokens = family_tokens(2, 10)
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 2)
+    with torch.inference_mode(), attached(model, cut.hooks(model)):
+        whole = model(tokens)
+        model(tokens[:, :7], past_kv_cache=cache)
+        rest = model(tokens[:, 7:], past_kv_cache=cache)
+    assert torch.allclose(rest, whole[:, 7:], atol=1e-4 * float(whole.abs().max()))

@@ -192,22 +192,33 @@ def test_a_fingerprint_sees_adapters():
         gl.surgery(bridge("LlamaForCausalLM"), tokens[6:], gains, fractions=(0.5,), progress=False)
 
 
-def test_a_bridge_that_is_not_its_model_is_refused():
-    """TransformerLens splits the joint matrix of Falcon's newer layout wrongly."""
-    architecture, model = small("falcon, grouped")
+@pytest.mark.parametrize("kv", [1, 2, 4])
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_a_bridge_of_falcon_is_its_model_or_is_refused(multi_query, kv):
+    """TransformerLens knows Falcon's older layouts; of the newer one some happen to be the same."""
+    config = transformers.FalconConfig(
+        **FALCON, new_decoder_architecture=True, multi_query=multi_query, num_kv_heads=kv
+    )
+    config.architectures = ["FalconForCausalLM"]
+    torch.manual_seed(0)
+    model = transformers.FalconForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(0.2 / parameter.std())
-    try:
-        made = wrapped(architecture, model)
-    except Exception:
-        pytest.skip("this release does not wrap it at all")
     with torch.inference_mode():
-        got, wanted = made(family_tokens()), small("falcon, grouped")[1](family_tokens()).logits
-    with pytest.raises(gl.UnsupportedModelError):
-        key_sites(made)
-    assert not torch.allclose(got, wanted, atol=1e-3)
+        wanted = model(family_tokens()).logits
+    try:
+        made = wrapped("FalconForCausalLM", model)
+        with torch.inference_mode():
+            got = made(family_tokens())
+    except (RuntimeError, AttributeError):
+        return  # not wrapped, and it says so
+    if torch.allclose(got, wanted, atol=1e-3 * float(wanted.abs().max())):
+        assert key_sites(made).n_kv_heads == kv
+    else:
+        with pytest.raises(gl.UnsupportedModelError):
+            key_sites(made)
 
 
 def test_parts_of_a_joint_matrix_may_have_been_trained():
@@ -218,17 +229,6 @@ def test_parts_of_a_joint_matrix_may_have_been_trained():
         attention.k.weight.mul_(1.3)
     assert key_sites(made).rotary_dim == 6
     assert model_fingerprint(made) != model_fingerprint(hugging_face("GPTNeoXForCausalLM"))
-
-
-def test_a_bridge_that_was_tampered_with_is_refused():
-    made = wrapped("LlamaForCausalLM", hugging_face("LlamaForCausalLM"))
-    plain = made.blocks[1].attn.forward
-    made.blocks[1].attn.forward = lambda *args, **kwargs: (
-        plain(*args, **kwargs)[0] * 1.5,
-        *plain(*args, **kwargs)[1:],
-    )
-    with pytest.raises(gl.UnsupportedModelError, match="differ from those of the transformers"):
-        key_sites(made)
 
 
 def dead_pairs(name, pairs, layers=(0, 1)):
