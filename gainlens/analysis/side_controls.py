@@ -240,11 +240,10 @@ def _hooks(
     device = next(model.parameters()).device
     found: list[Hook] = []
     for layer in range(sites.n_layers):
-        name = {
-            "key": partial(sites.key_hook, stage=at),
-            "query": partial(sites.query_hook, stage=at),
-            "value": lambda layer: f"blocks.{layer}.attn.hook_v",
-        }[side](layer)
+        if side == "value":
+            name = f"blocks.{layer}.attn.hook_v"
+        else:
+            name = (sites.key_hook if side == "key" else sites.query_hook)(layer, at)
         cut_here = cut[layer].to(device)
         if side == "query":
             cut_here = cut_here.repeat_interleave(sites.group_size, 0)

@@ -124,7 +124,7 @@ def test_two_rotary_bases_are_taken_off_layer_by_layer():
     """Layers of a short and a stretched grid, each following its own frequencies."""
     short, long = geometric(32), geometric(32, 1e6)
     long = np.where(long < 1e-2, long / 8, long)  # as context extension does
-    frequency = np.stack([long if layer % 3 == 2 else short for layer in range(12)])
+    frequency = np.stack([long if layer % 2 else short for layer in range(12)])
     curve = np.exp(-0.3 * np.log(frequency))[:, None]
     rng = np.random.default_rng(1)
     gains = curve * np.exp(0.05 * rng.standard_normal((12, 2, 32)))
