@@ -122,7 +122,7 @@ def compare_maps(
     partner = np.rint(np.linspace(0, n_b - 1, n_a)).astype(int)
     rows_a, rows_b = unit_length(a.residuals), unit_length(b.residuals)
     same = (rows_a * rows_b[partner]).sum(1)
-    profile = FrequencyProfile.of(b.units.layer_frequency, b.profiles.any(0))
+    profile = FrequencyProfile.of(b.units.layer_frequency, np.asarray(b.profiles.any(0)))
     orders = shuffled_orders(n_permutations, profile.groups, seed)
     draws = np.concatenate(
         [

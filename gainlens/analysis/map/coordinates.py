@@ -346,7 +346,7 @@ def coordinate_map(
         )
     if dead:
         warnings.warn(f"gains of layers {dead} are all zero; they enter no mean", stacklevel=2)
-    profile = FrequencyProfile.of(units.layer_frequency, profiles.any(0))
+    profile = FrequencyProfile.of(units.layer_frequency, np.asarray(profiles.any(0)))
     logs, head_logs = log_gains(profiles)[:, None], log_gains(x)
     residuals, head_residuals = profile.residuals(logs), profile.residuals(head_logs)
     orders = shuffled_orders(n_permutations, profile.groups, seed)
