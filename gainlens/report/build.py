@@ -42,7 +42,7 @@ class Plan:
         fractions: shares of key dimensions cut; 0.5 and 0.8 are added, the claims need them.
         score: which gain ranks the units.
         seeds: of the random control.
-        evidence_docs: documents of each split for sinks, red line and price.
+        evidence_docs: documents of each split for sinks, red line and sharing cost.
         damage_docs, damage_length: validation documents, and tokens of each, on which one layer,
             key head or unit of the red line at a time is cut; 0 documents leave that out.
         refit_rounds: of the least-squares refit of the cut at a half; 0 leaves it out.
@@ -121,7 +121,7 @@ class Plan:
             "  damage   one layer, key head or unit of the red line at a time, "
             f"{min(self.damage_docs, self.n_docs)} validation documents × "
             f"{min(self.damage_length, self.length)} tokens",
-            "  map      1000 permutations; sinks, red line and price of sharing on "
+            "  map      1000 permutations; sinks, red line and cost of sharing on "
             f"{min(self.evidence_docs, self.n_docs)} documents of each split",
         ]
 

@@ -44,7 +44,7 @@ def test_report_leaves_what_a_person_opens(report):
         "map.safetensors",
         "universal_units.png",
         "unit_presence.png",
-        "price.png",
+        "sharing_cost.png",
         "red_line.png",
     }
     assert [p.name for p in report.parent.iterdir()] == ["report"]

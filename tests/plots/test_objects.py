@@ -135,8 +135,8 @@ def test_a_map_wants_four_axes_or_one(results):
 
 
 def test_parts_of_a_map_that_are_not_there(results):
-    with pytest.raises(gl.InputError, match="no price yet"):
-        results["map"].plot(part="price")
+    with pytest.raises(gl.InputError, match="no sharing_cost yet"):
+        results["map"].plot(part="sharing_cost")
     with pytest.raises(gl.InputError, match="part='prize' is not one of"):
         results["map"].plot(part="prize")
 
