@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,7 @@ from gainlens.data.document_identity import row_hash
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.frames import data_frame
-from gainlens.stats.intervals import documents_by_scaling
-from gainlens.stats.stopping import skew_interval
-from gainlens.stats.verdicts import Verdict, non_inferiority
+from gainlens.stats.verdicts import Verdict, judge
 from gainlens.training.folder import save_folder
 from gainlens.training.student import Student
 
@@ -65,13 +63,12 @@ class TrainingRun:
         """
         return self.student.document_losses(tokens, intact=intact)
 
-    def judge(self, tokens: Tokens, margin: float = 0.02, level: float = 0.95) -> Verdict:
+    def judge(self, tokens: Tokens, margin: float = 0.02) -> Verdict:
         """Whether the loss of the cut and trained model rose by less than ``margin``.
 
         Args:
             tokens: documents that neither trained the model nor said when to stop.
             margin: nats per token that still count as no rise.
-            level: coverage of the interval over documents, paired with the intact model.
 
         Raises:
             InputError: documents of the training, a margin of zero or below.
@@ -84,7 +81,7 @@ class TrainingRun:
                 "model can't judge it (split='validation' gives other documents)"
             )
         rise = self.losses(documents) - self.losses(documents, intact=True)
-        return rise_verdict(rise, 1 - self.plan.fraction_kept, margin, level)
+        return rise_verdict(rise, 1 - self.plan.fraction_kept, margin)
 
     def save(
         self,
@@ -147,26 +144,18 @@ def rise_verdict(
     rise: Float[np.ndarray, " document"],
     fraction: float,
     margin: float,
-    level: float = 0.95,
     *,
     trained: bool = True,
 ) -> Verdict:
-    """The verdict on paired differences of the loss, one per document."""
+    """The verdict on differences of the loss, one per document, paired with the intact model."""
     how = " and the rest trained" if trained else ""
-    mean, interval = float(rise.mean()), skew_interval(rise, level)
-    verdict = non_inferiority(
+    return judge(
         f"with {fraction:.0%} of the key dimensions cut{how}, the loss rises by less than "
         f"{margin:g} nats",
-        mean,
-        interval,
+        rise,
         margin,
-        len(rise),
         note="paired by document with the intact model",
-        more_documents=0,
     )
-    if verdict.status != "undecided":
-        return verdict
-    return replace(verdict, more_documents=documents_by_scaling(interval, mean, margin, len(rise)))
 
 
 def row_digests(rows: Iterable[Int[torch.Tensor, " pos"]]) -> set[str]:

@@ -22,8 +22,8 @@ from gainlens.analysis.map.units import Units, unit_gains
 from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
 from gainlens.probes.gains import KeyGains
-from gainlens.stats.intervals import t_interval
-from gainlens.stats.verdicts import Verdict, non_inferiority
+from gainlens.stats.intervals import bootstrap_interval, t_interval
+from gainlens.stats.verdicts import LEVEL, Verdict, non_inferiority
 
 DESIGNS = {"shared": "model", "per layer": "layer"}
 
@@ -166,7 +166,7 @@ def find_red_line(
                 "score": best,
                 "kept": high,
                 "rise": float(found.mean()),
-                "interval": list(t_interval(found)),
+                "interval": list(bootstrap_interval(found, LEVEL)),
                 "n_documents": len(found),
             }
         x = values[scores["shared"]]

@@ -27,7 +27,7 @@ from gainlens.errors import InputError
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.probes.gains import KeyGains
 from gainlens.stats.intervals import t_interval
-from gainlens.stats.verdicts import Verdict, non_inferiority
+from gainlens.stats.verdicts import Verdict, judge
 
 SHARING = ("model", "layer", "head")
 
@@ -146,7 +146,11 @@ class Price:
     def difference(
         self, cut: float, a: str = "model", b: str = "head"
     ) -> tuple[float, tuple[float, float]]:
-        """Mean and interval of the paired difference in loss of designs ``a`` and ``b``."""
+        """Mean and 95% interval of the paired difference in loss of designs ``a`` and ``b``."""
+        difference = self._differences(cut, a, b)
+        return float(difference.mean()), t_interval(difference)
+
+    def _differences(self, cut: float, a: str, b: str) -> Float[np.ndarray, " document"]:
         found = []
         for name in (a, b):
             at = [i for i, r in enumerate(self.rows) if r["sharing"] == name and r["cut"] == cut]
@@ -155,8 +159,8 @@ class Price:
                     f"sharing={name!r} at cut={cut!r} was not measured; have {self.fractions}"
                 )
             found.append(self.rises[at].mean(0))
-        difference = found[0] - found[1]
-        return float(difference.mean()), t_interval(difference)
+        difference: Float[np.ndarray, " document"] = found[0] - found[1]
+        return difference
 
     def verdict(self, margin: float = 0.05, cut: float | None = None) -> Verdict:
         """ "One index set for all layers costs less than ``margin`` nats more than one per head".
@@ -166,18 +170,18 @@ class Price:
             cut: a measured fraction; by default the one nearest to a half.
         """
         at = min(self.fractions, key=lambda f: abs(f - 0.5)) if cut is None else cut
-        mean, interval = self.difference(at)
         own, shared = (
             next(r for r in self.rows if r["sharing"] == name and r["cut"] == at)
             for name in ("head", "model")
         )
-        return non_inferiority(
+        return judge(
             f"at {at:.0%} cut one index set for the whole model costs less than {margin:g} nats "
             "more than one per head",
-            mean, interval, margin, len(self.intact),
-            f"per head {own['rise']:+.3f} nats (ranked by {own['score']}), shared "
+            self._differences(at, "model", "head"),
+            margin,
+            note=f"per head {own['rise']:+.3f} nats (ranked by {own['score']}), shared "
             f"{shared['rise']:+.3f} ({shared['score']})",
-        )  # fmt: skip
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

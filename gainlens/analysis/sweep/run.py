@@ -27,6 +27,7 @@ from gainlens.errors import InputError
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.probes.gains import KeyGains, check_same_weights
 from gainlens.stats.stopping import StoppingRule
+from gainlens.stats.verdicts import LEVEL
 
 
 def document_losses(
@@ -59,7 +60,7 @@ def surgery(
     seeds: Sequence[int] = (0, 1, 2),
     cuts: Mapping[str, Cut] | None = None,
     stop_margin: float | None = None,
-    level: float = 0.95,
+    level: float = LEVEL,
     out: str | Path | None = None,
     fast: bool = True,
     tokens_per_batch: int = TOKENS_PER_BATCH,

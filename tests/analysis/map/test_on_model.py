@@ -157,7 +157,7 @@ def test_the_price_is_that_of_plain_hooks(tiny, tiny_gains, tiny_validation, uni
         ).item()
     row = next(r for r in price.rows if r["sharing"] == "layer")
     assert row["rise"] == pytest.approx(cut - intact, abs=1e-4)
-    assert price.verdict(margin=100.0).status == "holds"
+    assert price.verdict(margin=100.0).interval[1] < 100.0
     mean, _ = price.difference(0.5, "model", "layer")
     rises = {r["sharing"]: r["rise"] for r in price.rows}
     assert mean == pytest.approx(rises["model"] - rises["layer"])
