@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from gainlens.ablation.kept import Kept
 from gainlens.ablation.key_mask import KeyMask
 from gainlens.ablation.least_squares import Problem, Turn, fit_maps, make_turn, misfit
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, as_documents
-from gainlens.data.document_identity import TextHasher, document_marks
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
+from gainlens.data.document_identity import TextHasher
+from gainlens.data.overlap import document_identities
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
 from gainlens.files import load_tensors, save_tensors
 from gainlens.model.fast_copy import Edit
@@ -31,6 +32,7 @@ from gainlens.model.forward import forward_layers
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.rotation import rotate
 from gainlens.model.sites import KeySites
+from gainlens.model.tokens import model_documents
 
 PATTERN_TOLERANCE, HALF_TOLERANCE = 2e-3, 5e-2
 """Largest difference in an attention weight that rounding explains, in float32 and below it."""
@@ -207,7 +209,7 @@ def refit(
     for name, value in (("rounds", rounds), ("iterations", iterations), ("stride", stride)):
         if value < 1:
             raise InputError(f"{name}={value!r}: expected at least 1")
-    documents = as_documents(tokens, int(model.cfg.d_vocab))
+    documents = model_documents(model, tokens)
     if len({len(d) for d in documents}) > 1:
         raise InputError("tokens has documents of unequal length: refit takes one length")
     batch = torch.stack(documents)
@@ -242,7 +244,7 @@ def refit(
         "method": "least squares on attention logits",
         "fingerprint": model_fingerprint(model),
         "text": hasher.hexdigest(),
-        "documents": list(document_marks([batch])),
+        "documents": list(document_identities([batch], getattr(model, "tokenizer", None))),
         "n_documents": len(batch),
         "n_tokens": batch.numel(),
         "rounds": rounds,

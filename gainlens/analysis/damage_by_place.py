@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 
 from gainlens.ablation.key_mask import KeyMask
 from gainlens.analysis.sweep.evaluator import Evaluator
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError
+from gainlens.model.tokens import model_batches
 
 PLACES = ("head", "layer")
 
@@ -49,7 +50,7 @@ def damage_by_head(
             f"mask has shape {mask.shape}: this model ({evaluator.sites.architecture}) has "
             f"{evaluator.sites.shape}"
         )
-    documents = list(batches(tokens, int(model.cfg.d_vocab), tokens_per_batch))
+    documents = list(model_batches(model, tokens, tokens_per_batch))
     layers, heads, _ = mask.shape
     parts = heads if by == "head" else 1
     total = np.zeros((layers, parts))

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from gainlens.data.batches import Tokens, batches
 from gainlens.data.document_identity import row_hash
+from gainlens.data.overlap import check_overlap
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.frames import data_frame
@@ -33,6 +34,7 @@ class TrainingRun:
             ``interval``.
         facts: settings, text, bytes, seconds.
         trained_on: digests of the documents that trained the model or said when to stop.
+        identities: of the same documents, see ``gainlens.data.overlap``.
     """
 
     student: Student = field(repr=False)
@@ -40,6 +42,7 @@ class TrainingRun:
     curve: list[dict[str, Any]] = field(repr=False)
     facts: dict[str, Any] = field(repr=False)
     trained_on: set[str] = field(repr=False)
+    identities: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def model(self) -> Any:
@@ -71,7 +74,7 @@ class TrainingRun:
             margin: nats per token that still count as no rise.
 
         Raises:
-            InputError: documents of the training, a margin of zero or below.
+            InputError: documents of the training or parts of them, a margin of zero or below.
         """
         documents = [row for batch in batches(tokens, self.student.vocabulary) for row in batch]
         shared = row_digests(documents) & self.trained_on
@@ -80,6 +83,8 @@ class TrainingRun:
                 f"tokens share {len(shared)} documents with the training: text that trained a "
                 "model can't judge it (split='validation' gives other documents)"
             )
+        tokenizer = getattr(self.model, "tokenizer", None)
+        check_overlap(documents, self.identities, tokenizer=tokenizer, did="trained a model")
         rise = self.losses(documents) - self.losses(documents, intact=True)
         return rise_verdict(rise, 1 - self.plan.fraction_kept, margin)
 

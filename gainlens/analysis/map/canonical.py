@@ -22,13 +22,14 @@ import torch
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError, SilentSiteError, UnsupportedModelError
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import forward_layers
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.sites import KeySites
+from gainlens.model.tokens import model_batches
 from gainlens.probes.gains import ModelCard
 from gainlens.probes.scores import get_score
 
@@ -189,7 +190,7 @@ def canonical_gains(
     n_documents = 0
     with ExitStack() as stack, tqdm(desc="probe", unit="doc", disable=not progress) as bar:
         stack.enter_context(attached(model, probe.hooks()))
-        for batch in batches(tokens, int(model.cfg.d_vocab), tokens_per_batch):
+        for batch in model_batches(model, tokens, tokens_per_batch):
             forward_layers(model, batch)
             n_documents += len(batch)
             bar.update(len(batch))

@@ -21,10 +21,12 @@ from tqdm.auto import tqdm
 from gainlens.ablation.key_mask import KeyMask
 from gainlens.analysis.map.units import Units, unit_gains
 from gainlens.analysis.sweep.run import document_losses
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.data.document_identity import TextHasher
+from gainlens.data.overlap import check_overlap
 from gainlens.errors import InputError
 from gainlens.model.fingerprint import model_fingerprint
+from gainlens.model.tokens import model_batches
 from gainlens.probes.gains import KeyGains
 from gainlens.stats.intervals import t_interval
 from gainlens.stats.verdicts import Verdict, judge
@@ -54,13 +56,19 @@ class Bench:
                 "model's"
             )
         self.model, self.gains = model, gains
-        self.documents = list(batches(tokens, int(model.cfg.d_vocab), TOKENS_PER_BATCH))
+        self.documents = list(model_batches(model, tokens, TOKENS_PER_BATCH))
         hasher = TextHasher()
         for batch in self.documents:
             hasher.update(batch)
         self.text = hasher.hexdigest()
-        if judges and self.text in gains.texts:
-            raise InputError(f"{name} are the text that the gains chose by: it can't judge them")
+        if judges:
+            check_overlap(
+                self.documents,
+                gains.documents,
+                texts=gains.texts,
+                tokenizer=getattr(model, "tokenizer", None),
+                name=name,
+            )
         self.n_tokens = sum(batch.numel() for batch in self.documents)
         self._intact: np.ndarray | None = None
 

@@ -21,10 +21,11 @@ from gainlens.analysis.sweep.judging_text import Cut, check_judge
 from gainlens.analysis.sweep.points import ORDERS, Point, check_fractions, sweep_points
 from gainlens.analysis.sweep.resume_file import SweepFile
 from gainlens.analysis.sweep.resume_header import sweep_header
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.data.document_identity import text_fingerprint
 from gainlens.errors import InputError
 from gainlens.model.fingerprint import model_fingerprint
+from gainlens.model.tokens import model_batches
 from gainlens.probes.gains import KeyGains, check_same_weights
 from gainlens.stats.stopping import StoppingRule
 from gainlens.stats.verdicts import LEVEL
@@ -119,9 +120,9 @@ def surgery(
         todo.append((point, mask))
     todo += [(_given_point(name, cut), cut) for name, cut in (cuts or {}).items()]
     check_same_weights(gains.model, model_fingerprint(model))
-    documents = list(batches(tokens, int(model.cfg.d_vocab), tokens_per_batch))
+    documents = list(model_batches(model, tokens, tokens_per_batch))
     text = text_fingerprint(documents)
-    check_judge(documents, gains, (cuts or {}).values())
+    check_judge(documents, gains, (cuts or {}).values(), getattr(model, "tokenizer", None))
     sizes = [len(batch) for batch in documents]
     rule = None if stop_margin is None else StoppingRule.after_batches(sizes, stop_margin, level)
     donors = resample_donors(documents) if mode == "resample" else documents
