@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from gainlens.ablation.key_mask import KeyMask
 from gainlens.ablation.least_squares import Problem, fit_maps, misfit
 from gainlens.ablation.refit_cut import RefitCut
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, as_documents
-from gainlens.data.document_identity import document_marks, text_fingerprint
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
+from gainlens.data.document_identity import text_fingerprint
+from gainlens.data.overlap import document_identities
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.fingerprint import model_fingerprint
@@ -28,6 +29,7 @@ from gainlens.model.recorder import query_key_hooks
 from gainlens.model.rotation import Turn
 from gainlens.model.running import is_exact
 from gainlens.model.sites import Stage
+from gainlens.model.tokens import model_documents
 
 PATTERN_TOLERANCE, HALF_TOLERANCE = 2e-3, 5e-2
 """Largest difference in an attention weight that rounding explains, in float32 and below it."""
@@ -79,7 +81,7 @@ def refit(
     for name, value in (("rounds", rounds), ("iterations", iterations), ("stride", stride)):
         if value < 1:
             raise InputError(f"{name}={value!r}: expected at least 1")
-    documents = as_documents(tokens, int(model.cfg.d_vocab))
+    documents = model_documents(model, tokens)
     if len({len(d) for d in documents}) > 1:
         raise InputError("tokens has documents of unequal length: refit takes one length")
     batch = torch.stack(documents)
@@ -118,7 +120,7 @@ def refit(
         "method": "least squares on attention logits",
         "fingerprint": fingerprint,
         "text": text_fingerprint(batch),
-        "documents": list(document_marks([batch])),
+        "documents": list(document_identities([batch], getattr(model, "tokenizer", None))),
         "n_documents": len(batch),
         "n_tokens": batch.numel(),
         "rounds": rounds,

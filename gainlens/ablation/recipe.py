@@ -8,8 +8,9 @@ from typing import Any
 from gainlens.ablation.cut import Cut
 from gainlens.ablation.key_mask import KeyMask, Scope, check_fraction
 from gainlens.ablation.least_squares_refit import refit
-from gainlens.data.batches import Tokens, as_documents
+from gainlens.data.batches import Tokens
 from gainlens.errors import InputError, UnsupportedModelError
+from gainlens.model.tokens import model_documents
 from gainlens.probes.gains import KeyGains
 from gainlens.probes.probe import probe_gains
 
@@ -54,7 +55,7 @@ def best_cut(
     check_fraction(fraction)
     if not 0 < fraction < 1:
         raise InputError(f"fraction={fraction!r}: expected above 0 and below 1")
-    documents = as_documents(tokens, int(model.cfg.d_vocab))
+    documents = model_documents(model, tokens)
     if gains is None:
         some = documents[:RANKING_DOCUMENTS] if score == "fisher" else documents
         gains = probe_gains(model, some, scores=(score,), progress=progress)

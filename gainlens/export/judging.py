@@ -60,7 +60,6 @@ def judge_slim(
     margin: float = 0.02,
     *,
     trained: bool = False,
-    level: float = 0.95,
 ) -> Verdict:
     """Whether the loss of a slim model rises by less than ``margin`` over the intact one's.
 
@@ -70,7 +69,6 @@ def judge_slim(
         tokens: validation text, documents of one length, at least two.
         margin: nats per token that count as no rise.
         trained: whether ``slim`` was trained after the cut, for the claim's words.
-        level: coverage of the interval over documents.
 
     Returns:
         Verdict: paired by document.
@@ -85,7 +83,7 @@ def judge_slim(
     if len(tokens) < 2:
         raise InputError(f"tokens holds {len(tokens)} document(s): a verdict needs at least 2")
     rise = document_losses(slim, tokens) - document_losses(intact, tokens)
-    return rise_verdict(rise, _fraction_cut(slim), margin, level, trained=trained)
+    return rise_verdict(rise, _fraction_cut(slim), margin, trained=trained)
 
 
 def losses_by_text(

@@ -119,8 +119,8 @@ class KeyGains:
         n_tokens, n_documents: how much text went in.
         texts: fingerprints of the texts that went in, one per probe.
         frequencies: radians per token of each rotary pair, ``[layer, rotary_pair]``.
-        documents: short hashes of the longer documents, where known; see
-            ``gainlens.data.document_identity``.
+        documents: identities of the longer documents, where known; see
+            ``gainlens.data.overlap``.
     """
 
     model: ModelCard

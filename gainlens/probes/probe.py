@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
-from gainlens.data.document_identity import TextHasher, document_marks
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
+from gainlens.data.document_identity import TextHasher
+from gainlens.data.overlap import document_identities
 from gainlens.errors import InputError, SilentSiteError
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import forward_layers
 from gainlens.model.hooks import Hook, HookFn, attached, is_cut
 from gainlens.model.running import held, model_device
+from gainlens.model.tokens import model_batches
 from gainlens.probes.backward import forward_backward
 from gainlens.probes.gains import KeyGains, ModelCard
 from gainlens.probes.scores import get_score
@@ -115,7 +117,7 @@ class KeyGainProbe:
 
         Args:
             fingerprint: of the text as a whole.
-            marks: of its documents, see ``gainlens.data.document_identity``.
+            marks: identities of its documents, see ``gainlens.data.overlap``.
         """
         self._texts.append(fingerprint)
         self._marks += marks
@@ -223,14 +225,13 @@ def probe_gains(
         )
     with torch.inference_mode(False), held(model):
         probe = KeyGainProbe(model, scores)
-        vocabulary = int(model.cfg.d_vocab)
         total = len(tokens) if isinstance(tokens, Sequence | torch.Tensor) else None
         hasher, marks, passed = TextHasher(), list[str](), 0
         with probe, tqdm(total=total, desc="probe", unit="doc", disable=not progress) as bar:
-            for batch in batches(tokens, vocabulary, tokens_per_batch):
+            for batch in model_batches(model, tokens, tokens_per_batch):
                 hasher.update(batch)
                 passed += batch.numel()
-                marks += document_marks([batch])
+                marks += document_identities([batch], getattr(model, "tokenizer", None))
                 if probe.needs_backward:
                     forward_backward(model, batch)
                 else:

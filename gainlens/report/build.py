@@ -17,6 +17,7 @@ from gainlens.analysis import CoordinateMap, SurgeryCurve, coordinate_map, surge
 from gainlens.analysis.damage_by_place import damage_by_head
 from gainlens.analysis.map.evidence import similarity_table, with_evidence
 from gainlens.analysis.sweep.evaluator import Evaluator
+from gainlens.data.texts import as_rows
 from gainlens.environment import environment
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.files import check_writable, locked, read_json, write_json, written_folder
@@ -167,7 +168,7 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
 def _build(model: Any, plan: Plan, out: Path) -> dict[str, Any]:
     started = time.monotonic()
     calibration, validation = (
-        load_tokens(plan.text, model, n_docs=plan.n_docs, length=plan.length, split=split)
+        as_rows(load_tokens(plan.text, model, n_docs=plan.n_docs, length=plan.length, split=split))
         for split in ("calibration", "validation")
     )
     stages = Stages(stage_costs(plan, key_sites(model).shape))

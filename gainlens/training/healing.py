@@ -18,7 +18,8 @@ from gainlens.ablation.key_mask import Scope
 from gainlens.ablation.kinds import load_cut
 from gainlens.ablation.recipe import RANKING_DOCUMENTS, best_cut
 from gainlens.ablation.refit_cut import RefitCut
-from gainlens.data.loading import Split
+from gainlens.data.splits import Split
+from gainlens.data.texts import as_rows
 from gainlens.errors import GainlensError, InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.export.recipe import refitted
@@ -211,10 +212,9 @@ def _texts(healing: Healing, model: Any) -> dict[str, torch.Tensor]:
     length = default_length(model) if healing.length is None else healing.length
 
     def documents(split: Split, n_docs: Any, **more: Any) -> torch.Tensor:
-        found: torch.Tensor = load_tokens(
-            healing.text, model, n_docs=n_docs, length=length, split=split, **more
+        return as_rows(
+            load_tokens(healing.text, model, n_docs=n_docs, length=length, split=split, **more)
         )
-        return found
 
     calibration = documents("calibration", healing.n_docs + healing.monitor)
     validation = documents("validation", healing.judge)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from gainlens.data.batches import Tokens, batches
 from gainlens.data.document_identity import row_hash
+from gainlens.data.overlap import check_overlap
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.frames import data_frame
@@ -34,6 +35,7 @@ class TrainingRun:
             ``interval``.
         facts: settings, text, bytes, seconds.
         trained_on: digests of the documents that trained the model or said when to stop.
+        identities: of the same documents, see ``gainlens.data.overlap``.
     """
 
     student: Student = field(repr=False)
@@ -41,6 +43,7 @@ class TrainingRun:
     curve: list[dict[str, Any]] = field(repr=False)
     facts: dict[str, Any] = field(repr=False)
     trained_on: set[str] = field(repr=False)
+    identities: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def model(self) -> Any:
@@ -64,16 +67,15 @@ class TrainingRun:
         """
         return self.student.document_losses(tokens, intact=intact)
 
-    def judge(self, tokens: Tokens, margin: float = 0.02, level: float = 0.95) -> Verdict:
+    def judge(self, tokens: Tokens, margin: float = 0.02) -> Verdict:
         """Whether the loss of the cut and trained model rose by less than ``margin``.
 
         Args:
             tokens: documents that neither trained the model nor said when to stop.
             margin: nats per token that still count as no rise.
-            level: coverage of the interval over documents, paired with the intact model.
 
         Raises:
-            InputError: documents of the training, a margin of zero or below.
+            InputError: documents of the training or parts of them, a margin of zero or below.
         """
         documents = [row for batch in batches(tokens, self.student.vocabulary) for row in batch]
         shared = row_digests(documents) & self.trained_on
@@ -82,8 +84,10 @@ class TrainingRun:
                 f"tokens share {len(shared)} documents with the training: text that trained a "
                 "model can't judge it (split='validation' gives other documents)"
             )
+        tokenizer = getattr(self.model, "tokenizer", None)
+        check_overlap(documents, self.identities, tokenizer=tokenizer, did="trained a model")
         rise = self.losses(documents) - self.losses(documents, intact=True)
-        return rise_verdict(rise, 1 - self.plan.fraction_kept, margin, level)
+        return rise_verdict(rise, 1 - self.plan.fraction_kept, margin)
 
     def save(
         self,

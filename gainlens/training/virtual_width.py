@@ -10,6 +10,7 @@ from typing import Any
 
 from gainlens.ablation.cut import Cut
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
+from gainlens.data.overlap import document_identities
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.files import check_writable, locked
@@ -158,4 +159,5 @@ def train_virtual_width(
         joined_curve(done),
         joined_facts(done, chosen),
         row_digests(documents) | row_digests([row for batch in watched for row in batch]),
+        document_identities([*documents, *watched], getattr(model, "tokenizer", None)),
     )

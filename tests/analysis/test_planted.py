@@ -55,8 +55,8 @@ def test_verdicts(kind):
         cuts={"planted": gl.KeyMask(keep)},
         progress=False,
     )
-    assert curve.verdict(FRACTION, MARGIN).status == "holds"
-    assert curve.verdict(FRACTION, MARGIN, order="given").status == "holds"
+    for order in ("quietest", "given"):  # so few documents can't hold: see stats.verdicts
+        assert curve.verdict(FRACTION, MARGIN, order=order).interval[1] < MARGIN
     assert curve.verdict(0.75, MARGIN).status == "fails"
     for order in ("random", "loudest"):
         assert curve.verdict(FRACTION, MARGIN, order=order).status == "fails"

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError, SilentSiteError, UnsupportedModelError
 from gainlens.model.attention_layouts import lens_biases, lens_weights
 from gainlens.model.finding_sites import key_sites
@@ -31,6 +31,7 @@ from gainlens.model.forward import forward_layers
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.running import model_device
 from gainlens.model.sites import KeySites
+from gainlens.model.tokens import model_batches
 from gainlens.probes.gains import ModelCard
 from gainlens.probes.scores import get_score
 
@@ -183,7 +184,7 @@ def canonical_gains(
     n_documents = 0
     with ExitStack() as stack, tqdm(desc="probe", unit="doc", disable=not progress) as bar:
         stack.enter_context(attached(model, probe.hooks()))
-        for batch in batches(tokens, int(model.cfg.d_vocab), tokens_per_batch):
+        for batch in model_batches(model, tokens, tokens_per_batch):
             forward_layers(model, batch)
             n_documents += len(batch)
             bar.update(len(batch))

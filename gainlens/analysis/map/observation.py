@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from gainlens.analysis.map.units import Units
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.data.document_identity import TextHasher
 from gainlens.errors import SilentSiteError, UnsupportedModelError
 from gainlens.model.finding_sites import key_sites
@@ -27,6 +27,7 @@ from gainlens.model.forward import forward_layers
 from gainlens.model.hooks import Hook, attached, hook_point
 from gainlens.model.recorder import query_key_hooks
 from gainlens.model.sites import KeySites, Stage
+from gainlens.model.tokens import model_batches
 from gainlens.probes.gains import KeyGains
 
 FIRST = 4
@@ -97,7 +98,7 @@ def observe_keys(
     hasher = TextHasher()
     with ExitStack() as stack, tqdm(desc="observe", unit="doc", disable=not progress) as bar:
         stack.enter_context(attached(model, observer.hooks()))
-        for batch in batches(tokens, int(model.cfg.d_vocab), tokens_per_batch):
+        for batch in model_batches(model, tokens, tokens_per_batch):
             hasher.update(batch)
             observer.start(batch)
             forward_layers(model, batch)

@@ -24,8 +24,8 @@ from gainlens.analysis.sweep.judging_text import text_that_chooses, text_that_ju
 from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
 from gainlens.probes.gains import KeyGains
-from gainlens.stats.intervals import t_interval
-from gainlens.stats.verdicts import Verdict, non_inferiority
+from gainlens.stats.intervals import bootstrap_interval, t_interval
+from gainlens.stats.verdicts import LEVEL, Verdict, non_inferiority
 
 SCOPES = ("universal", "layer")
 
@@ -170,7 +170,7 @@ def find_red_line(
                 "score": best,
                 "kept": high,
                 "rise": float(found.mean()),
-                "interval": list(t_interval(found)),
+                "interval": list(bootstrap_interval(found, LEVEL)),
                 "n_documents": len(found),
             }
         x = values[scores["universal"]]

@@ -26,7 +26,7 @@ from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
 from gainlens.probes.gains import KeyGains
 from gainlens.stats.intervals import t_interval
-from gainlens.stats.verdicts import Verdict, non_inferiority
+from gainlens.stats.verdicts import Verdict, judge
 
 SCOPES = ("universal", "layer", "head")
 
@@ -118,9 +118,18 @@ class SharingCost:
     def difference(
         self, fraction: float, a: str = "universal", b: str = "head"
     ) -> tuple[float, tuple[float, float]]:
-        """Mean and interval of the paired difference in loss of scopes ``a`` and ``b``."""
-        difference = self.rises[self.row(a, fraction)] - self.rises[self.row(b, fraction)]
+        """Mean and 95% interval of the paired difference in loss of scopes ``a`` and ``b``."""
+        difference = self.differences(fraction, a, b)
         return float(difference.mean()), t_interval(difference)
+
+    def differences(
+        self, fraction: float, a: str = "universal", b: str = "head"
+    ) -> Float[np.ndarray, " document"]:
+        """Loss of scope ``a`` less that of scope ``b`` on each document, nats per token."""
+        found: Float[np.ndarray, " document"] = (
+            self.rises[self.row(a, fraction)] - self.rises[self.row(b, fraction)]
+        )
+        return found
 
     def verdict(self, margin: float = 0.05, fraction: float | None = None) -> Verdict:
         """ "One index set for all layers costs less than ``margin`` nats more than one per head".
@@ -130,15 +139,15 @@ class SharingCost:
             fraction: a measured share cut; by default the one nearest to a half.
         """
         at = min(self.fractions, key=lambda f: abs(f - 0.5)) if fraction is None else fraction
-        mean, interval = self.difference(at)
         own, universal = (self.rows[self.row(scope, at)] for scope in ("head", "universal"))
-        return non_inferiority(
+        return judge(
             f"at {at:.0%} cut one index set for all layers and heads costs less than {margin:g} "
             "nats more than one per head",
-            mean, interval, margin, len(self.intact),
-            f"per head {own['rise']:+.3f} nats (ranked by {own['score']}), universal "
+            self.differences(at),
+            margin,
+            note=f"per head {own['rise']:+.3f} nats (ranked by {own['score']}), universal "
             f"{universal['rise']:+.3f} ({universal['score']})",
-        )  # fmt: skip
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

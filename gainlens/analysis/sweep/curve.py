@@ -18,14 +18,9 @@ from gainlens.files import opened, read_json, sealed, write_json
 from gainlens.files.schema import MOST, checking, listing, maybe, number, record, text, whole
 from gainlens.frames import data_frame
 from gainlens.probes.gains import CARD, ModelCard
-from gainlens.stats.intervals import (
-    bootstrap_interval,
-    documents_by_scaling,
-    documents_to_decide,
-    t_interval,
-)
+from gainlens.stats.intervals import bootstrap_interval, t_interval
 from gainlens.stats.stopping import StoppingRule
-from gainlens.stats.verdicts import Verdict, non_inferiority
+from gainlens.stats.verdicts import Verdict, judge
 
 METHODS = ("t", "bootstrap")
 KIND = "surgery"
@@ -170,21 +165,17 @@ class SurgeryCurve:
         fraction: float,
         margin: float,
         *,
-        level: float = 0.95,
-        method: str = "t",
         order: str = "quietest",
         **choice: Any,
     ) -> Verdict:
         """Is the damage of cutting the quietest ``fraction`` below ``margin``?
 
-        A non-inferiority test on differences paired by document.
+        A non-inferiority test on differences paired by document; see ``gainlens.stats.verdicts``.
 
         Args:
             fraction: a fraction of this sweep.
             margin: rise of the loss in nats per token that would still count as flat, above 0,
                 set before the figures are seen.
-            level: coverage of the two-sided interval.
-            method: of the interval; see ``interval``.
             order: of the point; ``given`` for cuts passed in by name (``label=…``).
             choice: ``score``, ``scope`` … where the sweep has several.
 
@@ -205,14 +196,12 @@ class SurgeryCurve:
                 f"fraction={fraction!r} names {len(found)} points of this sweep: expected one of "
                 f"{have}" + (", with score=… and scope=…" if len(found) > 1 else "")
             )
-        return self.verdict_at(found[0], margin, level=level, method=method)
+        return self.verdict_at(found[0], margin)
 
-    def verdict_at(
-        self, index: int, margin: float, *, level: float = 0.95, method: str = "t"
-    ) -> Verdict:
+    def verdict_at(self, index: int, margin: float) -> Verdict:
         """As ``verdict``, for the point ``index``, controls included.
 
-        ``margin`` (nats per token), ``level``, ``method`` and errors as for ``verdict``.
+        ``margin`` (nats per token) and errors as for ``verdict``.
         """
         point, delta = self.points[index], self.deltas(index)
         if not isinstance(margin, Real) or not margin > 0 or not math.isfinite(margin):
@@ -227,28 +216,9 @@ class SurgeryCurve:
             f"{point.fraction:.0%} of the {kind}key dimensions can be cut ({made}) at less than "
             f"{margin:g} nats"
         )
-        interval, mean = self.interval(index, level, method), float(delta.mean())
-        status = non_inferiority(claim, mean, interval, margin, len(delta)).status
-        if self.stopping is not None:
-            status = self.stopping.status(delta, margin)
-        more: int | None = 0
-        if status == "undecided" and method == "t" and self.stopping is None:
-            more = documents_to_decide(delta, margin, level)
-        elif status == "undecided" and self.stopping is not None and interval[1] < margin:
-            more = self.stopping.holds_from - len(delta)
-        elif status == "undecided":
-            more = documents_by_scaling(interval, mean, margin, len(delta))
-        notes = []
-        if self.stopping is not None:
-            looks = f"interval over {len(self.stopping.looks)} planned looks"
-            early = len(delta) < self.n_documents
-            notes.append(f"stopped early; {looks}" if early else f"run to the end; {looks}")
-        if more:
-            notes.append(f"some {more} more documents would decide it")
-        elif status == "undecided":
-            notes.append("how many more documents would decide it can't be said")
-        note = "; ".join(notes)
-        return Verdict(status, claim, mean, interval, margin, len(delta), note, more)
+        if self.stopping is None:
+            return judge(claim, delta, margin)
+        return self.stopping.judge(claim, delta, margin, early=len(delta) < self.n_documents)
 
     def to_dataframe(self) -> Any:
         """The rows of ``table``; the 95% interval as ``low`` and ``high``, nats per token.

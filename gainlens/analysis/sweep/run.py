@@ -27,6 +27,7 @@ from gainlens.errors import InputError
 from gainlens.model.hooks import check_intact
 from gainlens.probes.gains import KeyGains, check_same_weights
 from gainlens.stats.stopping import StoppingRule
+from gainlens.stats.verdicts import LEVEL
 
 
 def surgery(
@@ -43,7 +44,7 @@ def surgery(
     seeds: Sequence[int] = (0, 1, 2),
     cuts: Mapping[str, Cut] | None = None,
     stop_margin: float | None = None,
-    level: float = 0.95,
+    level: float = LEVEL,
     out: str | Path | None = None,
     fast: bool = True,
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -102,7 +103,7 @@ def surgery(
     evaluator = evaluator_of(model, evaluator or Evaluator(model, fast=fast))
     check_same_weights(gains.model, evaluator.fingerprint)
     text = evaluator.on(tokens, tokens_per_batch)
-    check_judge(text.documents, gains, [cut for _, cut in given])
+    check_judge(text.documents, gains, [cut for _, cut in given], getattr(model, "tokenizer", None))
     todo: list[tuple[Point, Cut]] = []
     for point in points:
         mask = point.mask(gains)

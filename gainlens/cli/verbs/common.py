@@ -19,8 +19,9 @@ import torch
 
 from gainlens.ablation.key_mask import SCOPES
 from gainlens.ablation.modes import MODES
-from gainlens.data.loading import SPLITS, Document, Split
 from gainlens.data.sources import documents, is_stream
+from gainlens.data.splits import SPLITS, Document, Split
+from gainlens.data.texts import as_rows
 from gainlens.errors import InputError
 from gainlens.model import load_model, load_tokens
 from gainlens.model.context import LENGTH, context_of, default_length
@@ -281,14 +282,14 @@ def text(
     options: argparse.Namespace, model: Any, split: Split, n_docs: int | None = None
 ) -> torch.Tensor:
     """Tokens of one split of ``--text``."""
-    found: torch.Tensor = load_tokens(
+    found = load_tokens(
         options.text,
         model,
         n_docs=options.n_docs if n_docs is None else n_docs,
         length=length_for(options, model),
         split=split,
     )
-    return found
+    return as_rows(found)
 
 
 @contextmanager

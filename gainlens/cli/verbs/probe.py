@@ -15,7 +15,7 @@ from gainlens.cli.verbs.common import (
     several,
     text,
 )
-from gainlens.data.loading import SPLITS
+from gainlens.data.splits import SPLITS
 from gainlens.files import check_writable
 from gainlens.probes.probe import DEFAULT_SCORES
 from gainlens.probes.scores import SCORES

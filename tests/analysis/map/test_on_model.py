@@ -157,7 +157,7 @@ def test_the_cost_is_that_of_plain_hooks(tiny, tiny_gains, tiny_validation, unit
         ).item()
     row = next(r for r in cost.rows if r["scope"] == "layer")
     assert row["rise"] == pytest.approx(cut - intact, abs=1e-4)
-    assert cost.verdict(margin=100.0).status == "holds"
+    assert cost.verdict(margin=100.0).interval[1] < 100.0
     mean, _ = cost.difference(0.5, "universal", "layer")
     rises = {r["scope"]: r["rise"] for r in cost.rows if r["order"] == "quietest"}
     assert mean == pytest.approx(rises["universal"] - rises["layer"])
