@@ -148,7 +148,7 @@ def prepare(model_name: str, scope: str, fraction: float, length: int, cache):
     training = speeches("training", "all", "all")
     validation = speeches("validation", "all")[SEEN:]
     if kept.exists():
-        cut = gl.RefitCut.load(kept)
+        cut = gl.ablation.RefitCut.load(kept)
     else:
         stored = cache / "gains.safetensors"
         if stored.exists():
@@ -164,7 +164,7 @@ def prepare(model_name: str, scope: str, fraction: float, length: int, cache):
             gains.save(stored)
         # A head that the scope would leave nothing keeps its best pair.
         plan = gl.SlicePlan.from_cut(gl.KeyMask.quietest(gains, fraction, "fisher", scope))
-        cut = gl.refit(model, calibration[:CALIBRATION], plan.mask, rounds=4)
+        cut = gl.ablation.refit(model, calibration[:CALIBRATION], plan.mask, rounds=4)
         cut.save(kept)
     print(f"{time.time() - started:.0f} s: {cut!r}", flush=True)
     texts = {

@@ -24,7 +24,7 @@ import gainlens as gl
 NAME = os.environ.get("GAINLENS_TUTORIAL_MODEL", "tiny")  # or "smollm2", or your own model
 model = gl.load_model(NAME)  # any TransformerBridge or HookedTransformer does
 calibration = gl.load_tokens("sotu", model, n_docs=8, length=128, split="calibration")
-n_layers, n_kv_heads, d_head = gl.key_sites(model).shape
+n_layers, n_kv_heads, d_head = gl.model.key_sites(model).shape
 print(f"{n_layers} layers × {n_kv_heads} key heads × {d_head} dimensions")
 print("tokens [document, position]:", tuple(calibration.shape))
 
@@ -208,7 +208,7 @@ print(f"eight probes added up against one probe of all: {whole:.1e} apart")
 try:
     with gl.KeyGainProbe(model):
         pass  # no forward pass: every site stays silent
-except gl.SilentSiteError as error:
+except gl.errors.SilentSiteError as error:
     print("SilentSiteError:", error)
 
 # %% [markdown]

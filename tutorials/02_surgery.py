@@ -141,7 +141,7 @@ print(check.verdict(fraction=0.0, margin=0.02, order="given"))
 # %%
 try:
     gl.surgery(model, calibration, gains, fractions=(0.5,), progress=False)
-except gl.InputError as error:
+except gl.errors.InputError as error:
     print("InputError:", error)
 
 # %% [markdown]
@@ -194,7 +194,7 @@ def metric(logits):  # [document, position, vocabulary] to one number
 
 layers = range(0, len(keep), max(1, len(keep) // 8))
 exact = gl.patch_keys(model, clean, corrupted, metric=metric, layers=layers)
-estimate = gl.attribution_patching(model, clean, corrupted, metric=metric)
+estimate = gl.analysis.attribution_patching(model, clean, corrupted, metric=metric)
 print(exact)
 print(
     f"correlation of the one-pass estimate with exact patching: {exact.correlation(estimate):.2f}"

@@ -131,7 +131,7 @@ for score in gains.scores:
 # random universal set.
 
 # %% alt="Rise of the loss at each cut for a set per head, a set per layer, one universal set and a random universal set, with 95% intervals."
-cmap = gl.with_evidence(
+cmap = gl.analysis.with_evidence(
     cmap,
     model,
     gains,
@@ -157,7 +157,7 @@ cmap.sinks
 # 1. Multiply the gains of one layer by 10. What changes in the map? What does `layer_profiles` do first?
 # 2. Plant a model in which only half of the layers share a set. What is the answer, and which figure
 #    shows it?
-# 3. `gl.compare_maps(a, b)` compares two maps. Probe two texts (`"sotu"` and `"stdlib"`) and compare.
+# 3. `gl.analysis.compare_maps(a, b)` compares two maps. Probe two texts (`"sotu"` and `"stdlib"`) and compare.
 #    Is the map a property of the model or of the text?
 # 4. Set `parts=("red_line",)`. How many pairs must stay for a rise below 0.05 nats?
 #

@@ -45,7 +45,7 @@ mask
 # so they fold into W_Q and W_K. The refitted model is as small as the plain one.
 
 # %%
-refitted = gl.refit(model, calibration, mask)
+refitted = gl.ablation.refit(model, calibration, mask)
 facts = refitted.facts
 print(
     f"misfit of the attention logits: {facts['misfit_before']:.3f} -> {facts['misfit_after']:.3f}"
@@ -131,7 +131,7 @@ run.judge(validation, margin=0.02).plot()
 # %%
 try:
     run.judge(training[:4])
-except gl.InputError as error:
+except gl.errors.InputError as error:
     print("InputError:", error)
 
 # %% [markdown]

@@ -79,7 +79,7 @@ print(f"parameters: {sum(p.numel() for p in thin.parameters()):,} of {full_size:
 # %%
 try:
     gl.export_model(thin, folder / "refused", engine="transformers")
-except gl.InputError as error:
+except gl.errors.InputError as error:
     print("InputError:", error)
     print("nearest:", error.nearest)
 print("written:", (folder / "refused").exists())
@@ -92,7 +92,7 @@ print("written:", (folder / "refused").exists())
 
 # %%
 mask = gl.KeyMask.quietest(gains, 0.5, scope="universal")
-shared = gl.SlicePlan.from_cut(gl.refit(model, calibration, mask), values=0.5)
+shared = gl.SlicePlan.from_cut(gl.ablation.refit(model, calibration, mask), values=0.5)
 stock = gl.slim(model, shared, calibration)
 NEW = 8
 wanted = stock.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
@@ -193,7 +193,7 @@ def greedy(package, environment, script, where):
 # %%
 try:
     gl.export_model(stock, folder / "vllm", engine="vllm")
-except gl.InputError as error:
+except gl.errors.InputError as error:
     print("InputError:", error)
 else:
     tokens = greedy("vllm", "vllm", VLLM, folder / "vllm")

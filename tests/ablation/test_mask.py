@@ -103,19 +103,19 @@ def test_masks_from_arrays(unchecked):
     assert gl.KeyMask(np.ones((1, 2, 4))).fraction_kept == 1
     assert gl.KeyMask([[[1, 0]]]).fraction_kept == 0.5
     for bad in (np.ones((2, 4)), np.full((1, 1, 2), 0.5), np.ones((0, 1, 2)), "x"):
-        with pytest.raises(gl.InputError, match="keep"):
+        with pytest.raises(gl.errors.InputError, match="keep"):
             gl.KeyMask(bad)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan"), True, "0.5", None])
 def test_bad_fractions(unchecked, tiny_gains, fraction):
-    with pytest.raises(gl.InputError, match=r"outside 0\.\.1"):
+    with pytest.raises(gl.errors.InputError, match=r"outside 0\.\.1"):
         gl.KeyMask.quietest(tiny_gains, fraction)
 
 
 def test_bad_choices(unchecked, tiny_gains):
     for bad in ({"scope": "x"}, {"unit": "x"}, {"score": "x"}, {"stage": "x"}):
-        with pytest.raises(gl.InputError, match="'x'"):
+        with pytest.raises(gl.errors.InputError, match="'x'"):
             gl.KeyMask.quietest(tiny_gains, 0.5, **bad)
 
 
@@ -126,7 +126,7 @@ def test_save_and_load(tiny_gains, tmp_path):
     assert again == mask
     assert again.facts == mask.facts
     (tmp_path / "m").write_bytes(b"no")
-    with pytest.raises(gl.FileFormatError):
+    with pytest.raises(gl.errors.FileFormatError):
         gl.KeyMask.load(tmp_path / "m")
 
 
@@ -147,7 +147,7 @@ def one_head(gains):
 
 def test_one_head_in_all_has_no_matched_control(tiny_gains):
     """It would be given its own cut: the quietest, under the name of a control."""
-    with pytest.raises(gl.InputError, match="one key head"):
+    with pytest.raises(gl.errors.InputError, match="one key head"):
         gl.KeyMask.matched(one_head(tiny_gains), 0.5)
 
 

@@ -28,8 +28,8 @@ def test_turn_is_the_models_rotation(pairing):
 
 
 def test_keeping_everything_changes_nothing(tiny, tiny_calibration, tiny_validation):
-    mask = gl.KeyMask(torch.ones(gl.key_sites(tiny).shape, dtype=torch.bool))
-    cut = gl.refit(tiny, tiny_calibration, mask, progress=False)
+    mask = gl.KeyMask(torch.ones(gl.model.key_sites(tiny).shape, dtype=torch.bool))
+    cut = gl.ablation.refit(tiny, tiny_calibration, mask, progress=False)
     evaluator = Evaluator(tiny)
     got, wanted = evaluator.tokens(tiny_validation, cut), evaluator.tokens(tiny_validation)
     assert torch.allclose(got, wanted, atol=2e-3)
@@ -55,7 +55,9 @@ def doubled():
 
 def test_refit_finds_the_exact_answer_where_there_is_one(doubled):
     model, mask, calibration, validation = doubled
-    cut = gl.refit(model, calibration, mask, rounds=3, iterations=20, ridge=1e-6, progress=False)
+    cut = gl.ablation.refit(
+        model, calibration, mask, rounds=3, iterations=20, ridge=1e-6, progress=False
+    )
     assert cut.facts["misfit_before"] > 0.05
     assert cut.facts["misfit_after"] < 1e-3 * cut.facts["misfit_before"]
     gains = gl.probe_gains(model, calibration, progress=False)
@@ -71,7 +73,7 @@ def test_refit_finds_the_exact_answer_where_there_is_one(doubled):
 
 def test_both_ways_agree(doubled, tiny, tiny_calibration, tiny_validation, tiny_gains):
     mask = gl.KeyMask.quietest(tiny_gains, 0.5)
-    small = gl.refit(tiny, tiny_calibration, mask, rounds=1, iterations=4, progress=False)
+    small = gl.ablation.refit(tiny, tiny_calibration, mask, rounds=1, iterations=4, progress=False)
     for model, cut, tokens in ((tiny, small, tiny_validation),):
         fast, slow = (Evaluator(model, fast=f).tokens(tokens, cut) for f in (True, False))
         assert Evaluator(model).fast_copy is not None
@@ -83,7 +85,9 @@ def test_both_ways_agree(doubled, tiny, tiny_calibration, tiny_validation, tiny_
 def test_any_model_class(any_tiny, tiny_calibration):
     gains = gl.probe_gains(any_tiny, tiny_calibration[:2], progress=False)
     mask = gl.KeyMask.quietest(gains, 0.5)
-    cut = gl.refit(any_tiny, tiny_calibration[:2], mask, rounds=1, iterations=3, progress=False)
+    cut = gl.ablation.refit(
+        any_tiny, tiny_calibration[:2], mask, rounds=1, iterations=3, progress=False
+    )
     assert cut.facts["misfit_after"] < cut.facts["misfit_before"]
     assert torch.isfinite(Evaluator(any_tiny).tokens(tiny_calibration[2:3], cut)).all()
 
@@ -92,43 +96,49 @@ def test_rows_of_cut_dimensions_are_zero_and_files_come_back(
     tiny, tiny_calibration, tiny_gains, tmp_path
 ):
     mask = gl.KeyMask.quietest(tiny_gains, 0.5)
-    cut = gl.refit(tiny, tiny_calibration[:2], mask, rounds=1, iterations=2, progress=False)
+    cut = gl.ablation.refit(
+        tiny, tiny_calibration[:2], mask, rounds=1, iterations=2, progress=False
+    )
     assert (cut.key_maps[~mask.keep] == 0).all()
     assert (cut.key_maps[mask.keep].abs().sum(-1) > 0).all()
     cut.save(tmp_path / "cut.safetensors")
-    again = gl.RefitCut.load(tmp_path / "cut.safetensors")
+    again = gl.ablation.RefitCut.load(tmp_path / "cut.safetensors")
     assert again.mask == cut.mask
     assert torch.equal(again.query_maps, cut.query_maps)
     assert again.facts == cut.facts
     (tmp_path / "cut.safetensors").write_bytes(b"x" * 40)
-    with pytest.raises(gl.FileFormatError):
-        gl.RefitCut.load(tmp_path / "cut.safetensors")
+    with pytest.raises(gl.errors.FileFormatError):
+        gl.ablation.RefitCut.load(tmp_path / "cut.safetensors")
 
 
 def test_bad_input(tiny, tiny_calibration, tiny_gains):
     half = torch.ones(tiny_gains.shape, dtype=torch.bool)
     half[..., 0] = False
-    with pytest.raises(gl.InputError, match="pair"):
-        gl.refit(tiny, tiny_calibration, gl.KeyMask(half))
+    with pytest.raises(gl.errors.InputError, match="pair"):
+        gl.ablation.refit(tiny, tiny_calibration, gl.KeyMask(half))
     mask = gl.KeyMask.quietest(tiny_gains, 0.5)
     for bad in ({"rounds": 0}, {"stride": 0}, {"uniform": 1.0}):
-        with pytest.raises(gl.InputError, match=next(iter(bad))):
-            gl.refit(tiny, tiny_calibration, mask, **bad)
-    with pytest.raises(gl.InputError, match="unequal"):
-        gl.refit(tiny, [tiny_calibration[0], tiny_calibration[1, :20]], mask)
-    cut = gl.refit(tiny, tiny_calibration[:1, :16], mask, rounds=1, iterations=1, progress=False)
-    with pytest.raises(gl.InputError, match="chose a cut"):
+        with pytest.raises(gl.errors.InputError, match=next(iter(bad))):
+            gl.ablation.refit(tiny, tiny_calibration, mask, **bad)
+    with pytest.raises(gl.errors.InputError, match="unequal"):
+        gl.ablation.refit(tiny, [tiny_calibration[0], tiny_calibration[1, :20]], mask)
+    cut = gl.ablation.refit(
+        tiny, tiny_calibration[:1, :16], mask, rounds=1, iterations=1, progress=False
+    )
+    with pytest.raises(gl.errors.InputError, match="chose a cut"):
         gl.surgery(tiny, tiny_calibration[:1, :16], tiny_gains, (), cuts={"x": cut}, progress=False)
     other = bridge("LlamaForCausalLM")
-    with pytest.raises(gl.InputError, match="shape|maps"):
+    with pytest.raises(gl.errors.InputError, match="shape|maps"):
         cut.hooks(other)
     capped = bridge("Gemma2ForCausalLM")
     gains = gl.probe_gains(capped, family_tokens(), progress=False)
     with torch.no_grad():  # the cap bends large logits only
         capped.blocks[0].attn.q.weight.mul_(30)
     try:
-        with pytest.raises(gl.UnsupportedModelError, match="cap"):
-            gl.refit(capped, family_tokens(), gl.KeyMask.quietest(gains, 0.5), progress=False)
+        with pytest.raises(gl.errors.UnsupportedModelError, match="cap"):
+            gl.ablation.refit(
+                capped, family_tokens(), gl.KeyMask.quietest(gains, 0.5), progress=False
+            )
     finally:
         with torch.no_grad():
             capped.blocks[0].attn.q.weight.div_(30)
@@ -144,5 +154,7 @@ def test_bfloat16_is_rounding_and_not_another_attention():
     model = build_bridge_from_module(hf, name, hf_config=hf.config)
     gains = gl.probe_gains(model, family_tokens(), progress=False)
     mask = gl.KeyMask.quietest(gains, 0.5)
-    cut = gl.refit(model, family_tokens(rows=6), mask, rounds=1, iterations=4, progress=False)
+    cut = gl.ablation.refit(
+        model, family_tokens(rows=6), mask, rounds=1, iterations=4, progress=False
+    )
     assert cut.facts["misfit_after"] < cut.facts["misfit_before"]

@@ -81,5 +81,5 @@ def test_a_silent_rotation_is_turned_here():
 def test_no_rotation_has_one_stage_and_one_token_no_rank():
     found = effective_rank(bridge("GPT2LMHeadModel"), family_tokens(), progress=False)
     assert {stage for _, stage in found.entropy} == {"projected"}
-    with pytest.raises(gl.InputError, match="two or more"):
+    with pytest.raises(gl.errors.InputError, match="two or more"):
         effective_rank(bridge("GPT2LMHeadModel"), family_tokens(1, 1), progress=False)

@@ -86,7 +86,7 @@ def test_matched_and_split_controls():
     assert torch.equal(matched.keep.sum((0, 1)), quiet.keep.sum((0, 1)))
     assert torch.equal(matched.keep.sum(-1), quiet.keep.sum(-1))
     assert not torch.equal(matched.keep, quiet.keep)
-    with pytest.raises(gl.InputError, match="universal"):
+    with pytest.raises(gl.errors.InputError, match="universal"):
         gl.KeyMask.matched(gains, FRACTION, scope="universal")
     split = gl.KeyMask.split(gains, FRACTION, "fisher")
     cut = ~split.keep

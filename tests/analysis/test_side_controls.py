@@ -54,7 +54,7 @@ def test_every_run_is_that_of_plain_hooks(any_tiny, tiny_gains, tiny_validation,
     mean, (low, high) = found.difference(("key", "complement"), ("key", "given"))
     assert mean == pytest.approx((rows["key", "complement"] - rows["key", "given"]).mean())
     assert low < mean < high
-    with pytest.raises(gl.InputError, match="was not made"):
+    with pytest.raises(gl.errors.InputError, match="was not made"):
         found.difference(("key", "loudest"), ("key", "given"))
 
 
@@ -95,11 +95,11 @@ def test_every_family_has_its_controls(name):
 
 
 def test_bad_cuts_are_refused(tiny, tiny_gains, tiny_calibration, tiny_validation, mask):
-    with pytest.raises(gl.InputError, match="cuts something"):
+    with pytest.raises(gl.errors.InputError, match="cuts something"):
         side_controls(tiny, tiny_validation, tiny_gains, gl.KeyMask(torch.ones_like(mask.keep)))
-    with pytest.raises(gl.InputError, match="shapes"):
+    with pytest.raises(gl.errors.InputError, match="shapes"):
         side_controls(tiny, tiny_validation, tiny_gains, gl.KeyMask(torch.zeros(4, 2, 8) > 0))
-    with pytest.raises(gl.InputError, match="can't judge"):
+    with pytest.raises(gl.errors.InputError, match="can't judge"):
         side_controls(tiny, tiny_calibration, tiny_gains, mask)
 
 

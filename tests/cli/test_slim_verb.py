@@ -114,7 +114,7 @@ def test_a_healed_checkpoint_and_the_plan_beside_it(tmp_path, capsys, tiny_gains
 
 def test_a_refit_from_a_file(tmp_path, capsys, tiny, tiny_calibration, tiny_gains):
     mask = gl.KeyMask.quietest(tiny_gains, 0.5)
-    cut = gl.refit(tiny, tiny_calibration, mask, rounds=1, progress=False)
+    cut = gl.ablation.refit(tiny, tiny_calibration, mask, rounds=1, progress=False)
     cut.save(tmp_path / "refit.safetensors")
     done(capsys, "--refit", tmp_path / "refit.safetensors", "--out", tmp_path / "slim")
     tokens = torch.arange(4, 40)[None]
@@ -192,7 +192,7 @@ def test_an_engine_refuses_a_plan_before_it_is_refitted(tmp_path, capsys, monkey
 @pytest.mark.parametrize("existed", [True, False])
 def test_a_disk_that_is_full_at_the_last_file(tmp_path, capsys, monkeypatch, existed):
     def full(self, path):
-        raise gl.InputError(f"{path} can't be written: No space left on device")
+        raise gl.errors.InputError(f"{path} can't be written: No space left on device")
 
     monkeypatch.setattr(SlicePlan, "save", full)
     out = tmp_path / "out"

@@ -180,5 +180,5 @@ def test_doubling_with_windows_by_trying_every_context(windows, weights, share):
 
 
 def test_a_model_that_is_not_slim():
-    with pytest.raises(gl.InputError, match="is no slim model"):
+    with pytest.raises(gl.errors.InputError, match="is no slim model"):
         sizes(load_hf("tiny"))

@@ -140,7 +140,7 @@ def test_nearest_shared_keeps_what_most_heads_keep():
 
 
 def test_canonical_plan_is_for_models_that_do_not_rotate(originals):
-    with pytest.raises(gl.UnsupportedModelError, match="rotates its keys"):
+    with pytest.raises(gl.errors.UnsupportedModelError, match="rotates its keys"):
         canonical_plan(originals["llama"])
     plan = canonical_plan(originals["gpt2"], 0.5)
     assert plan.keep.sum(-1).unique().tolist() == [4]

@@ -87,7 +87,9 @@ def random_refit(hf, rotary_dim):
         noise = 0.2 * torch.randn(*kept.shape, d, generator=generator)
         return (torch.eye(d) + noise) * kept[..., None]
 
-    return gl.RefitCut(gl.KeyMask(keep), maps(keep.repeat_interleave(group, 1)), maps(keep))
+    return gl.ablation.RefitCut(
+        gl.KeyMask(keep), maps(keep.repeat_interleave(group, 1)), maps(keep)
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,9 @@ def test_a_refit_folds_into_the_projections(originals, name):
 def test_refits_that_do_not_belong(originals):
     hf = originals["llama"]
     cut = random_refit(hf, 16)
-    stranger = gl.RefitCut(cut.mask, cut.query_maps, cut.key_maps, {"fingerprint": "ab" * 32})
+    stranger = gl.ablation.RefitCut(
+        cut.mask, cut.query_maps, cut.key_maps, {"fingerprint": "ab" * 32}
+    )
     with pytest.raises(InputError, match=r"another model \(weights abababababab\)"):
         slim(hf, stranger)
     with pytest.raises(InputError, match=r"query maps \(3, 4, 16, 16\): .* takes \(3, 4, 8, 8\)"):
@@ -121,7 +125,7 @@ def test_refits_that_do_not_belong(originals):
 
 def test_a_fitted_cut_of_a_real_model(tiny, tiny_gains, tiny_calibration, tiny_validation):
     mask = gl.KeyMask.quietest(tiny_gains, 0.5)
-    cut = gl.refit(tiny, tiny_calibration, mask, rounds=1, progress=False)
+    cut = gl.ablation.refit(tiny, tiny_calibration, mask, rounds=1, progress=False)
     thin = slim(tiny, cut)
     with torch.no_grad():
         wanted = tiny.run_with_hooks(tiny_validation, fwd_hooks=cut.hooks(tiny))

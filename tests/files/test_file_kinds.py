@@ -45,7 +45,7 @@ def mask():
 
 def refit():
     maps = mask().keep.double().diag_embed().float()
-    return gl.RefitCut(mask(), maps.repeat_interleave(2, 1), maps, {"rounds": 2})
+    return gl.ablation.RefitCut(mask(), maps.repeat_interleave(2, 1), maps, {"rounds": 2})
 
 
 def curve(stopping=False):
@@ -210,7 +210,7 @@ def test_nan_in_json_is_refused(tmp_path):
         (tmp_path / "x").write_text(f"[{word}]")
         with pytest.raises(FileFormatError, match=word):
             read_json(tmp_path / "x")
-    with pytest.raises(gl.InputError, match="no NaN"):
+    with pytest.raises(gl.errors.InputError, match="no NaN"):
         gl.KeyMask(mask().keep, {"x": float("nan")}).save(tmp_path / "mask")
     assert not (tmp_path / "mask").exists()
 
@@ -345,7 +345,7 @@ def test_an_infinite_loss_is_never_left_out_of_a_curve():
     for value in (np.inf, np.nan):
         bad = good.losses.copy()
         bad[0, 1] = value
-        with pytest.raises(gl.InputError, match="infinite one"):
+        with pytest.raises(gl.errors.InputError, match="infinite one"):
             gl.SurgeryCurve(good.points, bad, good.baseline, CARD, "text", 100)
 
 

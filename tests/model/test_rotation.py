@@ -269,11 +269,11 @@ def test_a_length_dependent_rotation_that_can_not_be_read_is_refused():
     rotation = key_sites(model).rotation
     assert not rotation.plain
     blind = replace(rotation, layout=None)
-    with pytest.raises(gl.UnsupportedModelError, match="rope_type"):
+    with pytest.raises(gl.errors.UnsupportedModelError, match="rope_type"):
         blind.turn(0, 12)
     following = blind.follow()
     following.given[0] = {"position_ids": torch.arange(12)[None]}
-    with pytest.raises(gl.UnsupportedModelError, match="rope_type"):
+    with pytest.raises(gl.errors.UnsupportedModelError, match="rope_type"):
         following.turn("k", 0, 12)
 
 

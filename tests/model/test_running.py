@@ -127,7 +127,7 @@ def test_tokens_that_someone_else_runs_are_noticed():
             model(tokens)
         yield tokens[2:]
 
-    with pytest.raises(gl.InputError, match="another thread"):
+    with pytest.raises(gl.errors.InputError, match="another thread"):
         gl.probe_gains(model, batches(), progress=False)
 
 
@@ -177,16 +177,16 @@ def test_measuring_inside_a_cut_is_said_or_refused():
     with gl.ablate(model, mask):
         with pytest.warns(UserWarning, match="as cut"):
             gl.probe_gains(model, tokens[:6], progress=False)
-        with pytest.raises(gl.InputError, match=r"inside gainlens\.ablate"):
+        with pytest.raises(gl.errors.InputError, match=r"inside gainlens\.ablate"):
             gl.surgery(model, tokens[6:], gains, fractions=(0.5,), progress=False)
-        with pytest.raises(gl.InputError, match=r"inside gainlens\.ablate"):
-            gl.refit(model, tokens[:6], mask, progress=False)
+        with pytest.raises(gl.errors.InputError, match=r"inside gainlens\.ablate"):
+            gl.ablation.refit(model, tokens[:6], mask, progress=False)
     gl.surgery(model, tokens[6:], gains, fractions=(0.5,), orders=("quietest",), progress=False)
 
 
 def test_cutting_in_rounds_warns_of_nothing(recwarn):
     model = bridge("LlamaForCausalLM")
-    gl.greedy_mask(model, family_tokens(6, 12), 0.5, score="qk", rounds=2, progress=False)
+    gl.ablation.greedy_mask(model, family_tokens(6, 12), 0.5, score="qk", rounds=2, progress=False)
     assert not [w for w in recwarn if "as cut" in str(w.message)]
 
 
@@ -225,7 +225,7 @@ def test_weights_that_can_not_be_read_are_refused_before_any_work():
         raise AssertionError("a text was read")
         yield
 
-    with pytest.raises(gl.UnsupportedModelError, match="not in memory"):
+    with pytest.raises(gl.errors.UnsupportedModelError, match="not in memory"):
         gl.probe_gains(model, never(), progress=False)
 
 

@@ -188,7 +188,7 @@ def test_a_fingerprint_sees_adapters():
     assert model_fingerprint(made) == some
     tokens = family_tokens(12, 12)
     gains = gl.probe_gains(made, tokens[:6], progress=False)
-    with pytest.raises(gl.InputError, match="other weights"):
+    with pytest.raises(gl.errors.InputError, match="other weights"):
         gl.surgery(bridge("LlamaForCausalLM"), tokens[6:], gains, fractions=(0.5,), progress=False)
 
 
@@ -217,7 +217,7 @@ def test_a_bridge_of_falcon_is_its_model_or_is_refused(multi_query, kv):
     if torch.allclose(got, wanted, atol=1e-3 * float(wanted.abs().max())):
         assert key_sites(made).n_kv_heads == kv
     else:
-        with pytest.raises(gl.UnsupportedModelError):
+        with pytest.raises(gl.errors.UnsupportedModelError):
             key_sites(made)
 
 

@@ -12,7 +12,7 @@ from gainlens.analysis.sweep.curve import SurgeryCurve
 from gainlens.analysis.sweep.points import Point
 from gainlens.plots import curves
 
-Behaviours = gl.Behaviours
+Behaviours = gl.analysis.Behaviours
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_heat_maps():
     image = curves.plot_damage(damage).images[0]
     assert image.get_array()[1, 0] == 0.3
     effect = np.arange(12.0).reshape(2, 2, 3)
-    effects = gl.PatchEffects(effect, 1.0, 0.0, (0, 1, 2), "pair", "exact")
+    effects = gl.analysis.PatchEffects(effect, 1.0, 0.0, (0, 1, 2), "pair", "exact")
     assert np.array_equal(effects.plot().images[0].get_array(), effect.reshape(4, 3))
     assert effects.largest(1) == [(1, 1, 2, 11.0)]
     assert np.array_equal(effects.normalised, effect)

@@ -25,7 +25,7 @@ def rows_of_the_head(model):
 def whole_fisher(model, tokens):
     """Squared gradients of a pair's gate by all logits at once, in plain TransformerLens hooks."""
     found = {}
-    sites = gl.key_sites(model)
+    sites = gl.model.key_sites(model)
 
     def gate(keys, hook, layer):
         found[layer] = torch.ones(len(keys), *keys.shape[2:], requires_grad=True)

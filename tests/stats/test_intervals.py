@@ -63,9 +63,9 @@ def test_same_everywhere():
 
 @pytest.mark.parametrize("bad", [{"level": 0}, {"level": 1}, {"resamples": 10}])
 def test_bad_settings(bad):
-    with pytest.raises(gl.InputError):
+    with pytest.raises(gl.errors.InputError):
         bootstrap_interval(np.ones(4), **bad)
-    with pytest.raises(gl.InputError, match="NaN"):
+    with pytest.raises(gl.errors.InputError, match="NaN"):
         bootstrap_interval(np.array([1.0, np.nan]))
 
 
@@ -108,7 +108,7 @@ def test_windows_of_one_text_count_as_one():
     assert bootstrap_interval(copies, 0.99, groups=labels) == pytest.approx(alone)
     low, high = bootstrap_interval(copies, 0.99)
     assert high - low < 0.7 * (alone[1] - alone[0])
-    with pytest.raises(gl.InputError, match="3 labels for 40 documents"):
+    with pytest.raises(gl.errors.InputError, match="3 labels for 40 documents"):
         bootstrap_interval(values, groups=[1, 2, 3])
 
 

@@ -60,13 +60,13 @@ def test_verdict_says_how_many_more(both):
         assert str(verdict.more_documents) in verdict.note
     assert plain.verdict_at(1, 1e-4).more_documents == 0
     assert plain.verdict_at(1, 1e-4).status == "fails"
-    with pytest.raises(gl.InputError, match="method"):
+    with pytest.raises(gl.errors.InputError, match="method"):
         plain.interval(0, method="guess")
 
 
 @pytest.mark.parametrize("margin", [0, -0.1])
 def test_bad_margin(margin, tiny, tiny_validation, tiny_gains):
-    with pytest.raises(gl.InputError, match="margin"):
+    with pytest.raises(gl.errors.InputError, match="margin"):
         gl.surgery(tiny, tiny_validation, tiny_gains, stop_margin=margin, progress=False)
 
 

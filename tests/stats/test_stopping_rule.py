@@ -127,5 +127,5 @@ def test_johnsons_correction():
     "bad", [(0, LOOKS), (-1, LOOKS), (float("nan"), LOOKS), (0.1, ()), (0.1, (4, 4))]
 )
 def test_bad_rules(bad):
-    with pytest.raises(gl.InputError):
+    with pytest.raises(gl.errors.InputError):
         StoppingRule(*bad)

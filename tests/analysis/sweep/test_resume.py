@@ -109,20 +109,20 @@ def test_a_finished_sweep_runs_nothing(sweep, monkeypatch):
 def test_another_sweep_is_refused(sweep, tiny_calibration, tiny_validation, tiny):
     sweep()
     before = sweep.path.read_bytes()
-    with pytest.raises(gl.InputError, match="another text"):
+    with pytest.raises(gl.errors.InputError, match="another text"):
         sweep(tokens=tiny_validation[:3])
-    with pytest.raises(gl.InputError, match="another seeds"):
+    with pytest.raises(gl.errors.InputError, match="another seeds"):
         sweep(seeds=(1,))
-    with pytest.raises(gl.InputError, match="another points"):
+    with pytest.raises(gl.errors.InputError, match="another points"):
         sweep(fractions=(0.25,))
-    with pytest.raises(gl.InputError, match="another (gains|cuts)"):
+    with pytest.raises(gl.errors.InputError, match="another (gains|cuts)"):
         sweep(gains=gl.probe_gains(tiny, tiny_calibration[:3], progress=False))
-    with pytest.raises(gl.InputError, match="another stopping"):
+    with pytest.raises(gl.errors.InputError, match="another stopping"):
         sweep(stop_margin=0.5)
     other = gl.load_model("tiny")
     other.blocks[0].attn.k.weight.data.mul_(1.5)
     gains = gl.probe_gains(other, tiny_calibration, progress=False)
-    with pytest.raises(gl.InputError, match="another model"):
+    with pytest.raises(gl.errors.InputError, match="another model"):
         sweep(model=other, gains=gains)
     assert sweep.path.read_bytes() == before
 
@@ -139,10 +139,10 @@ def test_damage_elsewhere_is_an_error(sweep):
     )
     for number, bad in damages:
         sweep.path.write_text("".join([*lines[:number], bad, *lines[number + 1 :]]))
-        with pytest.raises(gl.FileFormatError):
+        with pytest.raises(gl.errors.FileFormatError):
             sweep()
     sweep.path.write_text("somebody's notes")
-    with pytest.raises(gl.FileFormatError):
+    with pytest.raises(gl.errors.FileFormatError):
         sweep()
     assert sweep.path.read_text() == "somebody's notes"
 
@@ -166,7 +166,7 @@ def test_any_other_weight_is_another_model(part, sweep, tiny_gains, tiny_validat
     else:
         names = [n for n in named if ("mlp" in n if part == "mlp" else named[n].ndim == 1)]
         named[names[0]].data.mul_(1.01)
-    with pytest.raises(gl.InputError, match="another model"):
+    with pytest.raises(gl.errors.InputError, match="another model"):
         sweep(model=other)
 
 
@@ -178,11 +178,11 @@ def test_a_line_with_too_few_losses_is_damage(sweep):
     for losses in (row["losses"][:4], row["losses"] * 2):
         short = _line({**row, "losses": losses})
         sweep.path.write_text("".join([*lines[:2], short, *lines[3:]]))
-        with pytest.raises(gl.FileFormatError, match="line 3"):
+        with pytest.raises(gl.errors.FileFormatError, match="line 3"):
             sweep()
     extra = _line({**row, "index": len(lines) - 1})
     sweep.path.write_text("".join([*lines, extra]))
-    with pytest.raises(gl.FileFormatError, match="points"):
+    with pytest.raises(gl.errors.FileFormatError, match="points"):
         sweep()
 
 
@@ -197,5 +197,5 @@ def test_other_means_are_another_cut(sweep, tiny_gains):
     """In mode mean the gains are part of what is put in, also where they rank alike."""
     sweep(mode="mean")
     sums = {n: v * 1.5 if n.startswith("k_sum") else v for n, v in tiny_gains.sums.items()}
-    with pytest.raises(gl.InputError, match="another cuts"):
+    with pytest.raises(gl.errors.InputError, match="another cuts"):
         sweep(mode="mean", gains=replace(tiny_gains, sums=sums))

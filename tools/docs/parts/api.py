@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 PAGES: dict[str, tuple[str, ...]] = {
@@ -19,7 +20,7 @@ PAGES: dict[str, tuple[str, ...]] = {
 
 
 def names_by_page() -> dict[str, list[tuple[str, str]]]:
-    """``(public name, full path)`` of every name of ``gainlens.__all__``, by page.
+    """``(public name, full path)`` of the names at the top and those one level down, by page.
 
     Raises:
         KeyError: a name lives in a room that is on no page.
@@ -34,6 +35,10 @@ def names_by_page() -> dict[str, list[tuple[str, str]]]:
         if value.__module__.startswith("gainlens_kernels"):
             room = "export"
         found[page_of[room]].append((name, _path(value)))
+    for room, names in gl._ONE_LEVEL_DOWN.items():
+        for name in names:
+            value = getattr(import_module(f"gainlens.{room}"), name)
+            found[page_of[room]].append((f"{room}.{name}", _path(value)))
     return found
 
 
