@@ -90,9 +90,9 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     line = find_red_line(
         model,
-        gains,
         choosing,
         validation,
+        gains,
         score=scores,
         margin=options.margin,
         observation=seen,

@@ -132,11 +132,11 @@ for score in gains.scores:
 
 # %% alt="Rise of the loss at each cut for a set per head, a set per layer, one universal set and a random universal set, with 95% intervals."
 cmap = gl.analysis.with_evidence(
-    cmap,
     model,
-    gains,
     calibration[:4],
     validation[:4],
+    cmap,
+    gains,
     parts=("sinks", "price"),
     fractions=(0.25, 0.5),
 )

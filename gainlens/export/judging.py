@@ -17,7 +17,7 @@ from gainlens.model.forward import cross_entropy
 from gainlens.model.running import model_device
 from gainlens.stats.intervals import t_interval
 from gainlens.stats.loss_rise import rise_verdict
-from gainlens.stats.verdicts import Verdict
+from gainlens.stats.verdicts import MARGIN, Verdict
 
 
 @torch.inference_mode()
@@ -57,7 +57,7 @@ def judge_slim(
     slim: Any,
     intact: Any,
     tokens: Int[torch.Tensor, "document pos"],
-    margin: float = 0.02,
+    margin: float = MARGIN,
     *,
     trained: bool = False,
 ) -> Verdict:
@@ -90,7 +90,7 @@ def losses_by_text(
     model: Any,
     texts: Mapping[str, Int[torch.Tensor, "document pos"]],
     intact: Any | None = None,
-    margin: float = 0.02,
+    margin: float = MARGIN,
 ) -> dict[str, dict[str, Any]]:
     """Loss of a model on several texts, and its verdict beside the intact model.
 

@@ -279,7 +279,7 @@ def _part(cmap: CoordinateMap, name: str) -> Any:
 
     part = getattr(cmap, name)
     if part is None:
-        raise InputError(f"this map has no {name} yet: with_evidence(cmap, model, …) measures it")
+        raise InputError(f"this map has no {name} yet: with_evidence(model, …) measures it")
     return part
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+import warnings
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -12,14 +13,14 @@ from typing import Any
 
 import torch
 
-from gainlens.ablation import Cut, KeyMask, refit
+from gainlens.ablation import Cut, KeyMask, best_cut
 from gainlens.analysis import CoordinateMap, SurgeryCurve, coordinate_map, surgery
 from gainlens.analysis.damage_by_place import damage_by_head
 from gainlens.analysis.map.evidence import similarity_table, with_evidence
 from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.data.texts import as_rows
 from gainlens.environment import environment
-from gainlens.errors import InputError, UnsupportedModelError
+from gainlens.errors import InputError
 from gainlens.files import check_writable, locked, read_json, write_json, written_folder
 from gainlens.model import key_sites, load_tokens
 from gainlens.probes import KeyGains, probe_gains
@@ -193,11 +194,11 @@ def _build(model: Any, plan: Plan, out: Path) -> dict[str, Any]:
             damage = damage_by_place(evaluator, validation, gains, plan)
         with stages.stage("map"):
             cmap = with_evidence(
-                coordinate_map(gains, seed=plan.seed),
                 model,
-                gains,
                 calibration[: plan.evidence_docs],
                 validation[: plan.evidence_docs],
+                coordinate_map(gains, seed=plan.seed),
+                gains,
                 score=tuple(dict.fromkeys((plan.score, "std", "rms"))),
                 fractions=(0.25, 0.5),
                 patch=validation[: plan.damage_docs, : plan.damage_length]
@@ -222,13 +223,13 @@ def refitted_cuts(model: Any, calibration: torch.Tensor, plan: Plan) -> tuple[di
     """
     if plan.refit_rounds < 1:
         return {}, "Left out of this run; --refit-rounds 2 puts it in the table."
-    fisher = probe_gains(model, calibration[:8], scores=("fisher",), tokens_per_batch=512)
-    mask = KeyMask.quietest(fisher, 0.5, "fisher", "layer")
-    try:
-        cut = refit(model, calibration, mask, rounds=plan.refit_rounds)
-    except UnsupportedModelError as reason:
-        return {}, f"It can't be had on this model: {reason}."
-    return {"fisher, layer, refitted": cut, "fisher, layer, zeroed": mask}, ""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        cut = best_cut(model, calibration, 0.5, rounds=plan.refit_rounds)
+    if cut.maps is None:
+        return {}, f"It is not available for this model: {said[-1].message}."
+    zeroed = KeyMask(cut.keep, {k: v for k, v in cut.all_facts.items() if k != "refit"})
+    return {"fisher, layer, refitted": cut, "fisher, layer, zeroed": zeroed}, ""
 
 
 def damage_by_place(

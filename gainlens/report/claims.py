@@ -10,9 +10,9 @@ import numpy as np
 from gainlens.analysis.map.coordinates import CoordinateMap
 from gainlens.analysis.sweep.curve import SurgeryCurve
 from gainlens.stats.intervals import t_interval
-from gainlens.stats.verdicts import Verdict
+from gainlens.stats.verdicts import MARGIN, Verdict
 
-FLAT_MARGIN = 0.02
+FLAT_MARGIN = MARGIN
 FUNCTIONAL_MARGIN = 0.1
 
 

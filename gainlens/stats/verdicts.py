@@ -26,6 +26,9 @@ Status = Literal[
 ]
 HOLDS_BUT_RARE: Status = "holds, except for harms in fewer than one document in ten"
 
+MARGIN = 0.02
+"""Rise of the loss, in nats per token, that counts as none unless a caller sets another bound."""
+
 LEVEL = 0.99
 """Coverage of the two-sided interval that decides."""
 ENOUGH, LEAST = 72, 36

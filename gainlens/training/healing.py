@@ -32,6 +32,7 @@ from gainlens.model.loading import load_hf
 from gainlens.plots.training_runs import plot_training
 from gainlens.probes import KeyGains
 from gainlens.stats.loss_rise import rise_verdict
+from gainlens.stats.verdicts import MARGIN
 from gainlens.training.processes import Processes, gather_gains
 from gainlens.training.rounds import nested_plans
 from gainlens.training.run import TrainingRun, row_digests
@@ -78,7 +79,7 @@ class Healing:
     rounds: int = 1
     monitor: int = 8
     judge: int = 32
-    margin: float = 0.02
+    margin: float = MARGIN
     save_every: int = 20
     device: str = "cpu"
 

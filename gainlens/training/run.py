@@ -18,7 +18,7 @@ from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.frames import data_frame
 from gainlens.stats.loss_rise import rise_verdict
-from gainlens.stats.verdicts import Verdict
+from gainlens.stats.verdicts import MARGIN, Verdict
 from gainlens.training.folder import save_folder
 from gainlens.training.student import Student
 
@@ -67,7 +67,7 @@ class TrainingRun:
         """
         return self.student.document_losses(tokens, intact=intact)
 
-    def judge(self, tokens: Tokens, margin: float = 0.02) -> Verdict:
+    def judge(self, tokens: Tokens, margin: float = MARGIN) -> Verdict:
         """Whether the loss of the cut and trained model rose by less than ``margin``.
 
         Args:

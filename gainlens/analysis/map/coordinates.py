@@ -224,7 +224,7 @@ class CoordinateMap:
         Args:
             threshold: the bound of the claim. For ``shared`` and ``shared by heads`` none by
                 default: the verdict is then that of ``answer``. 0.99 for ``cosine``, 0.9 for
-                ``sinks``, 0.05 nats for ``sharing cost``.
+                ``sinks``, 0.02 nats for ``sharing cost``.
             claim: ``shared`` ("layers share units beyond frequency"), ``shared by heads`` (the
                 same of single heads), ``cosine`` ("the cosine between layers is above 0.99: one
                 coordinate system"), ``sinks`` ("a sink unit is a sink at every depth"),

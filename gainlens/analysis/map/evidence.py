@@ -18,21 +18,22 @@ from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
 from gainlens.probes.gains import KeyGains
 from gainlens.probes.scores import SCORES
+from gainlens.stats.verdicts import MARGIN
 
 PARTS = ("sinks", "red_line", "sharing_cost", "stability")
 
 
 def with_evidence(
-    cmap: CoordinateMap,
     model: Any,
-    gains: KeyGains,
     calibration: Tokens,
     validation: Tokens,
+    cmap: CoordinateMap,
+    gains: KeyGains,
     *,
     parts: Sequence[str] = ("sinks", "red_line", "sharing_cost"),
     texts: Mapping[str, KeyGains] | None = None,
     score: str | Sequence[str] = "qk",
-    margin: float = 0.05,
+    margin: float = MARGIN,
     fractions: Sequence[float] = (0.25, 0.5),
     patch: Tokens | bool = False,
     seed: int = 0,
@@ -45,11 +46,11 @@ def with_evidence(
     ``patch``: keep the texts small on a CPU.
 
     Args:
-        cmap: a map of ``gains`` in their pairs (or dimensions, where the model does not rotate).
         model: the model that the gains are of.
-        gains: as given to ``coordinate_map``.
         calibration: text that may choose: sinks are observed and the red line's size picked on it.
         validation: text that judges; other documents.
+        cmap: a map of ``gains`` in their pairs (or dimensions, where the model does not rotate).
+        gains: as given to ``coordinate_map``.
         parts: which to measure, of ``PARTS``.
         texts: gains on further texts, by name, for ``stability``.
         score: what ranks the units of the red line and the sharing cost; of several,
@@ -92,9 +93,9 @@ def with_evidence(
     if "red_line" in parts:
         found["red_line"] = find_red_line(
             model,
-            gains,
             calibration,
             validation,
+            gains,
             margin=margin,
             score=score,
             observation=observation,

@@ -25,7 +25,7 @@ from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
 from gainlens.probes.gains import KeyGains
 from gainlens.stats.intervals import bootstrap_interval, t_interval
-from gainlens.stats.verdicts import LEVEL, Verdict, non_inferiority
+from gainlens.stats.verdicts import LEVEL, MARGIN, Verdict, non_inferiority
 
 SCOPES = ("universal", "layer")
 
@@ -93,11 +93,11 @@ class RedLine:
 
 def find_red_line(
     model: Any,
-    gains: KeyGains,
     choose: Tokens,
     judge: Tokens,
+    gains: KeyGains,
     *,
-    margin: float = 0.05,
+    margin: float = MARGIN,
     score: str | Sequence[str] = "qk",
     mode: str = "zero",
     observation: KeyObservation | None = None,
@@ -114,9 +114,9 @@ def find_red_line(
 
     Args:
         model: the model.
-        gains: what ranks the units.
         choose: text that picks the size: calibration or training documents.
         judge: validation text.
+        gains: what ranks the units.
         margin: rise of the loss in nats per token, above 0.
         score: which gain ranks; of several, that with the smallest set on ``choose``.
         mode: of the cut.

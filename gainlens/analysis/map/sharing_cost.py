@@ -26,7 +26,7 @@ from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
 from gainlens.probes.gains import KeyGains
 from gainlens.stats.intervals import t_interval
-from gainlens.stats.verdicts import Verdict, judge
+from gainlens.stats.verdicts import MARGIN, Verdict, judge
 
 SCOPES = ("universal", "layer", "head")
 
@@ -131,7 +131,7 @@ class SharingCost:
         )
         return found
 
-    def verdict(self, margin: float = 0.05, fraction: float | None = None) -> Verdict:
+    def verdict(self, margin: float = MARGIN, fraction: float | None = None) -> Verdict:
         """ "One index set for all layers costs less than ``margin`` nats more than one per head".
 
         Args:

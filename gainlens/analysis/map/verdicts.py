@@ -204,7 +204,7 @@ def sinks_verdict(cmap: CoordinateMap, threshold: float | None) -> Verdict:
     """ "A sink dimension is a sink at every depth"; needs the map's ``sinks``."""
     if cmap.sinks is None:
         raise InputError(
-            "this map has no sinks yet: with_evidence(cmap, model, …) or find_sinks(…) adds them"
+            "this map has no sinks yet: with_evidence(model, …) or find_sinks(…) adds them"
         )
     verdict: Verdict = cmap.sinks.verdict() if threshold is None else cmap.sinks.verdict(threshold)
     return verdict
@@ -214,7 +214,7 @@ def sharing_cost_verdict(cmap: CoordinateMap, threshold: float | None) -> Verdic
     """ "Sharing one index set costs less than ``threshold`` nats"; needs ``sharing_cost``."""
     if cmap.sharing_cost is None:
         raise InputError(
-            "this map has no sharing_cost yet: with_evidence(cmap, model, …) or "
+            "this map has no sharing_cost yet: with_evidence(model, …) or "
             "cost_of_sharing(…) adds it"
         )
     cost = cmap.sharing_cost

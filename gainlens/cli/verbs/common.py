@@ -27,6 +27,7 @@ from gainlens.model import load_model, load_tokens
 from gainlens.model.context import LENGTH, context_of, default_length
 from gainlens.probes.gains import UNITS
 from gainlens.probes.scores import SCORES
+from gainlens.stats.verdicts import MARGIN
 
 COUNTED = 200_000_000
 """Bytes of a user's own text up to which its documents are counted before a model loads."""
@@ -138,7 +139,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "refit_rounds": {"type": whole(0), "default": 2, "help": "of the least-squares refit; 0: none"},
     "seeds": {"type": whole(1), "default": 3, "help": "how many random controls"},
     "judge": {"type": whole(0), "help": "validation documents that judge"},
-    "margin": {"type": nats, "default": 0.02, "help": "rise of the loss, in nats, that counts as "
+    "margin": {"type": nats, "default": MARGIN, "help": "rise of the loss, in nats, that counts as "
                "none"},
     "seed": {"type": whole(0), "default": 0, "help": "of everything that is random"},
     "device": {"default": "cpu", "help": "cpu, cuda, cuda:1, mps"},

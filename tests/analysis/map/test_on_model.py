@@ -195,7 +195,7 @@ def test_a_text_that_does_not_judge_picks_the_ranking(
     with pytest.raises(gl.errors.InputError, match="text that judges"):
         cost_of_sharing(tiny, judge, tiny_gains, score=("qk", "std"), choose=judge)
     line = find_red_line(
-        tiny, tiny_gains, choose, judge, margin=0.02, score=("rms", "std"), progress=False
+        tiny, choose, judge, tiny_gains, margin=0.02, score=("rms", "std"), progress=False
     )
     for scope, score in line.scores.items():
         kept = {}
@@ -209,7 +209,7 @@ def test_the_red_line_is_where_the_bisection_says(
     tiny, tiny_gains, tiny_calibration, tiny_validation, seen, units
 ):
     line = find_red_line(
-        tiny, tiny_gains, tiny_calibration, tiny_validation, margin=0.02, score="rms",
+        tiny, tiny_calibration, tiny_validation, tiny_gains, margin=0.02, score="rms",
         observation=seen, patch=tiny_validation[:1, :16], progress=False,
     )  # fmt: skip
     for scope, kept in (("universal", len(line.universal)), ("layer", len(line.per_layer[0]))):
@@ -223,9 +223,9 @@ def test_the_red_line_is_where_the_bisection_says(
     for key in ("wavelength", "gain_by_position", "used_by_heads", "tokens", "patched_rise"):
         assert key in row
     with pytest.raises(gl.errors.InputError, match="margin="):
-        find_red_line(tiny, tiny_gains, tiny_calibration, tiny_validation, margin=0.0)
+        find_red_line(tiny, tiny_calibration, tiny_validation, tiny_gains, margin=0.0)
     with pytest.raises(gl.errors.InputError, match="chooses"):
-        find_red_line(tiny, tiny_gains, tiny_validation, tiny_validation)
+        find_red_line(tiny, tiny_validation, tiny_validation, tiny_gains)
 
 
 def test_a_map_takes_its_evidence_along(
@@ -233,7 +233,7 @@ def test_a_map_takes_its_evidence_along(
 ):
     cmap = gl.coordinate_map(tiny_gains, n_permutations=99)
     full = with_evidence(
-        cmap, tiny, tiny_gains, tiny_calibration, tiny_validation,
+        tiny, tiny_calibration, tiny_validation, cmap, tiny_gains,
         parts=("sinks", "sharing_cost", "stability"), texts={"same": tiny_gains}, fractions=(0.5,),
         progress=False,
     )  # fmt: skip
@@ -248,10 +248,10 @@ def test_a_map_takes_its_evidence_along(
     assert found.verdict(claim="sharing cost") == full.verdict(claim="sharing cost")
     assert repr(found.sinks) == repr(full.sinks)
     with pytest.raises(gl.errors.InputError, match="parts holds"):
-        with_evidence(cmap, tiny, tiny_gains, tiny_calibration, tiny_validation, parts=("taste",))
+        with_evidence(tiny, tiny_calibration, tiny_validation, cmap, tiny_gains, parts=("taste",))
     array = gl.coordinate_map(tiny_gains.score("rms"), n_permutations=9)
     with pytest.raises(gl.errors.InputError, match="different models"):
-        with_evidence(array, tiny, tiny_gains, tiny_calibration, tiny_validation)
+        with_evidence(tiny, tiny_calibration, tiny_validation, array, tiny_gains)
 
 
 def test_every_gain_stage_and_unit_has_its_row(tiny_gains):
