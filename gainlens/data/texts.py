@@ -58,8 +58,11 @@ class Texts(Sequence[torch.Tensor]):
     def of(self, name: str) -> Texts:
         """The documents of one text."""
         chosen = [i for i, domain in enumerate(self.domains) if domain == name]
-        parts = ([part[i] for i in chosen] for part in (self.rows, self.domains, self.groups))
-        return Texts(*map(tuple, parts))
+        return Texts(
+            tuple(self.rows[i] for i in chosen),
+            tuple(self.domains[i] for i in chosen),
+            tuple(self.groups[i] for i in chosen),
+        )
 
     def stacked(self) -> Int[torch.Tensor, "row pos"]:
         """One tensor, where all rows have one length."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gainlens.data.loading import Split
+from gainlens.data.splits import Split
 from gainlens.errors import InputError
 from gainlens.model import load_model, load_tokens
 from gainlens.probes import KeyGains, probe_gains
@@ -33,9 +33,10 @@ def open_model(options: argparse.Namespace) -> Any:
 
 def text(options: argparse.Namespace, model: Any, split: Split) -> torch.Tensor:
     """Tokens of one split of ``--text``."""
-    return load_tokens(
+    found: torch.Tensor = load_tokens(
         options.text, model, n_docs=options.n_docs, length=options.length, split=split
     )
+    return found
 
 
 def gains_of(options: argparse.Namespace, model: Any) -> KeyGains:
