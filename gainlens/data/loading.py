@@ -73,9 +73,9 @@ def load_tokens(
 
     Returns:
         Token numbers on the CPU: one tensor ``[row, pos]``, or, of several texts or lengths,
-        ``Texts``, a sequence of rows that knows the text of each. A row starts with the beginning-of-sequence
-        token where the tokenizer adds one by default, as ``load_model`` leaves it;
-        TransformerLens' own loaders turn it on.
+        ``Texts``, a sequence of rows that knows the text of each. A row starts with the
+        beginning-of-sequence token where the tokenizer adds one by default, as ``load_model``
+        leaves it; TransformerLens' own loaders turn it on.
 
     Raises:
         InputError: an argument out of range, no such text, or too few documents; the message
