@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from gainlens.data.sources import Source, documents, is_stream, shown_name
@@ -41,7 +40,7 @@ def load_tokens(
     windows: int | Literal["all"] = 1,
     separator: str | None = None,
     field: str | None = None,
-) -> Int[torch.Tensor, "row pos"] | Texts:
+) -> Any:  # a tensor for one text and one length, which is what most callers ask for
     """Tokens of the first documents of a split, one row per window of a document.
 
     A document's split follows from a hash of a piece of its text: calibration, training and
@@ -73,10 +72,10 @@ def load_tokens(
         field: the text field of a ``.jsonl`` file or dataset (default ``"text"``).
 
     Returns:
-        Token numbers on the CPU: one tensor, or, of several texts or lengths, ``Texts``, a
-        sequence of rows that knows the text of each. A row starts with the beginning-of-sequence
-        token where the tokenizer adds one by default, as ``load_model`` leaves it;
-        TransformerLens' own loaders turn it on.
+        Token numbers on the CPU: one tensor ``[row, pos]``, or, of several texts or lengths,
+        ``Texts``, a sequence of rows that knows the text of each. A row starts with the
+        beginning-of-sequence token where the tokenizer adds one by default, as ``load_model``
+        leaves it; TransformerLens' own loaders turn it on.
 
     Raises:
         InputError: an argument out of range, no such text, or too few documents; the message

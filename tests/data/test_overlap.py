@@ -168,6 +168,12 @@ def test_sixty_variants_of_one_text_are_one():
     assert len(set(keys)) == 1
 
 
+def test_documents_that_open_alike_stay_on_one_side():
+    opening = sentences(0, 50)
+    keys = keys_of([Document.of(f"{opening} {sentences(i + 1)}") for i in range(5)])
+    assert len(set(keys)) == 1
+
+
 def test_unlike_documents_move_nothing():
     texts = [Document.of(sentences(i)) for i in range(20)]
     more = [Document.of(sentences(i + 50)) for i in range(20)]

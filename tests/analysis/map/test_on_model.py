@@ -197,27 +197,44 @@ def test_a_text_that_does_not_judge_picks_the_ranking(
     line = find_red_line(
         tiny, choose, judge, tiny_gains, margin=0.02, score=("rms", "std"), progress=False
     )
+    alone = {
+        name: find_red_line(
+            tiny, choose, judge, tiny_gains, margin=0.02, score=name, progress=False
+        )
+        for name in ("rms", "std")
+    }
     for scope, score in line.scores.items():
-        kept = {}
-        for name in ("rms", "std"):
-            of_name = [s for s in line.steps if (s["scope"], s["score"]) == (scope, name)]
-            kept[name] = min([s["kept"] for s in of_name if s["rise"] <= 0.02] + [16])
+        kept = {name: one.judged[scope]["kept"] for name, one in alone.items()}
         assert line.judged[scope]["kept"] == kept[score] == min(kept.values())
 
 
-def test_the_red_line_is_where_the_bisection_says(
+def plain_rise(model, tokens, mask):
+    """Mean rise of the loss by TransformerLens' own loss, with nothing but hooks."""
+    with torch.inference_mode():
+        intact = model(tokens, return_type="loss")
+        with gl.ablate(model, mask):
+            return float(model(tokens, return_type="loss") - intact)
+
+
+def test_the_red_line_is_the_edge_of_what_is_enough(
     tiny, tiny_gains, tiny_calibration, tiny_validation, seen, units
 ):
+    """One unit less than it says is too few, by masks and losses that it did not make itself."""
     line = find_red_line(
         tiny, tiny_calibration, tiny_validation, tiny_gains, margin=0.02, score="rms",
         observation=seen, patch=tiny_validation[:1, :16], progress=False,
     )  # fmt: skip
-    for scope, kept in (("universal", len(line.universal)), ("layer", len(line.per_layer[0]))):
-        steps = {s["kept"]: s["rise"] for s in line.steps if s["scope"] == scope}
-        enough = [k for k, rise in steps.items() if rise <= 0.02] + [16]
-        assert kept == min(enough)
-        assert all(rise > 0.02 for k, rise in steps.items() if k < kept)
-        assert line.judged[scope]["kept"] == kept
+    kept = len(line.universal)
+    masks = {
+        n: gl.KeyMask.quietest(tiny_gains, 1 - n / 16, score="rms", scope="universal")
+        for n in (kept, kept - 1)
+    }
+    if kept < 16:
+        assert plain_rise(tiny, tiny_calibration, masks[kept]) <= 0.02 + 1e-4
+    assert plain_rise(tiny, tiny_calibration, masks[kept - 1]) > 0.02 - 1e-4
+    found = plain_rise(tiny, tiny_validation, masks[kept]) if kept < 16 else 0.0
+    assert line.judged["universal"]["rise"] == pytest.approx(found, abs=1e-4)
+    assert line.judged["layer"]["kept"] == len(line.per_layer[0])
     assert len(line.details) == len(line.universal)
     row = line.table()[0]
     for key in ("wavelength", "gain_by_position", "used_by_heads", "tokens", "patched_rise"):

@@ -70,14 +70,19 @@ def test_save_and_load(curve, tmp_path):
 
 
 def test_verdict_compares_the_interval_with_the_margin(curve):
-    low, high = curve.verdict(0.5, 1.0).interval
-    few = curve.verdict(0.5, max(high, 0) + 1e-3)  # six documents: nothing can hold
+    # Rises that are known: 0.01 to 0.02 nats on every document.
+    rises = np.linspace(0.01, 0.02, len(curve.baseline))
+    planted = replace(curve, losses=curve.baseline + np.tile(rises, (len(curve.points), 1)))
+    few = planted.verdict(0.5, 0.03)  # six documents: nothing can hold
     assert few.status == "undecided"
     assert few.more_documents == 66
-    many = replace(curve, losses=np.tile(curve.losses, 12), baseline=np.tile(curve.baseline, 12))
-    assert many.verdict(0.5, max(high, 0) + 1e-3).status == "holds"
-    if low > 0:
-        assert curve.verdict(0.5, low / 2).status == "fails"
+    assert planted.verdict(0.5, 0.005).status == "fails"
+    many = replace(
+        planted, losses=np.tile(planted.losses, 12), baseline=np.tile(planted.baseline, 12)
+    )
+    assert many.verdict(0.5, 0.03).status == "holds"
+    assert many.verdict(0.5, 0.005).status == "fails"
+    assert many.verdict(0.5, 0.015).status == "undecided"
     for margin in (0, -1, float("nan")):
         with pytest.raises(gl.errors.InputError, match="margin"):
             curve.verdict(0.5, margin)
