@@ -58,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _alone(options: argparse.Namespace) -> AbstractContextManager[None]:
     """The lock of the output; where several processes work on one, the first holds it."""
+    out = getattr(options, "out", None)
     first = int(os.environ.get("RANK") or 0) == 0
-    return locked(options.out) if first else nullcontext()
+    return locked(out) if out is not None and first else nullcontext()
 
 
 def _say(lines: Iterable[str]) -> int:

@@ -56,6 +56,26 @@ def document_identities(
     return tuple(found)
 
 
+def shares_text(
+    documents: Iterable[torch.Tensor], chosen: Iterable[str], tokenizer: Any | None = None
+) -> list[bool]:
+    """For each document, whether a good part of it is text that was used before.
+
+    Args:
+        documents: as batches ``[document, pos]`` or documents ``[pos]``.
+        chosen: identities of the documents that were used before, see ``document_identities``.
+        tokenizer: the model's.
+    """
+    rows = list(_rows(documents))
+    known = [_Known.of(kind) for kind in _unpacked(chosen)]
+    found = []
+    for row, own in zip(rows, _without_formulas(rows, tokenizer), strict=True):
+        part = max(k.share(p) for k, p in zip(known, own, strict=True))
+        needed = next((NEEDED[n] for n in NEEDED if len(row) >= n), 2.0)
+        found.append(bool(part >= needed))
+    return found
+
+
 def check_overlap(
     documents: Iterable[torch.Tensor],
     chosen: Iterable[str],
@@ -88,14 +108,9 @@ def check_overlap(
     )
     if text_fingerprint(rows) in set(texts):
         raise InputError(f"{name} are the very text that {did}: {advice}")
-    known = [_Known.of(kind) for kind in _unpacked(chosen)]
-    alike, opening = 0, 0
-    for row, own in zip(rows, _without_formulas(rows, tokenizer), strict=True):
-        part = max(k.share(p) for k, p in zip(known, own, strict=True))
-        needed = next((NEEDED[n] for n in NEEDED if len(row) >= n), 2.0)
-        alike += len(row) >= SHORT and part >= needed
-        opening += len(row) < SHORT and part >= needed
-    both = alike + opening
+    found = shares_text(rows, chosen, tokenizer)
+    both = sum(found)
+    alike = sum(one for one, row in zip(found, rows, strict=True) if len(row) >= SHORT)
     if alike > max(1, SHARED * len(rows)) or both > max(1, len(rows) / 2) or both == len(rows) > 0:
         raise InputError(
             f"{name}: {both} of {len(rows)} documents share text with what {did}: {advice}"

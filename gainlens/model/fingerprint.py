@@ -79,6 +79,9 @@ def _layers(model: Any) -> Iterator[tuple[Tensors, list[torch.Tensor]]]:
     if layout is None and lens:
         yield from (_lens_layer(block) for block in model.blocks)
         return
+    if layout is None and hasattr(inner, "named_parameters"):  # a family that nothing here reads
+        yield {}, list(_present(inner).values())
+        return
     if layout is None:
         raise UnsupportedModelError(
             f"model of type {type(inner).__name__} keeps its attention weights in a form that "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from gainlens.ablation.key_mask import Scope
 from gainlens.ablation.kinds import load_cut
 from gainlens.ablation.recipe import RANKING_DOCUMENTS, best_cut
 from gainlens.ablation.refit_cut import RefitCut
+from gainlens.data.overlap import document_identities, shares_text
 from gainlens.data.splits import Split
 from gainlens.data.texts import as_rows
 from gainlens.errors import GainlensError, InputError
@@ -220,8 +222,9 @@ def _texts(healing: Healing, model: Any) -> dict[str, torch.Tensor]:
     calibration = documents("calibration", healing.n_docs + healing.monitor)
     validation = documents("validation", healing.judge)
     # Short documents may open with the very same words; what judges is left out of the others.
-    judges = row_digests(validation)
-    calibration = _without(calibration, judges)
+    tokenizer = getattr(model, "tokenizer", None)
+    judges = document_identities(validation, tokenizer)
+    calibration = _unlike(calibration, judges, tokenizer)
     if len(calibration) < healing.n_docs + 2:
         raise InputError(
             f"text {healing.text} has {len(calibration)} documents for calibration: expected "
@@ -229,16 +232,27 @@ def _texts(healing: Healing, model: Any) -> dict[str, torch.Tensor]:
         )
     monitor = calibration[healing.n_docs :]
     training = documents("training", "all", windows="all")
+    watched = document_identities(monitor, tokenizer)
+    training = _unlike(training, (*judges, *watched), tokenizer)
+    training = training[[row_digests([r]).isdisjoint(row_digests(monitor)) for r in training]]
+    used = document_identities([*training, *calibration], tokenizer)
+    validation = _unlike(validation, used, tokenizer)
+    if len(validation) < 2:
+        raise InputError(
+            f"text {healing.text} has {len(validation)} validation documents that share no text "
+            "with the others: expected at least 2"
+        )
     return {
         "calibration": calibration[: healing.n_docs],
         "monitor": monitor,
-        "training": _without(training, judges | row_digests(monitor)),
+        "training": training,
         "validation": validation,
     }
 
 
-def _without(rows: torch.Tensor, digests: set[str]) -> torch.Tensor:
-    return rows[[row_digests([row]).isdisjoint(digests) for row in rows]]
+def _unlike(rows: torch.Tensor, known: Sequence[str], tokenizer: Any | None) -> torch.Tensor:
+    """The documents that share no text with those of known identities."""
+    return rows[[not shared for shared in shares_text(rows, known, tokenizer)]]
 
 
 def _cut(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.data.batches import Tokens, batches
+from gainlens.data.batches import Tokens
 from gainlens.data.document_identity import row_hash
 from gainlens.data.overlap import check_overlap
 from gainlens.errors import InputError
@@ -77,7 +77,7 @@ class TrainingRun:
         Raises:
             InputError: documents of the training or parts of them, a margin of zero or below.
         """
-        documents = [row for batch in batches(tokens, self.student.vocabulary) for row in batch]
+        documents = [row for batch in self.student.batches(tokens) for row in batch]
         shared = row_digests(documents) & self.trained_on
         if shared:
             raise InputError(

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,9 +127,8 @@ def test_slim_takes_the_folder(healed, tmp_path):
 
 
 def test_a_plan_file_is_taken(healed, tmp_path):
-    kept = read_json(healed / "plan.json")
     own = tmp_path / "plan.json"
-    plan = gl.SlicePlan.from_json({**kept, "fingerprint": None})
+    plan = replace(gl.SlicePlan.load(healed / "plan.json"), fingerprint=None)
     plan.save(own)
     out = tmp_path / "out"
     call = ["train", *SMALL, "--plan", str(own), "--refit-rounds", "0", "--steps", "1"]

@@ -132,6 +132,7 @@ def test_every_kind_in_the_code_has_a_row():
     code = "\n".join(p.read_text(encoding="utf-8") for p in root.rglob("*.py"))
     named = set(re.findall(r'(?:save_tensors|load_tensors)\(\s*\w+, "([\w-]+)"', code))
     named |= set(re.findall(r'^KIND = "([\w-]+)"', code, re.MULTILINE))
+    named |= set(re.findall(r'^    kind = "([\w-]+)"', code, re.MULTILINE))  # of cuts
     assert named - ELSEWHERE - {"gainlens-report"} == set(KINDS)
 
 
@@ -244,7 +245,7 @@ TENSORS = {
     "refit: query rows": ("refit", lambda t, f: t.update(query_maps=torch.ones(2, 4, 4, 4))),
     "refit: NaN": ("refit", lambda t, f: t.update(key_maps=nan(t["key_maps"]))),
     "refit: heads": ("refit", lambda t, f: t.update(query_maps=t["query_maps"][:, :3])),
-    "refit: facts": ("refit", lambda t, f: f.update(mask=[])),
+    "refit: facts": ("refit", lambda t, f: f.update(refit=[])),
     "training: NaN": ("training", lambda t, f: t.update({"active.q": nan(t["active.q"])})),
     "training: state": (
         "training",

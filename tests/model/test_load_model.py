@@ -345,7 +345,7 @@ def test_names_of_no_model(tmp_path, name, wanted):
 
 def test_folder_with_a_broken_config(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError) as error:
+    with pytest.raises(GainlensError) as error:
         load_model(tmp_path)
     assert str(tmp_path) in one_line(error)
 

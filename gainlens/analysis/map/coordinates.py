@@ -107,7 +107,8 @@ class CoordinateMap:
         tail = f"; no {', '.join(missing)} yet (with_evidence)" if missing else ""
         return (
             f"CoordinateMap({len(self.cv)} layers × {len(self.units)} {self.units.kind}s, "
-            f"{self.answer}: {map_verdicts.evidence_line(self)}; "
+            f"{self.answer}: correlation {self.effect:.3f} (p = {self.summary()['p']:.2g}), "
+            f"cosine {self.summary()['cosine']:.3f}; "
             f"{len(self.universal_units)} universal units, {len(self.universal.beyond_chance)} "
             f"beyond chance{tail})"
         )
