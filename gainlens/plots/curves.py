@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gainlens.analysis.sweep.curve import SurgeryCurve
 
 CONTROLS = {"random": (ORANGE, "s"), "loudest": (VERMILION, "^")}
-"""Controls look the same in every figure."""
+"""The style of controls, the same in every figure."""
 
 
 def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | None = None) -> Any:
@@ -46,7 +46,7 @@ def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | Non
     scopes = {p.scope for p in curve.points if p.order == "random"}
     groups: dict[str, list[int]] = {}
     for i, p in enumerate(curve.points):
-        # All seeds of a random control are one line, their mean.
+        # All seeds of a random control are averaged into one line.
         if p.order == "random":
             name = f"random, {p.scope} (control)" if len(scopes) > 1 else "random (control)"
         elif p.order == "given":
@@ -78,7 +78,7 @@ def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | Non
         ax.axhline(margin, color="black", linestyle="--", linewidth=0.8, label=f"margin {margin:g}")
     ran = sorted({100 * p.fraction for p in curve.points})
     if len(ran) == 1:
-        ax.set_xticks(ran)  # no scale to read: a matter of one cut
+        ax.set_xticks(ran)  # a single fraction needs no scale
     ax.set_xlabel("share of key dimensions cut (%)")
     ax.set_ylabel("rise of the loss (nats per token)")
     ax.set_yscale("symlog", linthresh=0.1)
@@ -93,7 +93,7 @@ def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | Non
 def plot_damage(
     damage: Float[np.ndarray, "layer kv_head"], ax: Any | None = None, label: str = ""
 ) -> Any:
-    """Heat map of the rise of the loss when one layer's key head alone is cut.
+    """Heat map of the rise of the loss when a single key head of one layer is cut.
 
     Args:
         damage: nats per token; see ``gainlens.analysis.damage_by_place.damage_by_head``.
@@ -116,7 +116,7 @@ def plot_damage(
 def plot_damage_by_layer(
     damage: Float[np.ndarray, "layer part"], ax: Any | None = None, label: str = ""
 ) -> Any:
-    """Bars of the rise of the loss when one layer alone is cut.
+    """Bar chart of the rise of the loss when a single layer is cut.
 
     Args:
         damage: nats per token; ``damage_by_head(…, by="layer")``.
@@ -134,12 +134,12 @@ def plot_damage_by_layer(
 
 
 def plot_scores(curve: SurgeryCurve, ax: Any | None = None, order: str = "quietest") -> Any:
-    """The table of scores × scopes × fractions, each cell the rise of the loss in nats.
+    """Table of scores and scopes × fractions; each cell is the rise of the loss in nats.
 
     Args:
         curve: a sweep over several scores or scopes.
         ax: axes to draw into.
-        order: of the points shown.
+        order: the order whose points are shown.
 
     Returns:
         The axes.
@@ -168,7 +168,7 @@ def plot_scores(curve: SurgeryCurve, ax: Any | None = None, order: str = "quiete
 
 
 def plot_patching(effects: PatchEffects, ax: Any | None = None) -> Any:
-    """Heat map of patching effects: layers and key heads down, units across.
+    """Heat map of patching effects, layers and key heads down, units across.
 
     Returns:
         The axes.
@@ -188,7 +188,7 @@ def plot_patching(effects: PatchEffects, ax: Any | None = None) -> Any:
 
 
 def plot_behaviours(result: Behaviours, axes: Any | None = None) -> Any:
-    """One panel per behaviour over the fraction cut; the dashed line is chance.
+    """One panel per behaviour against the fraction cut; the dashed line is chance.
 
     Returns:
         An array of axes.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -220,39 +219,37 @@ def _texts(healing: Healing, model: Any) -> dict[str, torch.Tensor]:
         )
 
     calibration = documents("calibration", healing.n_docs + healing.monitor)
-    validation = documents("validation", healing.judge)
-    # Short documents may open with the very same words; what judges is left out of the others.
-    tokenizer = getattr(model, "tokenizer", None)
-    judges = document_identities(validation, tokenizer)
-    calibration = _unlike(calibration, judges, tokenizer)
     if len(calibration) < healing.n_docs + 2:
         raise InputError(
             f"text {healing.text} has {len(calibration)} documents for calibration: expected "
             f"{healing.n_docs + 2} or more (n_docs, and 2 to be monitored)"
         )
     monitor = calibration[healing.n_docs :]
+    watched = row_digests(monitor)
     training = documents("training", "all", windows="all")
-    watched = document_identities(monitor, tokenizer)
-    training = _unlike(training, (*judges, *watched), tokenizer)
-    training = training[[row_digests([r]).isdisjoint(row_digests(monitor)) for r in training]]
+    training = training[[row_digests([row]).isdisjoint(watched) for row in training]]
+    # Short documents of two splits may open with the very same words: those do not judge.
+    tokenizer = getattr(model, "tokenizer", None)
     used = document_identities([*training, *calibration], tokenizer)
-    validation = _unlike(validation, used, tokenizer)
-    if len(validation) < 2:
+    known = row_digests([*training, *calibration])
+    validation = documents("validation", "all")
+    shared = shares_text(validation, used, tokenizer)
+    unlike = [
+        row
+        for row, like in zip(validation, shared, strict=True)
+        if not like and row_digests([row]).isdisjoint(known)
+    ][: healing.judge]
+    if len(unlike) < healing.judge:
         raise InputError(
-            f"text {healing.text} has {len(validation)} validation documents that share no text "
-            "with the others: expected at least 2"
+            f"text {healing.text} has {len(unlike)} validation documents that share no text with "
+            f"the others: expected {healing.judge} (judge)"
         )
     return {
         "calibration": calibration[: healing.n_docs],
         "monitor": monitor,
         "training": training,
-        "validation": validation,
+        "validation": torch.stack(unlike),
     }
-
-
-def _unlike(rows: torch.Tensor, known: Sequence[str], tokenizer: Any | None) -> torch.Tensor:
-    """The documents that share no text with those of known identities."""
-    return rows[[not shared for shared in shares_text(rows, known, tokenizer)]]
 
 
 def _cut(

@@ -364,5 +364,5 @@ def test_configs_of_no_model_end_before_one_is_built(settings, tmp_path):
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **settings}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for load in (check_config, gl.load_model, gl.load_slim):
-        with pytest.raises(FileFormatError, match="is of no model"):
+        with pytest.raises(FileFormatError, match="does not describe a valid model"):
             load(tmp_path)

@@ -333,7 +333,7 @@ def test_missing_and_truncated_weights(folders, tmp_path):
         ("nobody-at-all/no-such-model", "no-such-model"),
         ("a/b/c", "does not exist"),
         ("smolm2", "did you mean 'smollm2'"),
-        ("", "names no model"),
+        ("", "is empty"),
     ],
 )
 def test_names_of_no_model(tmp_path, name, wanted):
