@@ -115,8 +115,8 @@ class Behaviours:
         panels = len({(row.behaviour, row.distance) for row in self.rows})
         return figure_html(
             self,
-            "Behaviours of the model against the share of key dimensions cut, each beside what "
-            "chance would give.",
+            "Behaviours of the model against the share of key dimensions cut, each with its "
+            "chance level.",
             size=(3.2 * panels, 3),
             panels=(1, panels),
         )

@@ -76,7 +76,7 @@ def cosine_claim(cmap: CoordinateMap) -> Claim:
     low, high = verdict.interval
     control = f"units shuffled {s['null_cosine']:.3f}"
     if "null_cosine_frequency" in s:
-        control += f", shuffled beside the frequency profile {s['null_cosine_frequency']:.3f}"
+        control += f", shuffled around the frequency profile {s['null_cosine_frequency']:.3f}"
     return Claim(
         "cosine above 0.99 between layers: one universal coordinate system",
         verdict,

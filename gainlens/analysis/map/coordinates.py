@@ -61,8 +61,7 @@ class CoordinateMap:
         alive: layers with a gain above zero.
         cosine, centred_cosine, spearman: similarity of the gains of two layers, ``[layer, layer]``.
         residual_correlation: correlation of the residuals of two layers, ``[layer, layer]``.
-        head_correlation: the same for heads: the mean over all pairs of a head of one layer and a
-            head of the other, ``[layer, layer]``.
+        head_correlation: the mean of the same over all pairs of their heads, ``[layer, layer]``.
         overlap: Jaccard overlap of the k loudest units, by k.
         cv: coefficient of variation of each layer's gains, ``[layer]``; flat gains (a small CV)
             give a high cosine in any case.
@@ -72,8 +71,7 @@ class CoordinateMap:
             has ``layer`` and ``head``, the correlations of residuals.
         universal: in how many layers each unit is loud (heads averaged).
         universal_by_head: the same, head by head.
-        heads: similarity between heads, and between layers with matched heads; None if not
-            requested.
+        heads: similarity of heads, and of layers with matched heads; None if not requested.
         n_documents: documents behind the gains (0 for a plain array).
         facts: score, stage, unit, alignment, permutations, seed, model, texts; ``freedom``,
             the dimensions left after the profile is removed.
