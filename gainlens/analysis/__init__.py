@@ -1,4 +1,4 @@
-"""What breaks when key dimensions go, and whether layers share them."""
+"""The effect of cutting key dimensions, and whether layers share them."""
 
 from gainlens.analysis.behaviour_curves import Behaviours, behaviours
 from gainlens.analysis.map.canonical import canonical_gains

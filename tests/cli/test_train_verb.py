@@ -151,7 +151,7 @@ def test_goes_on_after_an_interrupt(healed, tmp_path, monkeypatch, capsys):
     call = ["train", *SMALL, "--steps", "3", "--out", str(out)]
     capsys.readouterr()
     assert main(call) == 130
-    assert f"the same command goes on from {out}.part" in capsys.readouterr().err
+    assert f"the same command resumes from {out}.part" in capsys.readouterr().err
     assert not out.exists()
     assert main([*call, "--lr", "1e-3"]) == 2
     assert "unfinished run with lr=0.0006, not 0.001" in capsys.readouterr().err

@@ -264,7 +264,7 @@ def test_a_map_takes_its_evidence_along(
     found = gl.CoordinateMap.load(tmp_path / "map")
     assert found.verdict(claim="sharing cost") == full.verdict(claim="sharing cost")
     assert repr(found.sinks) == repr(full.sinks)
-    with pytest.raises(gl.errors.InputError, match="parts holds"):
+    with pytest.raises(gl.errors.InputError, match="parts contains"):
         with_evidence(tiny, tiny_calibration, tiny_validation, cmap, tiny_gains, parts=("taste",))
     array = gl.coordinate_map(tiny_gains.score("rms"), n_permutations=9)
     with pytest.raises(gl.errors.InputError, match="different models"):
