@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from parts.markdown import RESULTS, interval, not_yet, number, provenance, recorded, table
 
@@ -65,8 +66,7 @@ def findings() -> str:
             (
                 "Do all layers use the same dimensions?",
                 f"**{mapped['answer']}**",
-                f"cosine {mapped['summary']['cosine']:.3f} between layers; the rotary frequencies "
-                f"alone give {mapped['summary']['null_cosine_band']:.3f}",
+                _agreement(mapped),
                 f"{report['plan']['n_docs']} speeches × {report['plan']['length']} tokens",
             ),
             (
@@ -77,6 +77,19 @@ def findings() -> str:
                 f"contexts of {min(contexts):,} to {max(contexts):,} tokens, 2 CPU cores",
             ),
         ],
+    )
+
+
+def _agreement(mapped: dict[str, Any]) -> str:
+    """The number behind the map's answer, by what the record holds."""
+    s = mapped["summary"]
+    cosine = f"cosine {s['cosine']:.3f} between layers"
+    if "residual_correlation" not in s:  # a record of before the profile was subtracted
+        return f"{cosine}; the rotary frequencies alone give {s['null_cosine_band']:.3f}"
+    return (
+        f"correlation beyond rotary frequency {s['residual_correlation']:.3f} "
+        f"({interval(mapped['effect']['interval'])}); {cosine}, of which the rotary frequencies "
+        f"alone give {s['null_cosine_frequency']:.3f}"
     )
 
 
@@ -141,6 +154,9 @@ def similarity() -> str:
     facts = recorded(RESULTS / REPORT)
     if facts is None:
         return not_yet("the map", "make report")
+    found = facts["similarity"]
+    beyond = any("residual_correlation" in row for row in found)
+    second = "null_cosine_frequency" if beyond else "null_cosine_band"
     rows = [
         (
             row["score"],
@@ -148,15 +164,24 @@ def similarity() -> str:
             row["unit"],
             f"{row['cosine']:.3f}",
             f"{row['null_cosine']:.3f}",
-            f"{row['null_cosine_band']:.3f}" if "null_cosine_band" in row else "–",
+            f"{row[second]:.3f}" if second in row else "–",
             f"{row['cv']:.2f}",
             f"{row['centred_cosine']:.3f}",
+            *([f"{row['residual_correlation']:.3f}"] if beyond else []),
             row["answer"],
         )
-        for row in facts["similarity"]
+        for row in found
     ]
-    head = ["gain", "stage", "unit", "cosine", "null", "band null", "CV", "centred", "answer"]
-    return table(head, rows) + "\n\n" + provenance(facts, f"docs/results/{REPORT}")
+    name = "frequency null" if beyond else "band null"
+    head = ["gain", "stage", "unit", "cosine", "null", name, "CV", "centred"]
+    head += ["beyond frequency", "answer"] if beyond else ["answer"]
+    note = (
+        "*Beyond frequency* is the mean correlation of residuals, which decides the answer. "
+        if beyond
+        else "This record has an earlier null in the place of the frequency null: the *band null* "
+        "shuffles only units of similar rotary frequency. "
+    )
+    return table(head, rows) + f"\n\n{note}" + provenance(facts, f"docs/results/{REPORT}")
 
 
 def sharing_cost() -> str:
@@ -164,13 +189,11 @@ def sharing_cost() -> str:
     facts = recorded(RESULTS / REPORT)
     if facts is None:
         return not_yet("the sharing cost", "make report")
-    found = facts["map"].get("price")
+    found = facts["map"].get("sharing_cost") or facts["map"].get("price")  # its earlier name
     if not found:
         return not_yet("the sharing cost", "make report")
-    # A record of before the scopes had one name each calls the set for all heads "model".
-    scopes = {"model": "universal", "random model": "universal, random (control)"}
     rows = [
-        (scopes.get(r["sharing"], r["sharing"]), str(r["score"]), f"{r['cut']:.0%}",
+        (_scope(r), str(r["score"]), f"{r['fraction' if 'fraction' in r else 'cut']:.0%}",
          f"{r['rise']:+.3f}", interval(r["interval"]))
         for r in found["rows"]
     ]  # fmt: skip
@@ -179,6 +202,16 @@ def sharing_cost() -> str:
         + f"\n\nMeasured on {found['n_documents']} speeches of "
         f"{found['n_tokens'] // found['n_documents']} tokens."
     )
+
+
+def _scope(row: dict[str, Any]) -> str:
+    """The scope of a row of the sharing cost, and whether it is the control."""
+    if "scope" in row:
+        control = ", random (control)" if row["order"] == "random" else ""
+        return f"{row['scope']}{control}"
+    # A record of before the scopes had one name each calls the set for all heads "model".
+    scopes = {"model": "universal", "random model": "universal, random (control)"}
+    return scopes.get(row["sharing"], row["sharing"])
 
 
 def planted() -> str:
