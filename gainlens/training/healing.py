@@ -1,7 +1,7 @@
-"""``heal``: from a model's name to a healed folder, and on from where a killed run stopped.
+"""``heal``: from the name of a model to a folder with the healed model; resumes interrupted runs.
 
-``train_virtual_width`` trains a model that is there. Here the texts are loaded as well, so that
-none of them shares a document with another, and everything that was done lies in ``OUT.part``.
+``train_virtual_width`` trains a loaded model. ``heal`` also loads the texts, so that no two of them
+share a document, and keeps intermediate results in ``OUT.part``.
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ from gainlens.training.virtual_width import train_virtual_width
 
 FIGURE = "loss.png"
 WAY = "plan.{}.json"
-"""Plans of the rounds before the last, in the folder of an unfinished run."""
+"""File name of the plans before the last, in the folder of an unfinished run."""
 
 
 @dataclass(frozen=True)
 class Healing:
-    """What ``heal`` is to do.
+    """The options of ``heal``.
 
     Attributes:
         model, text: names as for ``load_model`` and ``load_tokens``.
-        n_docs: calibration documents that choose the cut.
-        length: tokens of each document; 256 or the model's context by default.
-        plan: a plan file, in the place of ``fraction``, ``score`` and ``scope``.
+        n_docs: number of calibration documents that choose the cut.
+        length: tokens per document; 256 or the context of the model by default.
+        plan: a plan file, instead of ``fraction``, ``score`` and ``scope``.
         fraction: share of key dimensions to cut.
         score, scope: as for ``KeyMask.quietest``.
-        refit_rounds: of the least-squares refit to start from; 0 for the plain cut.
-        rounds: cut in so many, healing in between.
-        monitor: calibration documents on which the run is watched.
-        judge: validation documents that judge it.
-        margin: nats per token that count as no rise.
+        refit_rounds: rounds of the least-squares refit before training; 0 for the plain cut.
+        rounds: number of rounds of cutting, with healing in between.
+        monitor: number of calibration documents that monitor the run.
+        judge: number of validation documents that judge the result.
+        margin: largest rise that counts as none, nats per token.
         save_every: steps between checkpoints.
         device: where the model runs.
-        settings: of the training; see ``Settings``.
+        settings: training settings, see ``Settings``.
     """
 
     model: str
@@ -84,11 +84,11 @@ class Healing:
     device: str = "cpu"
 
     def check(self) -> None:
-        """Refuse what can be known to be wrong before a model is loaded.
+        """Check everything that can be checked before a model is loaded.
 
         Raises:
-            InputError: a number out of range, a plan that can't be trained.
-            FileFormatError: a plan file that is missing or damaged.
+            InputError: a number is out of range, or the plan cannot be trained.
+            FileFormatError: the plan file is missing or damaged.
         """
         for name, least in (("monitor", 2), ("judge", 2), ("n_docs", 1), ("save_every", 1)):
             if getattr(self, name) < least:
@@ -103,7 +103,7 @@ class Healing:
             check_plan(SlicePlan.load(self.plan))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; a plan file with its digest, since it may change under its name."""
+        """Plain values; a plan file with its digest, because its content may change."""
         found = {**asdict(self), "settings": self.settings.to_json()}
         if self.plan:
             digest = hashlib.sha256(Path(self.plan).read_bytes()).hexdigest()
@@ -112,22 +112,22 @@ class Healing:
 
 
 def heal(healing: Healing, out: str | Path) -> dict[str, Any] | None:
-    """Cut, train, judge, write; after a kill, go on with what was done (``OUT.part``).
+    """Cut, train, judge and write; an interrupted run resumes from ``OUT.part``.
 
     Args:
-        healing: what to do.
+        healing: the options.
         out: the folder to write: the checkpoint at full width, ``plan.json``, ``training.json``
             and a figure.
 
     Returns:
-        ``run`` (its ``TrainingRun``), ``untrained`` (what the cut cost before, on the monitored
-        and on the validation documents) and ``verdict``; None in all processes but the first,
-        which alone writes.
+        ``run`` (the ``TrainingRun``), ``untrained`` (the cost of the cut before training, on the
+        monitored and on the validation documents) and ``verdict``. Only the first process writes;
+        the others return None.
 
     Raises:
-        InputError: see ``Healing.check``, ``load_model``, ``load_tokens``,
-            ``train_virtual_width``; a folder that holds something; an unfinished run of other
-            options in ``OUT.part``.
+        InputError: see ``Healing.check``, ``load_model``, ``load_tokens`` and
+            ``train_virtual_width``; the folder is not empty; ``OUT.part`` has an unfinished run
+            with other options.
     """
     out = Path(out)
     check_free(out)
@@ -139,7 +139,7 @@ def heal(healing: Healing, out: str | Path) -> dict[str, Any] | None:
         found = _heal(healing, out, part, processes)
     except GainlensError:
         if processes.first and not any(part.glob("checkpoint*")):
-            shutil.rmtree(part, ignore_errors=True)  # nothing to go on from: other options may come
+            shutil.rmtree(part, ignore_errors=True)  # nothing to resume from: allow other options
         raise
     return found if processes.first else None
 
@@ -184,7 +184,7 @@ def _heal(healing: Healing, out: Path, part: Path, processes: Processes) -> dict
 
 
 def _open_part(healing: Healing, out: Path, processes: Processes) -> Path:
-    """The folder of an unfinished run, made or found to be of the same options."""
+    """Create the folder of the unfinished run, or check that its options are the same."""
     part = check_writable(out.with_name(f"{out.name}.part"))
     asked = _flat(healing)
     file = part / "options.json"
@@ -219,7 +219,7 @@ def _texts(healing: Healing, model: Any) -> dict[str, torch.Tensor]:
 
     calibration = documents("calibration", healing.n_docs + healing.monitor)
     validation = documents("validation", healing.judge)
-    # Short documents may open with the very same words; what judges is left out of the others.
+    # Short documents may start with the same words, so validation rows are removed elsewhere.
     judges = row_digests(validation)
     calibration = _without(calibration, judges)
     if len(calibration) < healing.n_docs + 2:
@@ -244,7 +244,7 @@ def _without(rows: torch.Tensor, digests: set[str]) -> torch.Tensor:
 def _cut(
     healing: Healing, model: Any, tokens: torch.Tensor, part: Path, processes: Processes
 ) -> None:
-    """Plan and refit, from the options or from before the kill; all processes probe."""
+    """Plan and refit, unless an earlier run did; all processes take part in the probe."""
     if all(processes.gathered((part / "plan.json").exists())):
         return
     gains = None
@@ -264,7 +264,7 @@ def _cut(
 def _write_cut(
     healing: Healing, model: Any, tokens: torch.Tensor, part: Path, gains: KeyGains | None
 ) -> None:
-    """Plan and refit; a plan file in the place of gains."""
+    """Write plan and refit, from a plan file or from gains."""
     if healing.plan:
         plan = SlicePlan.load(healing.plan)
         source = open_source(model)
@@ -290,7 +290,7 @@ def _write_cut(
     if maps is not None:
         fitted = RefitCut(way[0].mask, maps.queries, maps.keys, dict(maps.facts))
         fitted.save(part / "refit.safetensors")
-    plan.save(part / "plan.json")  # last: where it lies, the cut is whole
+    plan.save(part / "plan.json")  # last: if it exists, the cut is complete
 
 
 def _untrained(
@@ -299,7 +299,7 @@ def _untrained(
     texts: dict[str, torch.Tensor],
     margin: float,
 ) -> dict[str, dict[str, Any]]:
-    """What the cut costs before training, on the monitored and on the validation documents."""
+    """Cost of the cut before training, on the monitored and on the validation documents."""
     students = {"cut": Student(model, replace(plan, maps=None))}
     if plan.maps is not None:
         students["cut and refitted"] = Student(model, plan)
