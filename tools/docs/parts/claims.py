@@ -51,7 +51,8 @@ def findings() -> str:
         [
             (
                 "Can half of the key dimensions go without training?",
-                f"{_less_than(margin, refitted['interval'])} with a least-squares refit",
+                _less_than(margin, refitted["interval"], text["validation_documents"])
+                + " with a least-squares refit",
                 f"loss {refitted['delta']:+.3f} nats ({interval(refitted['interval'])}); "
                 f"zeroed without the refit {zeroed['delta']:+.3f}, random {random['delta']:+.3f}",
                 f"{text['validation_documents']} speeches × {text['length']} tokens",
@@ -93,10 +94,14 @@ def _agreement(mapped: dict[str, Any]) -> str:
     )
 
 
-def _less_than(margin: float, found: Sequence[float]) -> str:
+def _less_than(margin: float, found: Sequence[float], n_documents: int) -> str:
+    """A claim about the loss with its status, by the rule of the library."""
+    from gainlens.stats.verdicts import status_of
+
     low, high = found
-    status = "holds" if high < margin else "fails" if low > margin else "is undecided"
-    return f"a rise below {margin:g} nats **{status}**"
+    status = status_of((low, high), margin, n_documents)
+    said = f"is **{status}**" if status == "undecided" else f"**{status}**"
+    return f"a rise below {margin:g} nats {said}"
 
 
 def cuts() -> str:
