@@ -310,7 +310,7 @@ class SlicePlan(Kept):
 
     @classmethod
     def from_json(cls, value: Any, where: str = "plan") -> SlicePlan:
-        """Read the output of ``to_json``; errors call it ``where``.
+        """Read ``value``, the output of ``to_json``; errors call it ``where``.
 
         Raises:
             FileFormatError: damaged, not a plan, of another version, or with impossible indices.
