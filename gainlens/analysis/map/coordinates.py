@@ -163,7 +163,7 @@ class CoordinateMap:
         return self.correlation("layer")[1]
 
     def correlation(self, level: map_verdicts.Level = "layer") -> tuple[float, tuple[float, float]]:
-        """Mean correlation of residuals between layers, or between heads of different layers.
+        """Mean correlation of residuals; ``level="head"``: between heads of different layers.
 
         Returns:
             The mean and its 95% jackknife interval over layers.
