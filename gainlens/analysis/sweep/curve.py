@@ -20,7 +20,7 @@ from gainlens.frames import data_frame
 from gainlens.probes.gains import CARD, ModelCard
 from gainlens.stats.intervals import bootstrap_interval, t_interval
 from gainlens.stats.stopping import StoppingRule
-from gainlens.stats.verdicts import Verdict, judge
+from gainlens.stats.verdicts import Context, Verdict, judge
 
 METHODS = ("t", "bootstrap")
 KIND = "surgery"
@@ -38,6 +38,8 @@ CURVE = record(
     model=record(**CARD),
     text=text(),
     n_tokens=whole(1),
+    lengths=listing(whole(2)),
+    domains=listing(text()),
     stopping=maybe(record(margin=number(0), looks=listing(whole(1), least=1), level=number(0, 1))),
     baseline=listing(number(), least=1),
     points=listing(record(**POINT, losses=listing(maybe(number()), least=1))),
@@ -58,6 +60,9 @@ class SurgeryCurve:
         n_tokens: length of the validation text.
         stopping: the rule for stopping points early, if any; ``losses`` is then NaN for the
             documents that a point did not need.
+        lengths: tokens of each document, so that a verdict says on which positions and distances
+            it was judged; empty if unknown.
+        domains: the name of each document's text; empty if unknown.
 
     Raises:
         InputError: a loss is missing or infinite, or the sizes are inconsistent.
@@ -70,9 +75,12 @@ class SurgeryCurve:
     text: str
     n_tokens: int
     stopping: StoppingRule | None = None
+    lengths: tuple[int, ...] = ()
+    domains: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_losses(self)
+        _check_documents(self)
 
     def __repr__(self) -> str:
         fractions = sorted({p.fraction for p in self.points})
@@ -216,9 +224,14 @@ class SurgeryCurve:
             f"{point.fraction:.0%} of the {kind}key dimensions can be cut ({made}) at less than "
             f"{margin:g} nats"
         )
+        run = len(delta)
+        where: dict[str, Any] = {
+            "domain": tuple(dict.fromkeys(self.domains[:run])),
+            "context": Context.of(self.lengths[:run]) if self.lengths else None,
+        }
         if self.stopping is None:
-            return judge(claim, delta, margin)
-        return self.stopping.judge(claim, delta, margin, early=len(delta) < self.n_documents)
+            return judge(claim, delta, margin, **where)
+        return self.stopping.judge(claim, delta, margin, early=run < self.n_documents, **where)
 
     def to_dataframe(self) -> Any:
         """The rows of ``table``, with the 95% interval as ``low`` and ``high``, nats per token.
@@ -260,6 +273,8 @@ class SurgeryCurve:
                 "model": asdict(self.model),
                 "text": self.text,
                 "n_tokens": self.n_tokens,
+                "lengths": list(self.lengths),
+                "domains": list(self.domains),
                 "stopping": None if self.stopping is None else asdict(self.stopping),
                 "baseline": self.baseline.tolist(),
                 "points": [
@@ -283,7 +298,8 @@ class SurgeryCurve:
         Raises:
             FileFormatError: the file is missing, damaged or not a surgery file.
         """
-        data = opened(read_json(path), KIND, str(path))
+        # Files of before a curve knew its documents' lengths and texts have neither.
+        data = {"lengths": [], "domains": [], **opened(read_json(path), KIND, str(path))}
         with checking(str(path), "surgery"):
             CURVE(data, "file")
             rows = [dict(p) for p in data["points"]]
@@ -296,6 +312,8 @@ class SurgeryCurve:
                 data["text"],
                 data["n_tokens"],
                 _rule(data["stopping"]),
+                tuple(data["lengths"]),
+                tuple(data["domains"]),
             )
 
 
@@ -321,6 +339,20 @@ def _check_losses(curve: SurgeryCurve) -> None:
                 f"losses of point {index} ({curve.points[index].order}, "
                 f"{curve.points[index].fraction:.0%} cut): a document has none, or an infinite one"
             )
+
+
+def _check_documents(curve: SurgeryCurve) -> None:
+    """Where lengths and names are known, there is one a document, and the lengths add up."""
+    for name, values in (("lengths", curve.lengths), ("domains", curve.domains)):
+        if values and len(values) != curve.n_documents:
+            raise InputError(
+                f"{name} has {len(values)} entries: expected one for each of the "
+                f"{curve.n_documents} documents"
+            )
+    if curve.lengths and sum(curve.lengths) != curve.n_tokens:
+        raise InputError(
+            f"lengths add up to {sum(curve.lengths)} tokens: expected n_tokens={curve.n_tokens}"
+        )
 
 
 def _rule(data: dict[str, Any] | None) -> StoppingRule | None:

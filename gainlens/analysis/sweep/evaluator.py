@@ -216,6 +216,11 @@ class TextLosses:
         return [len(batch) for batch in self.documents]
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document."""
+        return tuple(len(row) for batch in self.documents for row in batch)
+
+    @property
     def intact(self) -> Float[np.ndarray, " document"]:
         """Loss of each document without a cut, nats per token."""
         return self.losses(None)

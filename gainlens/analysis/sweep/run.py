@@ -23,6 +23,7 @@ from gainlens.analysis.sweep.points import ORDERS, Point, check_fractions, sweep
 from gainlens.analysis.sweep.resume_file import SweepFile
 from gainlens.analysis.sweep.resume_header import sweep_header
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
+from gainlens.data.texts import domains_of
 from gainlens.errors import InputError
 from gainlens.model.hooks import check_intact
 from gainlens.probes.gains import KeyGains, check_same_weights
@@ -142,7 +143,15 @@ def surgery(
     for row, found in zip(table, losses[1:], strict=True):
         row[: len(found)] = found
     return SurgeryCurve(
-        [point for point, _ in todo], table, losses[0], gains.model, text.text, text.n_tokens, rule
+        [point for point, _ in todo],
+        table,
+        losses[0],
+        gains.model,
+        text.text,
+        text.n_tokens,
+        rule,
+        text.lengths,
+        domains_of(tokens) or (),
     )
 
 
