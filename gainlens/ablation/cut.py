@@ -74,13 +74,22 @@ class Cut(Kept, ABC):
     def from_tensors(cls: type[C], tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> C:
         """Rebuild a cut from its ``tensors()`` and ``all_facts``.
 
+        Args:
+            tensors: every tensor by name, as ``tensors`` returns them.
+            facts: the facts of the file.
+
         Raises:
             InputError, KeyError, TypeError: they do not describe a cut of this kind.
         """
 
     @classmethod
     def check_file(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
-        """Raise ``gainlens.files.schema.Mismatch`` unless the file has what this kind needs."""
+        """Raise ``gainlens.files.schema.Mismatch`` unless the file has what this kind needs.
+
+        Args:
+            tensors: every tensor of the file, by name.
+            facts: the facts of the file.
+        """
 
     @abstractmethod
     def edit(self, model: Any, batch: Int[torch.Tensor, "document pos"]) -> Edit:
@@ -110,7 +119,12 @@ class Cut(Kept, ABC):
 
     @abstractmethod
     def only(self, layer: int, kv_head: int | None = None) -> Cut:
-        """The same cut in only one layer (or one of its key heads); the rest stays intact."""
+        """The same cut in only one layer or key head; the rest stays intact.
+
+        Args:
+            layer: index of the layer.
+            kv_head: index of the key head; all heads of the layer if None.
+        """
 
     @property
     def maps(self) -> HeadMaps | None:
@@ -148,6 +162,14 @@ class Cut(Kept, ABC):
         seed: int = 0,
     ) -> Cut:
         """The cut with other replacement values; see ``ablation_hooks``.
+
+        Args:
+            mode: name of the mode.
+            stage: where the cut acts; the stage of the mode if None.
+            gains: means and variances, for the modes that need them.
+            cache: cached keys, for the modes that patch.
+            donors: documents of the cache to take values from.
+            seed: seed of the modes that draw at random.
 
         Raises:
             InputError: this kind of cut does not support the requested mode.

@@ -66,9 +66,19 @@ def ablate(
 ) -> Iterator[AblationHooks]:
     """Context manager that cuts the model and restores it on exit, also after an exception.
 
-    Arguments and errors are those of ``ablation_hooks``. The user's own hooks stay attached.
+    The user's own hooks stay attached.
+
+    Args:
+        model: a TransformerBridge or HookedTransformer.
+        cut: the cut, of any kind.
+        mode: name of the mode; see ``ablation_hooks``.
+        stage: where the cut acts; the stage of the mode if None.
+        gains: means and variances, for the modes that need them.
+        cache: cached keys, for the modes that patch.
+        seed: seed of the modes that draw at random.
 
     Raises:
+        InputError: see ``ablation_hooks``.
         SilentSiteError: on exit, if no forward pass went through every layer.
 
     Example:
