@@ -95,7 +95,7 @@ class KeyMask(Cut):
         stage: Stage | None = None,
         gains: KeyGains | None = None,
         cache: KeyCache | None = None,
-        donors: Sequence[Int[torch.Tensor, "document pos"]] | None = None,
+        donors: Sequence[Int[torch.Tensor, "_document _pos"]] | None = None,
         seed: int = 0,
     ) -> MaskedCut:
         """The mask with replacement values other than zero; see ``MaskedCut``."""

@@ -47,7 +47,7 @@ class MaskedCut(Cut):
         stage: Stage | None = None,
         gains: KeyGains | None = None,
         cache: KeyCache | None = None,
-        donors: Sequence[Int[torch.Tensor, "document pos"]] | None = None,
+        donors: Sequence[Int[torch.Tensor, "_document _pos"]] | None = None,
         seed: int = 0,
     ) -> None:
         self._row = get_mode(mode)
