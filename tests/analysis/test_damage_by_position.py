@@ -115,5 +115,7 @@ def test_bad_input(unchecked, tiny, tiny_gains, tiny_validation, tiny_calibratio
         rise_by_position(tiny, tiny_validation, gl.KeyMask(mask.keep[:2]), progress=False)
     with pytest.raises(gl.errors.InputError, match="chose a cut"):
         rise_by_position(tiny, tiny_calibration, mask, progress=False)
-    with gl.ablate(tiny, mask), pytest.raises(gl.errors.InputError, match="inside gainlens.ablate"):
-        rise_by_position(tiny, tiny_validation, mask, progress=False)
+    with gl.ablate(tiny, mask):
+        tiny(tiny_validation[:1])
+        with pytest.raises(gl.errors.InputError, match="inside gainlens.ablate"):
+            rise_by_position(tiny, tiny_validation, mask, progress=False)
