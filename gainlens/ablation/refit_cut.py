@@ -101,15 +101,15 @@ class RefitCut(Cut):
         """See ``Cut.edit``: the maps act in the frame before the rotation."""
         sites = key_sites(model)
         self.check(sites)
-        turns = layer_turns(sites, batch.shape[1])
+        turns = [self.turns(sites, layer, batch.shape[1], True) for layer in range(sites.n_layers)]
 
         def cut(
             queries: torch.Tensor, keys: torch.Tensor, layer: int
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            turn = turns[layer]
+            before, after = turns[layer]
             return (
-                mapped(queries, self.query_maps[layer], turn),
-                mapped(keys, self.key_maps[layer], turn),
+                mapped(queries, self.query_maps[layer], before, after),
+                mapped(keys, self.key_maps[layer], before, after),
             )
 
         return cut
@@ -127,10 +127,8 @@ class RefitCut(Cut):
             tensor: torch.Tensor, hook: Any, *, maps: torch.Tensor, layer: int, keys: bool
         ) -> torch.Tensor:
             hooks.fires[layer] += keys
-            turn = None
-            if stage == "rotated":
-                turn = make_turn(tensor.shape[1], sites.frequencies[layer], sites.partner)
-            return mapped(tensor, maps, turn)
+            before, after = self.turns(sites, layer, tensor.shape[1], stage == "rotated")
+            return mapped(tensor, maps, before, after)
 
         for layer in range(sites.n_layers):
             for name, maps, keys in (
@@ -139,6 +137,20 @@ class RefitCut(Cut):
             ):
                 hooks.append((name, partial(at, maps=maps, layer=layer, keys=keys)))
         return hooks
+
+    def turns(
+        self, sites: KeySites, layer: int, n_pos: int, rotated: bool
+    ) -> tuple[Turn | None, Turn | None]:
+        """What is undone before the maps of a layer and done after them.
+
+        Args:
+            sites: of the model.
+            layer: which one.
+            n_pos: positions 0, 1, … of the text.
+            rotated: whether queries and keys come (and go) rotated by the model.
+        """
+        turn = make_turn(n_pos, sites.frequencies[layer], sites.partner) if rotated else None
+        return turn, turn
 
     def only(self, layer: int, kv_head: int | None = None) -> RefitCut:
         """The same in one layer, or one of its key heads, alone; the identity elsewhere."""
@@ -163,21 +175,17 @@ class RefitCut(Cut):
             )
 
 
-def layer_turns(sites: KeySites, n_pos: int) -> list[Turn]:
-    """The rotation of each layer at positions 0 … ``n_pos`` - 1."""
-    return [make_turn(n_pos, f, sites.partner) for f in sites.frequencies]
-
-
 def mapped(
     x: Float[torch.Tensor, "batch pos head d_head"],
     maps: Float[torch.Tensor, "head d_head d_head2"],
-    turn: Turn | None,
+    before: Turn | None,
+    after: Turn | None,
 ) -> Float[torch.Tensor, "batch pos head d_head"]:
-    """Apply one map per head, in the frame before the rotation when ``turn`` is given."""
+    """One map per head, between undoing one rotation and making another."""
     by_head = x.transpose(1, 2).float()
-    if turn is not None:
-        by_head = turn(by_head, inverse=True)
+    if before is not None:
+        by_head = before(by_head, inverse=True)
     new = torch.einsum("bhpi,hri->bhpr", by_head, maps.to(by_head))
-    if turn is not None:
-        new = turn(new)
+    if after is not None:
+        new = after.for_heads(new.shape[1])(new)
     return new.transpose(1, 2).to(x.dtype)

@@ -83,14 +83,13 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     plan = replace(plan, fingerprint=source.fingerprint)
     rotary_dim = plan_rotary_dim(source.family, source.config, plan)
     layouts = plan.layouts(rotary_dim)
-    cut = _maps_of(source, plan)
-    paths = _paths(source, plan, cut, tokens)
-
     biases = _biases(source, plan)
     config = slim_config(source.config, source.family, plan, biases)
     config.dtype = source.dtype
     with parameters_on_meta():
         thin: Any = CLASSES[source.family.name][1](config)
+    cut = _maps_of(source, plan, thin)
+    paths = _paths(source, plan, cut, tokens)
     attention = [f"{source.family.attention.format(n)}." for n in range(source.n_layers)]
     for layer, prefix in enumerate(attention):
         weights = source.attention(layer)
@@ -169,6 +168,15 @@ def check_maps(plan: SlicePlan, source: Source) -> None:
         InputError: maps of another shape, or in another basis.
         UnsupportedModelError: a norm sits between the projections and the maps.
     """
+    if plan.maps is None and plan.frequencies is None:
+        return
+    if source.family.norm:
+        raise UnsupportedModelError(
+            f"{source.architecture} has a norm between its projections and the rotation, and the "
+            "maps of a refitted cut come after it, so they fold into no weight: pass its mask"
+        )
+    if plan.basis != "own":
+        raise InputError("plan has maps in the canonical basis: expected basis='own'")
     if plan.maps is None:
         return
     n_heads = int(source.config.num_attention_heads)
@@ -178,28 +186,29 @@ def check_maps(plan: SlicePlan, source: Source) -> None:
             f"plan has query maps {tuple(plan.maps.queries.shape)}: {source.architecture} takes "
             f"{expected}"
         )
-    if plan.basis != "own":
-        raise InputError("plan has maps in the canonical basis: expected basis='own'")
     fitted = plan.maps.facts.get("fingerprint")
     if fitted is not None and fitted != source.fingerprint:
         raise InputError(
             f"the cut was fitted to another model (weights {fitted[:12]}): this "
             f"{source.architecture} has weights {source.fingerprint[:12]}"
         )
-    if source.family.norm:
-        raise UnsupportedModelError(
-            f"{source.architecture} has a norm between its projections and the rotation, and the "
-            "maps of a refitted cut come after it, so they fold into no weight: pass its mask"
-        )
 
 
-def _maps_of(source: Source, plan: SlicePlan) -> ProjectionMaps:
+def _maps_of(source: Source, plan: SlicePlan, thin: Any) -> ProjectionMaps:
     if plan.basis == "canonical":
         return ProjectionMaps(canonical_maps(source, plan))
+    keys = torch.diag_embed(plan.keep.double())
+    if plan.maps is None and plan.frequencies is None:
+        return ProjectionMaps(keys)
     if plan.maps is None:
-        return ProjectionMaps(torch.diag_embed(plan.keep.double()))
-    keys, queries = (m.double().transpose(2, 3) for m in (plan.maps.keys, plan.maps.queries))
-    return ProjectionMaps(keys, queries)
+        group = int(source.config.num_attention_heads) // keys.shape[1]
+        queries = keys.repeat_interleave(group, 1)
+    else:
+        keys, queries = (m.double().transpose(2, 3) for m in (plan.maps.keys, plan.maps.queries))
+    turns = None
+    if plan.frequencies is not None:
+        turns = plan.frequencies - thin.base_model.rotary_emb.own_frequencies.double().cpu()
+    return ProjectionMaps(keys, queries, turns)
 
 
 def _paths(
