@@ -71,6 +71,7 @@ def refit(
     if not mask.whole_pairs(sites.partner):
         raise InputError("mask splits a rotary pair: refit keeps or cuts whole pairs")
     documents = calibration(model, tokens, sites.d_head)
+    facts = {"method": "least squares on attention logits", **text_facts(model, documents)}
     spacing = settings.spacing([len(d) for d in documents])
     select = torch.eye(sites.d_head, dtype=torch.float32)
 
@@ -81,9 +82,4 @@ def refit(
     own = sites.frequencies[:, None].expand(-1, sites.n_kv_heads, -1)
     with record_attention(model, documents, spacing) as record:
         found = fit_heads(record, mask.keep, own, plain, settings, progress, "refit")
-    facts = {
-        "method": "least squares on attention logits",
-        **text_facts(model, documents),
-        **found.facts(settings, spacing),
-    }
-    return RefitCut(mask, found.queries, found.keys, facts)
+    return RefitCut(mask, found.queries, found.keys, {**facts, **found.facts(settings, spacing)})

@@ -68,7 +68,9 @@ def best_cut(
     documents = as_documents(tokens, int(model.cfg.d_vocab))
     if gains is None:
         some = ranking(documents) if score == "fisher" else documents
-        gains = probe_gains(model, some, scores=(score,), progress=progress)
+        gains = probe_gains(
+            model, some, scores=(score,), tokens_per_batch=RANKING_LENGTH, progress=progress
+        )
     mask = KeyMask.quietest(gains, fraction, score, scope)
     if rounds < 1:
         return mask

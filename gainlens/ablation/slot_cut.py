@@ -56,7 +56,8 @@ class SlotCut(RefitCut):
         facts: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(mask, query_maps, key_maps, facts)
-        self.frequencies, self.own = frequencies.double(), own.double()
+        self.frequencies = frequencies.double().contiguous()
+        self.own = own.double().contiguous()
         shape = tuple(frequencies.shape)
         if assigned is None:
             assigned = torch.full(shape, -1)

@@ -108,6 +108,7 @@ def fit_slots(
             f"context={context!r}: expected from 2 up to the {longest} tokens of the longest "
             "document of tokens"
         )
+    facts = text_facts(model, documents)
     spacing = settings.spacing([len(d) for d in documents])
     n_slots = max(1, round((1 - fraction) * sites.d_head / 2))
     with record_attention(model, documents, spacing) as record:
@@ -123,7 +124,7 @@ def fit_slots(
             return start_maps(sites, assigned[layer, head], turned[layer, head])
 
         found = fit_heads(record, keep, frequencies, start, settings, progress, "slots")
-    facts = {
+    facts |= {
         "method": "rotary slots, least squares on attention logits",
         "fraction": fraction,
         "scope": scope,
@@ -131,10 +132,10 @@ def fit_slots(
         "grid": grid,
         "context": context or longest,
         "explained": explained,
-        **text_facts(model, documents),
         **found.facts(settings, spacing),
     }
-    mask = KeyMask(keep, {"fingerprint": gains.model.fingerprint, "texts": list(gains.texts)})
+    chosen_on = {"texts": list(gains.texts), "documents": list(gains.documents)}
+    mask = KeyMask(keep, {"fingerprint": gains.model.fingerprint, **chosen_on})
     return SlotCut(mask, found.queries, found.keys, frequencies, sites.frequencies, assigned, facts)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from gainlens.ablation.least_squares_refit import refit
 from gainlens.data.batches import TOKENS_PER_BATCH
-from gainlens.errors import UnsupportedModelError
+from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.export.families import FAMILIES
 from gainlens.export.plan import SlicePlan
 from gainlens.model.finding_sites import key_sites
@@ -28,9 +28,17 @@ def refitted(
         plan: what stays.
         rounds: of the refit; 0 leaves the plan as it is.
         progress: show a progress bar.
+
+    Raises:
+        InputError: a plan with slots.
     """
     if rounds < 1:
         return plan
+    if plan.frequencies is not None:
+        raise InputError(
+            "plan has slot frequencies, and a refit keeps the model's own: pass the cut that "
+            "gainlens.best_cut returns, which is fitted already"
+        )
     family = FAMILIES.get(key_sites(model).architecture)
     try:
         if family is not None and family.norm:

@@ -14,6 +14,7 @@ from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
 from gainlens.export import plan_of
 from gainlens.export.engines.stock import longrope_factors, stock_llama
 from gainlens.export.plan import SlicePlan
+from gainlens.export.recipe import refitted
 from gainlens.model.wrapping import to_bridge
 
 TOKENS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(5))
@@ -134,6 +135,8 @@ def test_what_can_not_take_slots():
     bridge = to_bridge(copy.deepcopy(llama), "x", None)
     with pytest.raises(InputError, match="slot frequencies"):
         gl.train_virtual_width(bridge, cut, TOKENS, steps=1)
+    with pytest.raises(InputError, match="slot frequencies, and a refit keeps"):
+        refitted(bridge, TOKENS, SlicePlan.from_cut(cut))
     assert CONFIGS["neox"][1] == 4
     neox = random_model("neox")
     keep = torch.ones(3, 4, 8, dtype=torch.bool)
