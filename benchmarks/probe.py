@@ -1,6 +1,6 @@
 """What probing costs beside the bare forward pass and beside run_with_cache, on the real model.
 
-    python benchmarks/probe.py --out docs/results/bench_probe.json
+    python benchmarks/probe.py --out docs/results/probe.json
 
 Times are medians of interleaved repetitions in one process; memory is the peak of a fresh process
 per case and number of batches, so that growth shows.
@@ -92,7 +92,7 @@ def show(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--out", default="docs/results/bench_probe.json")
+    parser.add_argument("--out", default="docs/results/probe.json")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
         "--memory-only", action="store_true", help="keep the times of the file, measure memory anew"

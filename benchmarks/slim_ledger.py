@@ -2,7 +2,7 @@
 
 Writes ``docs/results/slim_ledger.json``. ``--size-check`` instead makes a random Llama of
 TinyLlama's sizes slim in a process of its own and records time and peak memory in
-``docs/results/slim_1b.json``.
+``docs/results/slim_ledger_size_check.json``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import gainlens as gl
 from gainlens.ablation import KeyMask
 from gainlens.export import SlicePlan, slim
-from gainlens.export.speed_ledger import CONTEXTS, ledger, machine
+from gainlens.export.speed_ledger import CONTEXTS, ledger
 from gainlens.files import write_json
 from gainlens.model.loading import load_hf
 
@@ -46,7 +46,7 @@ def main() -> int:
     """Measure and write the result."""
     args = arguments()
     if args.size_check:
-        return size_check(args.out or RESULTS / "slim_1b.json")
+        return size_check(args.out or RESULTS / "slim_ledger_size_check.json")
     bridge = gl.load_model(args.model)
     tokens = gl.load_tokens(args.text, bridge, n_docs=8, length=256, split="calibration")
     gains = gl.probe_gains(bridge, tokens, progress=False)

@@ -122,7 +122,7 @@ def _cut(model, calibration, gains, scope: str, args) -> Cut:
             stride=args.stride, progress=False,
         )  # fmt: skip
     mask = gl.KeyMask.quietest(gains, args.fraction, "fisher", scope)
-    return gl.refit(
+    return gl.ablation.refit(
         model, calibration, mask, rounds=args.rounds, stride=args.stride, progress=False
     )
 

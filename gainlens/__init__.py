@@ -1,88 +1,74 @@
 """gainlens: what the key dimensions of a transformer do, which can go, and what that is worth."""
 
-from gainlens.ablation import (
-    Cut,
-    KeyCache,
-    KeyMask,
-    RefitCut,
-    ablate,
-    ablation_hooks,
-    best_cut,
-    greedy_mask,
-    load_cut,
-    refit,
-)
+from typing import Any
+
+from gainlens.ablation import Cut, KeyMask, ablate, ablation_hooks, best_cut, load_cut
 from gainlens.analysis import (
-    Behaviours,
     CoordinateMap,
-    PatchEffects,
     SurgeryCurve,
     Verdict,
-    attribution_patching,
     behaviours,
-    canonical_gains,
-    compare_maps,
     coordinate_map,
     patch_keys,
     surgery,
-    with_evidence,
 )
-from gainlens.errors import (
-    FileFormatError,
-    GainlensError,
-    InputError,
-    SilentSiteError,
-    UnsupportedModelError,
-)
+from gainlens.errors import GainlensError
 from gainlens.export import SlicePlan, export_model, load_slim, sliced_attention, slim
-from gainlens.model import KeySites, key_sites, load_model, load_tokens
+from gainlens.model import load_model, load_tokens
 from gainlens.probes import KeyGainProbe, KeyGains, probe_gains
-from gainlens.training import TrainingError, TrainingRun, train_virtual_width
+from gainlens.training import train_virtual_width
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Behaviours",
     "CoordinateMap",
     "Cut",
-    "FileFormatError",
     "GainlensError",
-    "InputError",
-    "KeyCache",
     "KeyGainProbe",
     "KeyGains",
     "KeyMask",
-    "KeySites",
-    "PatchEffects",
-    "RefitCut",
-    "SilentSiteError",
     "SlicePlan",
     "SurgeryCurve",
-    "TrainingError",
-    "TrainingRun",
-    "UnsupportedModelError",
     "Verdict",
     "ablate",
     "ablation_hooks",
-    "attribution_patching",
     "behaviours",
     "best_cut",
-    "canonical_gains",
-    "compare_maps",
     "coordinate_map",
     "export_model",
-    "greedy_mask",
-    "key_sites",
     "load_cut",
     "load_model",
     "load_slim",
     "load_tokens",
     "patch_keys",
     "probe_gains",
-    "refit",
     "sliced_attention",
     "slim",
     "surgery",
     "train_virtual_width",
-    "with_evidence",
 ]
+
+_ONE_LEVEL_DOWN = {
+    "ablation": ("KeyCache", "RefitCut", "greedy_mask", "refit"),
+    "analysis": (
+        "Behaviours",
+        "PatchEffects",
+        "attribution_patching",
+        "canonical_gains",
+        "compare_maps",
+        "with_evidence",
+    ),
+    "errors": ("FileFormatError", "InputError", "SilentSiteError", "UnsupportedModelError"),
+    "model": ("KeySites", "key_sites"),
+    "training": ("TrainingError", "TrainingRun"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names that notebooks of the first version took from the top are found a level down."""
+    from importlib import import_module
+
+    for room, names in _ONE_LEVEL_DOWN.items():
+        if name in names:
+            return getattr(import_module(f"gainlens.{room}"), name)
+    raise AttributeError(f"module 'gainlens' has no attribute {name!r}")

@@ -24,7 +24,7 @@ def packages():
             yield importlib.import_module(found.name)
 
 
-@pytest.mark.parametrize("package", packages(), ids=lambda p: p.__name__)
+@pytest.mark.parametrize("package", list(packages()), ids=lambda p: p.__name__)
 def test_no_module_hides_behind_a_name_of_its_package(package):
     for found in pkgutil.iter_modules(package.__path__):
         if found.name == "__main__":

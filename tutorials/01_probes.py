@@ -1,17 +1,17 @@
 # %% [markdown]
-# # 1 Probes: how loud is each key dimension?
+# # 1 Probes: how large is each key dimension?
 #
 # You know TransformerLens: a model with hook points, and activations that you can read and replace.
-# In this notebook you will measure how large every dimension of every key is over a text, first by
-# hand, then with gainlens, and learn which of these numbers may decide anything.
+# In this notebook you measure how large each dimension of each key is over a text, first by hand, then
+# with gainlens. You learn which of these numbers may decide a cut.
 #
 # **What you will see**
 #
-# 1. A gain is a plain statistic of what `hook_rot_k` carries; gainlens gives the same number.
-# 2. Loud keys are not important keys: a change that the model cannot notice reorders them.
-# 3. A rotary pair, not a dimension, is the natural unit.
+# 1. A gain is a plain statistic of what `hook_rot_k` carries. gainlens gives the same number.
+# 2. Large keys are not important keys: a change that the model cannot notice reorders them.
+# 3. The natural unit is a rotary pair, not a dimension.
 # 4. How much text is enough, measured against a control.
-# 5. A hook that never fired is an error, not a zero.
+# 5. A hook that never fires is an error, not a zero.
 
 # %%
 import os
@@ -24,14 +24,14 @@ import gainlens as gl
 NAME = os.environ.get("GAINLENS_TUTORIAL_MODEL", "tiny")  # or "smollm2", or your own model
 model = gl.load_model(NAME)  # any TransformerBridge or HookedTransformer does
 calibration = gl.load_tokens("sotu", model, n_docs=8, length=128, split="calibration")
-n_layers, n_kv_heads, d_head = gl.key_sites(model).shape
+n_layers, n_kv_heads, d_head = gl.model.key_sites(model).shape
 print(f"{n_layers} layers × {n_kv_heads} key heads × {d_head} dimensions")
 print("tokens [document, position]:", tuple(calibration.shape))
 
 # %% [markdown]
 # ## 1 By hand
 #
-# A gain of a key dimension is a statistic over tokens. The simplest is the root mean square. With
+# A gain is a statistic of a key dimension over tokens. The simplest one is the root mean square. With
 # TransformerLens alone it takes one hook:
 
 # %%
@@ -48,8 +48,8 @@ with torch.inference_mode():
 print("rms of layer", layer, "by hand:", tuple(seen["rms"].shape))
 
 # %% [markdown]
-# `probe_gains` does that for every layer in one streaming pass, so that no activation is kept. The
-# control of this first step is that both ways give the same numbers.
+# `probe_gains` does that for every layer in one streaming pass and stores no activations. As a
+# control, both ways must give the same numbers.
 
 # %%
 gains = gl.probe_gains(model, calibration)
@@ -62,22 +62,22 @@ gains
 gains.plot(score="rms")
 
 # %% [markdown]
-# Read it row by row: each head is scaled to mean 1, so a red cell is a dimension that is louder than
-# the others of its head, a blue one quieter. Note the two halves: dimension *i* and dimension
-# *i + d/2* look alike. They rotate together (section 3).
+# Each head is scaled to mean 1. A red cell is a dimension that is larger than the others of its head,
+# a blue one is smaller. The two halves look alike: dimension *i* and dimension *i + d/2* rotate
+# together (section 3).
 #
-# The same as a table, one row per dimension:
+# The same numbers as a table, averaged by layer:
 
 # %%
 frame = gains.to_dataframe()
 frame.groupby("layer")[["rms", "std", "qk"]].mean().round(2)
 
 # %% [markdown]
-# ## 2 Loud is not important: the gauge
+# ## 2 Large is not important: the gauge
 #
-# Attention only ever uses the product of a query and a key. Make a pair of key dimensions four times
-# larger and the matching query dimensions four times smaller, and every logit stays what it was.
-# The model cannot notice; `rms` can. Here this is done with two hooks.
+# Attention uses only the product of a query and a key. Make a pair of key dimensions four times larger
+# and the matching query dimensions four times smaller: every logit stays the same. The model cannot
+# notice the change, but `rms` does. Two hooks make the change:
 
 # %%
 partner = gains.model.partner  # the dimension that each rotates with
@@ -126,18 +126,18 @@ for score in ("rms", "qk"):
     print(f"{score}: the pair's place was {place(gains, score)}, is now {place(scaled, score)}")
 
 # %% [markdown]
-# **What to conclude.** `rms` and `std` describe keys. A ranking that decides what is cut has to give
-# the same answer for two models that compute the same thing, so it needs the queries too: `qk`, the
-# square root of query energy times key energy, did not move. (`logit_std` and `fisher` do not move
-# either; they cost more and are asked for by name: `probe_gains(model, tokens, scores=("fisher",))`.)
+# **Conclusion.** `rms` and `std` describe keys. A ranking that decides a cut must give the same answer
+# for two models that compute the same thing, so it needs the queries too. `qk`, the square root of
+# query energy times key energy, did not move. `logit_std` and `fisher` do not move either. They cost
+# more, so you ask for them by name: `probe_gains(model, tokens, scores=("fisher",))`.
 
 # %% [markdown]
-# ## 3 Two dimensions that turn together
+# ## 3 Two dimensions that rotate together
 #
-# Rotary embeddings turn dimensions in pairs. A turn changes each of the two, but not the length of
-# the pair. So the rms of a *pair* is the same before the rotation (`stage="projected"`, `hook_k`) and
-# after it (`stage="rotated"`, `hook_rot_k`). The control is the same comparison for single
-# dimensions, which has no reason to agree.
+# Rotary embeddings rotate dimensions in pairs. A rotation changes both dimensions but not the length
+# of the pair. So the rms of a *pair* is the same before the rotation (`stage="projected"`, `hook_k`)
+# and after it (`stage="rotated"`, `hook_rot_k`). The control is the same comparison for single
+# dimensions, which need not agree.
 
 # %%
 for unit in ("pair", "dim"):
@@ -146,15 +146,15 @@ for unit in ("pair", "dim"):
     print(f"{unit:4}: largest relative change by the rotation {((a - b).abs() / b).max():.1e}")
 
 # %% [markdown]
-# **What to conclude.** Where keys rotate, the pair is the unit: `unit="pair"` is the default of every
+# **Conclusion.** Where keys rotate, cut whole pairs: `unit="pair"` is the default of every
 # cut in gainlens.
 
 # %% [markdown]
 # ## 4 How much text is enough?
 #
-# Gains of two texts add up: statistics are sums. So probe each document by itself, and ask how well
-# the ranking from one half of the text agrees with that from the other half, next to a control in
-# which the units of one half are shuffled.
+# Gains of two texts can be added, because the statistics are sums. So probe each document alone. Then
+# compare the ranking from one half of the text with the ranking from the other half. In the control,
+# the units of one half are shuffled.
 
 # %% alt="Rank correlation of gains between two halves of the text, rising with the number of documents per half towards 1, and the same with shuffled units, near 0."
 parts = [gl.probe_gains(model, document[None], progress=False) for document in calibration]
@@ -190,8 +190,8 @@ ax.legend()
 print("halves:", [round(x, 3) for x in true], "control:", [round(x, 3) for x in chance])
 
 # %% [markdown]
-# **What to conclude.** If the blue line is near 1 already, a few thousand tokens rank the units of a
-# head well. What a ranking is *worth* is another question: that is tutorial 2.
+# **Conclusion.** If the blue line is near 1, a few thousand tokens are enough to rank the units of a
+# head. What the ranking is *worth* is the question of tutorial 2.
 
 # %%
 together = sum(parts[1:], start=parts[0])
@@ -201,23 +201,23 @@ print(f"eight probes added up against one probe of all: {whole:.1e} apart")
 # %% [markdown]
 # ## 5 A silent hook is an error
 #
-# On some models a hook point exists and never fires, and a statistic of nothing looks like a quiet
-# dimension. A probe counts what every site saw, and raises where that is nothing:
+# On some models a hook point exists but never fires. A statistic over nothing looks like a quiet
+# dimension. So the probe counts what each site saw and raises an error if a site saw nothing:
 
 # %%
 try:
     with gl.KeyGainProbe(model):
         pass  # no forward pass: every site stays silent
-except gl.SilentSiteError as error:
+except gl.errors.SilentSiteError as error:
     print("SilentSiteError:", error)
 
 # %% [markdown]
 # ## Exercises
 #
 # 1. Probe another text (`gl.load_tokens("stdlib", …)` is Python source). Is the ranking of `qk` the
-#    same? Use `agreement` from section 4, and mind what agreement two halves of *one* text have.
+#    same? Use `agreement` from section 4, and compare with the agreement of two halves of *one* text.
 # 2. Repeat section 2 with `logit_std`. Which of the scores in `gains.scores` move?
-# 3. Scale a single dimension by 4 instead of the pair. Do the logits still stay? Why not?
+# 3. Scale a single dimension by 4 instead of the pair. Do the logits stay the same? Why not?
 # 4. Save the gains (`gains.save("gains.safetensors")`) and load them in another process.
 #
-# Next: [what breaks when the quiet ones go](02_surgery.md).
+# Next: [what breaks when the quiet ones go?](02_surgery.md)

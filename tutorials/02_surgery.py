@@ -1,17 +1,17 @@
 # %% [markdown]
 # # 2 Surgery and patching: what breaks when the quiet ones go?
 #
-# A gain says how loud a dimension is. Whether the model needs it can only be found out by taking it
-# away. Here you will cut key dimensions with ordinary TransformerLens hooks, sweep the cut with its
-# controls, get a verdict, and then go the other way and patch single units back in.
+# A gain says how large a dimension is. Whether the model needs it is known only after it is removed.
+# Here you cut key dimensions with ordinary TransformerLens hooks, sweep the cut with its controls, get
+# a verdict, and then patch single units back in.
 #
 # **What you will see**
 #
-# 1. One call, `run_with_hooks`, on a `HookedTransformer` and on a bridge: the same loss.
-# 2. Whole pairs may be cut before or after the rotation; half pairs may not.
+# 1. The same `run_with_hooks` call gives the same loss on a `HookedTransformer` and on a bridge.
+# 2. Whole pairs can be cut before or after the rotation, half pairs cannot.
 # 3. A sweep beside random and loudest-first cuts, and what it takes to say "nothing is lost".
-# 4. When zeroing and mean-ablation are the same cut, and when they are not.
-# 5. Which units carry a copied token, by patching, checked against its own estimate.
+# 4. When zeroing and mean ablation are the same cut, and when they differ.
+# 5. Which units carry a copied token, by exact patching and by a one-pass estimate.
 
 # %%
 import os
@@ -32,9 +32,9 @@ mask
 # %% [markdown]
 # ## 1 The cut is a list of hooks
 #
-# `ablation_hooks` gives `(name, function)` pairs for `fwd_hooks`, one per layer. transformer-lens 3.9
-# has both `HookedTransformer` and the bridge; from 4.0 on there is the bridge alone. The same call
-# serves both, and where both are installed they must agree.
+# `ablation_hooks` returns `(name, function)` pairs for `fwd_hooks`, one per layer. transformer-lens 3.9
+# has `HookedTransformer` and the bridge; 4.0 and later have only the bridge. The same call works for
+# both. Where both are installed, they must agree.
 
 # %%
 losses = {}
@@ -56,8 +56,8 @@ if len(losses) == 2:
     assert abs(losses["bridge"] - losses["hooked"]) < 1e-3
 
 # %% [markdown]
-# Nothing more is in it than what you would write by hand. The control of the tool: the same cut as a
-# hook of three lines.
+# The hooks do nothing that you could not write by hand. As a control, here is the same cut as a hook
+# of three lines.
 
 # %%
 keep = mask.keep
@@ -77,9 +77,9 @@ assert abs(loss - losses["bridge"]) < 1e-4
 # %% [markdown]
 # ## 2 Before or after the rotation
 #
-# Zeroing a whole pair and rotating can be swapped. Zeroing one dimension of a pair can't: the
-# rotation mixes the other into its place. So for whole pairs the loss must be the same at `hook_k`
-# and at `hook_rot_k`; `KeyMask.split`, which cuts half pairs, is the control.
+# Zeroing a whole pair commutes with the rotation. Zeroing one dimension of a pair does not, because
+# the rotation mixes the other one into its place. So for whole pairs the loss must be the same at
+# `hook_k` and at `hook_rot_k`. The control is `KeyMask.split`, which cuts half pairs.
 
 # %%
 halves = gl.KeyMask.split(gains, fraction=0.5)
@@ -101,10 +101,10 @@ for name, chosen in (("whole pairs", mask), ("half pairs", halves)):
 # %% [markdown]
 # ## 3 A sweep with its controls
 #
-# One loss after one cut says little: is a rise of 0.1 much? `surgery` runs the quietest-first cut
-# at several fractions, beside **random** cuts of the same size (is the ranking worth anything?) and
-# **loudest-first** cuts (does the measurement see damage at all?), on documents that had no say in
-# the choice. Differences are taken document by document, so each has an interval.
+# One loss after one cut says little. Is a rise of 0.1 much? `surgery` cuts the quietest units first, at
+# several fractions. Beside them it runs **random** cuts of the same size (is the ranking worth
+# anything?) and **loudest-first** cuts (does the measurement see damage at all?). It uses documents
+# that did not choose the cut. Differences are paired by document, so each one has an interval.
 
 # %% alt="Rise of the loss against the share of key dimensions cut: quietest first lowest, random and loudest first above it, with 95% intervals and the margin of 0.02 nats as a dashed line."
 curve = gl.surgery(model, validation, gains, fractions=(0.25, 0.5, 0.8), seeds=(0, 1))
@@ -115,9 +115,9 @@ columns = ["order", "fraction", "seed", "loss", "delta", "low", "high"]
 curve.to_dataframe()[columns].round(3)
 
 # %% [markdown]
-# "The loss stays flat" is a claim that nothing is there, and no finite text can show that. What can
-# be shown is "less than a margin", with the margin named before looking. The claim *holds* if the
-# whole interval is below the margin, *fails* if it is above, and is *undecided* otherwise.
+# No finite text can show that the loss does not rise at all. It can show that the rise is smaller than a
+# margin, if the margin is set before looking. The claim *holds* if the whole interval is below the
+# margin, *fails* if the whole interval is above it, and is *undecided* otherwise.
 
 # %% alt="The rise of the loss at 50% cut with its interval, and the margin of 0.02 nats beside it."
 verdict = curve.verdict(fraction=0.5, margin=0.02)
@@ -125,8 +125,8 @@ print(verdict)
 verdict.plot()
 
 # %% [markdown]
-# A tool that always says "fails" would be worthless, so the control is a cut of nothing: with
-# nothing cut the claim must hold.
+# A tool that always says "fails" would be worthless. So the control is a cut of nothing, for which the
+# claim must hold.
 
 # %%
 nothing = gl.KeyMask(torch.ones_like(mask.keep))
@@ -136,29 +136,29 @@ check = gl.surgery(
 print(check.verdict(fraction=0.0, margin=0.02, order="given"))
 
 # %% [markdown]
-# The text that chose may not judge. gainlens remembers which text the gains saw:
+# A text that chose a cut must not judge it. gainlens remembers which text the gains saw:
 
 # %%
 try:
     gl.surgery(model, calibration, gains, fractions=(0.5,), progress=False)
-except gl.InputError as error:
+except gl.errors.InputError as error:
     print("InputError:", error)
 
 # %% [markdown]
-# **What to conclude.** On SmolLM2 the claim fails at a half: the interval is far above 0.02 nats.
-# It still beats the random cut by a lot, so the ranking is right and the claim is wrong. On the small
-# model, whose loss is high on this text to begin with, cutting a half does no harm. A verdict is
-# about one model and one text; the tool's job is to say which.
+# **Conclusion.** On SmolLM2 the claim fails at 50%: the interval is far above 0.02 nats. The cut is still
+# far better than a random one, so the ranking works and the claim is wrong. The small model has a high
+# loss on this text anyway, and cutting half of its pairs does no harm. A verdict is about one model and
+# one text, at the length that was measured.
 
 # %% [markdown]
-# ## 4 What is put in place of a key?
+# ## 4 What replaces a key?
 #
-# A key dimension that is the same at every position adds the same number to all logits of a query,
-# and the softmax does not see it. So *after* the rotation, zero and the mean (or any constant) are
-# the same cut: both take away all that the dimension says. *Before* the rotation a constant is still
-# a signal: the rotation turns it by position, so the model keeps the distance that it encodes. Mean
-# ablation at `stage="projected"` therefore asks something else: what does the *content* of the
-# dimension carry, with its position signal left in place?
+# A rotated key dimension that is the same at every position adds the same number to all logits of a
+# query, and the softmax ignores it. So *after* the rotation, zero and the mean (or any constant) are
+# the same cut: both remove everything that the dimension carries. *Before* the rotation a constant is
+# still a signal, because the rotation turns it by an angle that depends on the position. So mean
+# ablation at `stage="projected"` asks another question: what does the *content* of the dimension
+# carry, if its position signal stays?
 
 # %%
 for mode, stage in (("zero", "rotated"), ("mean", "rotated"), ("mean", "projected")):
@@ -168,16 +168,16 @@ for mode, stage in (("zero", "rotated"), ("mean", "rotated"), ("mean", "projecte
     print(f"{mode} at {stage}: {loss - float(intact):+.4f} nats")
 
 # %% [markdown]
-# **What to conclude.** The first two agree, as they must: that is the control. How far the third is
-# from them says how much of the damage was lost position, not lost content.
+# **Conclusion.** The first two agree, as they must; that is the control. The distance of the third says
+# how much of the damage was lost position and not lost content.
 
 # %% [markdown]
 # ## 5 Patching: which units carry a copied token?
 #
-# Take a piece of text *s*, then its beginning again: a model that copies expects *s* to go on. In
-# the corrupted prompt *s* is another piece, so the right continuation is another token. The metric
-# is the logit of the clean continuation less that of the corrupted one. Each unit of the clean run's
-# keys is then put, alone, into the corrupted run.
+# Take a piece of text *s*, followed by its beginning again. A model that copies expects *s* to
+# continue. In the corrupted prompt *s* is another piece, so the right continuation is another token.
+# The metric is the logit of the clean continuation minus the logit of the corrupted one. Each unit of
+# the clean run's keys is then inserted alone into the corrupted run.
 
 # %%
 length, again = 12, 4
@@ -194,7 +194,7 @@ def metric(logits):  # [document, position, vocabulary] to one number
 
 layers = range(0, len(keep), max(1, len(keep) // 8))
 exact = gl.patch_keys(model, clean, corrupted, metric=metric, layers=layers)
-estimate = gl.attribution_patching(model, clean, corrupted, metric=metric)
+estimate = gl.analysis.attribution_patching(model, clean, corrupted, metric=metric)
 print(exact)
 print(
     f"correlation of the one-pass estimate with exact patching: {exact.correlation(estimate):.2f}"
@@ -205,7 +205,7 @@ exact.plot()
 estimate.plot()
 
 # %% [markdown]
-# Controls: patching a run with its own keys changes nothing, and the largest units found here
+# Controls: patching a run with its own keys must change nothing, and the units with the largest effect
 # should matter more than units picked at random.
 
 # %%
@@ -218,19 +218,19 @@ print(f"ten at random: mean {top.sample(10, random_state=0)['size'].mean():.3f}"
 top.nlargest(5, "size")[["layer", "kv_head", "dim", "effect"]].round(3)
 
 # %% [markdown]
-# **What to conclude.** Exact patching costs one run per unit, the estimate one backward pass for all
-# of them. Where their correlation is high, the estimate is good enough to search with, and the exact
-# figure is for the few units that you then write about.
+# **Conclusion.** Exact patching costs one run per unit; the estimate costs one backward pass for all
+# units. Where their correlation is high, search with the estimate and use exact patching for the few
+# units that you write about.
 
 # %% [markdown]
 # ## Exercises
 #
-# 1. Take `score="rms"` and `scope="layer"` in the sweep. Does the choice of ranking matter more than
-#    random against quietest?
-# 2. `KeyMask.matched` is a random cut that keeps how many units go at each rotary frequency. Add it
+# 1. Use `score="rms"` and `scope="layer"` in the sweep. Which matters more: the choice of score, or
+#    quietest against random?
+# 2. `KeyMask.matched` is a random cut with as many units at each rotary frequency. Add it
 #    (`orders=("quietest", "matched", "random")`). How much of the ranking's worth is frequency alone?
-# 3. The loss is made of many tokens that need no far-reaching attention. `gl.behaviours(model,
-#    validation, gains)` measures induction and copying. Do they break before the loss does?
-# 4. Halve the validation text. What becomes of the interval, and of the verdict?
+# 3. Most tokens of a text need no long-range attention. `gl.behaviours(model, validation, gains)`
+#    measures induction and copying. Do they break before the loss rises?
+# 4. Halve the validation text. What happens to the interval and to the verdict?
 #
 # Next: [do all layers use the same dimensions?](03_map.md)

@@ -1,16 +1,16 @@
 # %% [markdown]
 # # 3 The coordinate map: do all layers use the same dimensions?
 #
-# A tempting claim: "the gains of all layers have a cosine above 0.99, so there is one universal set
-# of loud dimensions". Here you will see why that number alone shows nothing, what has to stand
-# beside it, and what this model's map says.
+# A tempting claim: "the gains of all layers have a cosine above 0.99, so there is one universal set of
+# important dimensions". Here you see why this number alone shows nothing, which numbers must stand
+# beside it, and what the map of this model says.
 #
 # **What you will see**
 #
 # 1. Vectors that share nothing can have a cosine of 0.99.
-# 2. A map that finds what is there and finds nothing where nothing is: two planted models.
+# 2. Two planted models: the map finds what is shared, and finds nothing where nothing is shared.
 # 3. The map of the real model, with two nulls.
-# 4. What sharing one index set costs, which is what decides whether the map matters.
+# 4. The sharing cost: what one universal set costs. It decides whether the map matters.
 
 # %%
 import os
@@ -29,9 +29,9 @@ gains = gl.probe_gains(model, calibration, progress=False)
 # %% [markdown]
 # ## 1 A cosine needs a null
 #
-# Gains are positive, so two gain vectors point roughly the same way whatever they are. For
-# independent vectors with coefficient of variation CV (standard deviation over mean) the expected
-# cosine is about 1 / (1 + CV²). Draw some:
+# Gains are positive, so any two gain vectors point in similar directions. For independent vectors with
+# coefficient of variation CV (standard deviation over mean), the expected cosine is about
+# 1 / (1 + CV²). Draw some:
 
 # %% alt="Cosine of independent random positive vectors against their coefficient of variation: near 1 for small variation, on the curve one over one plus CV squared."
 rng = np.random.default_rng(0)
@@ -51,15 +51,15 @@ ax.legend()
 print({float(cv): round(float(c), 3) for cv, c in zip(wanted, found, strict=True)})
 
 # %% [markdown]
-# Nearly flat gains (CV 0.1) give 0.99 with nothing shared. So gainlens never shows a cosine without
-# its CV, its null (the same after shuffling the units of a layer) and its centred value (the mean
-# taken out first; 0 for independent vectors).
+# Nearly flat gains (CV 0.1) give 0.99 with nothing shared. So gainlens never shows a cosine without its
+# CV, its null (the cosine after the units of a layer are shuffled) and its centred value (the cosine
+# after the mean is subtracted; 0 for independent vectors).
 #
 # ## 2 Controls first: two planted models
 #
-# `coordinate_map` takes any non-negative array `[layer, kv_head, unit]`. Give it one in which all
-# layers share a quarter of loud units, and one in which every layer has its own. The second is flat
-# enough for a cosine near 0.99.
+# `coordinate_map` takes any non-negative array `[layer, kv_head, unit]`. In the first planted model all
+# layers share the same loud units, a quarter of all. In the second one nothing is shared, and the gains
+# are so flat that the cosine is near 0.99.
 
 # %%
 shared = rng.lognormal(0, 0.5, (12, 2, 32)) * np.where(np.arange(32) < 8, 3.0, 1.0)
@@ -78,8 +78,8 @@ for name, planted in (("shared", shared), ("private", private)):
 assert cosines["private"] > cosines["shared"]
 
 # %% [markdown]
-# The cosine of the private model is *higher* than that of the shared one, and yet nothing is shared.
-# The centred value and the null tell them apart.
+# The model that shares nothing has the *higher* cosine. The centred value and the null tell the two
+# apart.
 #
 # ## 3 The map of this model
 
@@ -92,9 +92,9 @@ print(cmap.verdict())  # the claim "cosine above 0.99: one coordinate system"
 print(cmap.verdict(claim="shared"))  # the weaker claim "layers use the same units"
 
 # %% [markdown]
-# There are two nulls. The plain one shuffles all units of a layer. The band null shuffles only units
-# of neighbouring rotary frequency: if layers agree merely because slow pairs are loud everywhere,
-# that agreement survives the shuffle and does not count.
+# There are two nulls. The plain null shuffles all units of a layer. The band null shuffles only units of
+# similar rotary frequency. If layers agree only because slow pairs are loud everywhere, that agreement
+# survives the shuffle and does not count.
 
 # %%
 cmap.to_dataframe("measures").round(3)
@@ -105,14 +105,14 @@ cmap.to_dataframe("units")[
 ].head(8).round(3)
 
 # %% [markdown]
-# **What to conclude.** `answer` has three values: *universal* (the layers agree beyond both nulls and
-# strongly), *partly shared* (beyond chance, but weakly), *not shared*. On both models of this
-# notebook the layers are partly shared: likeness well beyond chance, and far from one coordinate
-# system. Compare `value` and `chance` in the table: more than half of the raw cosine is what
-# shuffles within a band give.
+# **Conclusion.** `answer` has three values: *universal* (strong agreement beyond both nulls), *partly
+# shared* (agreement beyond chance, but weak) and *not shared*. On both models of this notebook the layers
+# are partly shared: they agree more than chance explains, but they do not form one coordinate system.
+# Compare `value` and `chance` in the table: the shuffle within bands explains more than half of the
+# cosine.
 #
-# Does the answer depend on the definition of a gain? It may, and then a claim about "the" gains is
-# not a claim about the model:
+# Does the answer depend on the score? If it does, a claim about "the" gains is not a claim about the
+# model:
 
 # %%
 for score in gains.scores:
@@ -124,19 +124,19 @@ for score in gains.scores:
     )
 
 # %% [markdown]
-# ## 4 The price of sharing
+# ## 4 The sharing cost
 #
-# A likeness becomes an engineering fact when one shared index set can replace a set per head. So cut
-# the same share three ways and compare the loss on text that did not choose; a random shared set is
-# the control.
+# Agreement between layers is useful when one universal set can replace a set per head. So cut the same
+# fraction with three scopes and compare the loss on text that did not choose the sets. The control is a
+# random universal set.
 
-# %% alt="Rise of the loss at each cut for a set per head, a set per layer, one shared set and a random shared set, with 95% intervals."
-cmap = gl.with_evidence(
-    cmap,
+# %% alt="Rise of the loss at each cut for a set per head, a set per layer, one universal set and a random universal set, with 95% intervals."
+cmap = gl.analysis.with_evidence(
     model,
-    gains,
     calibration[:4],
     validation[:4],
+    cmap,
+    gains,
     parts=("sinks", "price"),
     fractions=(0.25, 0.5),
 )
@@ -147,18 +147,18 @@ print(cmap.verdict(claim="price"))
 cmap.sinks
 
 # %% [markdown]
-# **What to conclude.** If the shared set costs about what a set per head costs, use it: stock engines
-# can run it (tutorial 5). If it costs much more, the map is a picture and not a plan. On SmolLM2 the
-# shared set is far dearer; on the small model the difference is small.
+# **Conclusion.** If the universal set costs about as much as a set per head, use it: stock engines can run
+# it (tutorial 5). If it costs much more, the map describes the model but is no plan for a cut. On SmolLM2
+# the universal set costs far more; on the small model the difference is small.
 
 # %% [markdown]
 # ## Exercises
 #
-# 1. Multiply one layer's gains by 10. What changes in the map? What does `layer_profiles` do first?
+# 1. Multiply the gains of one layer by 10. What changes in the map? What does `layer_profiles` do first?
 # 2. Plant a model in which only half of the layers share a set. What is the answer, and which figure
 #    shows it?
-# 3. `gl.compare_maps(a, b)` compares two maps. Probe two texts (`"sotu"` and `"stdlib"`) and compare.
-#    Is the map a fact about the model or about the text?
+# 3. `gl.analysis.compare_maps(a, b)` compares two maps. Probe two texts (`"sotu"` and `"stdlib"`) and compare.
+#    Is the map a property of the model or of the text?
 # 4. Set `parts=("red_line",)`. How many pairs must stay for a rise below 0.05 nats?
 #
-# Next: [healing what a cut broke](04_healing.md).
+# Next: [how much of the damage heals?](04_healing.md)

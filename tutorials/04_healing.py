@@ -1,18 +1,18 @@
 # %% [markdown]
 # # 4 Virtual width: healing what a cut broke
 #
-# Most of the damage of a cut is not in the dimensions that went but in the weights that still expect
-# them. Here you will mend that twice: once without any training, by least squares, and once by
-# training at *virtual width*, where the tensors keep their full size and only what the cut leaves is
+# Most of the damage of a cut does not come from the lost dimensions. It comes from the remaining weights,
+# which still expect them. Here you repair it in two ways: without training, by least squares, and by
+# training at *virtual width*, where tensors keep their full size but only what the cut keeps is
 # trained.
 #
 # **What you will see**
 #
-# 1. What the plain cut costs, on text that had no say.
-# 2. A refit of the kept queries and keys: no gradient, seconds to minutes.
-# 3. A few steps of training, with two controls: the ghosts stay as they were bit for bit, and a
-#    random cut of the same size, healed by the same recipe, ends up worse.
-# 4. A verdict on text that neither chose, nor trained, nor said when to stop.
+# 1. What the plain cut costs, on text that did not choose it.
+# 2. A refit of the kept queries and keys: no gradients, seconds to minutes.
+# 3. A few steps of training, with two controls. The cut rows do not change by a single bit, and a random
+#    cut of the same size, trained the same way, ends up worse.
+# 4. A verdict on text that did not choose, train or stop anything.
 
 # %%
 import os
@@ -35,17 +35,17 @@ mask = gl.KeyMask.quietest(gains, fraction=FRACTION, score="fisher", scope="head
 mask
 
 # %% [markdown]
-# `fisher` ranks a unit by the squared gradient of the loss with respect to a gate on it: it needs a
-# backward pass, and asks the question that matters for a cut.
+# `fisher` ranks a unit by the squared gradient of the loss with respect to a gate on the unit. It needs a
+# backward pass and measures what matters for a cut.
 #
 # ## 1 and 2 The plain cut, and the same cut refitted
 #
-# The refit solves, for each head, for the linear maps of the kept query and key dimensions that come
-# closest to the intact attention logits on the calibration text. The maps act before the rotation,
-# so they fold into W_Q and W_K: the refitted model is as small as the plain one.
+# For each head, the refit finds linear maps of the kept query and key dimensions. Their attention logits
+# are as close as possible to the intact ones on the calibration text. The maps act before the rotation,
+# so they fold into W_Q and W_K. The refitted model is as small as the plain one.
 
 # %%
-refitted = gl.refit(model, calibration, mask)
+refitted = gl.ablation.refit(model, calibration, mask)
 facts = refitted.facts
 print(
     f"misfit of the attention logits: {facts['misfit_before']:.3f} -> {facts['misfit_after']:.3f}"
@@ -63,10 +63,10 @@ curve.to_dataframe()[["label", "fraction", "loss", "delta", "low", "high"]].roun
 # %% [markdown]
 # ## 3 Training at virtual width
 #
-# What is minimised is the divergence from the intact model's own next-token distribution, not the
-# loss on the text: so the model is healed and does not learn the speeches. Of W_Q and W_K only the
-# rows of kept dimensions get a gradient and optimiser state. Some training speeches are set aside to
-# watch the run; they may say when to stop and so can't judge.
+# Training minimises the divergence from the next-token distribution of the intact model, not the loss on
+# the text. So the model heals and does not learn the speeches. Only the kept rows of W_Q and W_K have a
+# gradient and optimiser state. Some training speeches are held out to monitor the run. They may decide
+# when to stop, so they must not judge.
 
 
 # %%
@@ -103,8 +103,8 @@ ax.set_title("watched speeches: they may say when to stop, not what it is worth"
 ax.legend()
 
 # %% [markdown]
-# The control of "only the active part was trained": which weights changed at all, and do the rows of
-# cut dimensions number among them?
+# The control for "only the active part was trained": which weights changed, and are rows of cut dimensions
+# among them?
 
 # %%
 touched = {name: change for name, change in changed.items() if bool(change.any())}
@@ -131,11 +131,11 @@ run.judge(validation, margin=0.02).plot()
 # %%
 try:
     run.judge(training[:4])
-except gl.InputError as error:
+except gl.errors.InputError as error:
     print("InputError:", error)
 
 # %% [markdown]
-# The healed model can be made slim without loss, for the ghosts add nothing to any logit:
+# The healed model can be made slim without loss, because the cut rows add nothing to any logit:
 
 # %%
 slim = gl.slim(run.model, run.plan)
@@ -146,20 +146,19 @@ print(f"loss of the slim model {-float(next_token.mean()):.4f},", end=" ")
 print(f"of the healed one at full width {run.losses(validation[:2]).mean():.4f}")
 
 # %% [markdown]
-# **What to conclude.** Twenty to forty steps are a demonstration: compare the curve's end with its
-# beginning and with the control, and read the verdict for what is still missing. That the refit alone
-# takes away most of the damage is the lesson of the first half: the dimensions were not needed, the
-# weights were only not ready. That the random cut heals as well, but not as far, is that of the
-# second: training repairs much, and where one starts still counts.
+# **Conclusion.** Twenty to forty steps are a demonstration. Compare the end of the curve with its
+# beginning and with the control, and read in the verdict what is still missing. The refit alone removes
+# most of the damage: the lost dimensions were not needed, but the remaining weights had to adapt. The
+# random cut heals too, but less: training repairs much, and the starting point still matters.
 #
 # ## Exercises
 #
 # 1. Start from the refit: `gl.train_virtual_width(student, refitted, …)`. Is it still ahead after all
 #    steps?
-# 2. Heal on another text (`"stdlib"`) and judge on the speeches. How much of the healing is about
+# 2. Heal on another text (`"stdlib"`) and judge on the speeches. How much of the healing is specific to
 #    this text?
-# 3. `train=("q", "k", "v", "o")` trains more of the weights. Does the rise fall further, and what
-#    becomes of the claim that only the cut was healed?
-# 4. Pass `checkpoint="run.safetensors"`, interrupt the run, start it again. What is the same?
+# 3. `train=("q", "k", "v", "o")` trains more of the weights. Does the rise get smaller? Is it still true
+#    that only the cut was healed?
+# 4. Pass `checkpoint="run.safetensors"`, interrupt the run and start it again. What stays the same?
 #
 # Next: [a slim model in three engines](05_export.md).

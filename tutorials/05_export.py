@@ -1,18 +1,17 @@
 # %% [markdown]
 # # 5 Export: a slim model in transformers, vLLM and llama.cpp
 #
-# Zeroing saves nothing. In this notebook a plan becomes a model that is physically smaller, is
-# checked against the masked original, written for three engines, and run in each of them that is
-# installed here.
+# Zeroing saves nothing. In this notebook a plan becomes a physically smaller model. It is checked against
+# the masked original, written for three engines, and run in each engine that is installed here.
 #
 # **What you will see**
 #
 # 1. A slim model gives the logits of the masked one: slicing equals zeroing.
-# 2. What it saves, counted in bytes of the key and value cache.
-# 3. What a stock engine can run, and how a plan that it can't is refused.
-# 4. The same greedy tokens from every engine that is here; for the others, the command.
+# 2. What it saves, in bytes of the key and value cache.
+# 3. What a stock engine can run, and how other plans are refused.
+# 4. The same greedy tokens from every engine that is installed; for the others, the command.
 #
-# This notebook is about format, not quality: nothing is healed, so the text that comes out is poor.
+# This notebook is about formats, not quality. Nothing is healed, so the generated text is poor.
 
 # %%
 import importlib.util
@@ -38,7 +37,7 @@ folder = Path(tempfile.mkdtemp())  # everything below is written here
 # %% [markdown]
 # ## 1 Slicing equals zeroing
 #
-# Each head keeps its own half of the pairs. `slim` reads the weights and leaves your model as it was.
+# Each head keeps its own half of the pairs. `slim` reads the weights and does not change your model.
 
 # %%
 plan = gl.SlicePlan.from_cut(gl.KeyMask.quietest(gains, 0.5, score="qk", scope="head"))
@@ -68,40 +67,40 @@ full_size = sum(p.numel() for p in gl.slim(model, whole).parameters())
 print(f"parameters: {sum(p.numel() for p in thin.parameters()):,} of {full_size:,}")
 
 # %% [markdown]
-# Keys are half of the cache, so half of the keys is a quarter of the cache. Whether it is also
-# *faster* depends on the attention kernel; the site's ledgers have the measurements.
+# Keys are half of the cache, so half of the keys is a quarter of the cache. Whether the model is also
+# *faster* depends on the attention kernel. The recorded results on this site have the measurements.
 #
 # ## 3 What a stock engine can run
 #
-# transformers, vLLM and llama.cpp know one head size and one set of rotary frequencies for all layers
-# and heads, and values as wide as keys. A plan with a set per head does not fit, and is refused
-# before anything is written, with the nearest plan that fits:
+# transformers, vLLM and llama.cpp have one head size and one set of rotary frequencies for all layers and
+# heads, and values as wide as keys. A plan with a set per head does not fit. It is refused before
+# anything is written, and the error has the nearest plan that fits:
 
 # %%
 try:
     gl.export_model(thin, folder / "refused", engine="transformers")
-except gl.InputError as error:
+except gl.errors.InputError as error:
     print("InputError:", error)
     print("nearest:", error.nearest)
 print("written:", (folder / "refused").exists())
 
 # %% [markdown]
-# So choose one shared set (`scope="universal"`), and cut the values to the same width. What a shared
-# set costs in loss was the question of [tutorial 3](03_map.md); the least-squares refit of
-# [tutorial 4](04_healing.md) takes most of it away and folds into the weights. Values are cut by the
-# best low-rank pair for the calibration text.
+# So choose one universal set (`scope="universal"`) and cut the values to the same width.
+# [Tutorial 3](03_map.md) asked what a universal set costs in loss. The least-squares refit of
+# [tutorial 4](04_healing.md) removes most of that cost and folds into the weights. Values are cut by the
+# best low-rank approximation on the calibration text.
 
 # %%
-shared = gl.SlicePlan.from_cut(gl.KeyMask.quietest(gains, 0.5, scope="universal"), values=0.5)
-refitted = gl.refit(model, calibration, shared.mask)
-stock = gl.slim(model, shared, calibration, refit=refitted)
+mask = gl.KeyMask.quietest(gains, 0.5, scope="universal")
+shared = gl.SlicePlan.from_cut(gl.ablation.refit(model, calibration, mask), values=0.5)
+stock = gl.slim(model, shared, calibration)
 NEW = 8
 wanted = stock.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
 wanted = wanted[0, prompt.shape[1] :].tolist()
 print("greedy tokens of the slim model:", wanted)
 
 # %% [markdown]
-# gainlens' own engine takes any plan, ragged ones too, and reads it back:
+# The engine of gainlens takes any plan, also one with a different width in each head, and reads it back:
 
 # %%
 gl.export_model(thin, folder / "own", engine="gainlens")
@@ -114,7 +113,7 @@ with torch.inference_mode():
 #
 # ### transformers
 #
-# A plain `LlamaForCausalLM` checkpoint; whoever loads it needs no gainlens.
+# This is a plain `LlamaForCausalLM` checkpoint. Loading it needs no gainlens.
 
 # %%
 from transformers import AutoModelForCausalLM
@@ -129,8 +128,8 @@ assert got == wanted
 # %% [markdown]
 # ### vLLM and llama.cpp
 #
-# Both are large, pin their own versions of other packages and live in environments of their own. The
-# scripts below are all that is needed there; `make engines` makes both environments in `.engines`.
+# Both are large and pin their own versions of other packages, so they need environments of their own. The
+# scripts below are all that is needed there. `make engines` makes both environments in `.engines`.
 
 # %%
 VLLM = """
@@ -189,12 +188,12 @@ def greedy(package, environment, script, where):
 
 
 # %% [markdown]
-# vLLM takes certain head sizes only. Where the plan has another, the refusal names them:
+# vLLM accepts certain head sizes only. For any other size, the error lists them:
 
 # %%
 try:
     gl.export_model(stock, folder / "vllm", engine="vllm")
-except gl.InputError as error:
+except gl.errors.InputError as error:
     print("InputError:", error)
 else:
     tokens = greedy("vllm", "vllm", VLLM, folder / "vllm")
@@ -216,15 +215,15 @@ else:
         print("llama.cpp, greedy tokens:", tokens, "the same:", tokens == wanted)
 
 # %% [markdown]
-# **What to conclude.** One plan, one set of weights, the same greedy tokens wherever it ran. The
-# control is built in: `export_model` runs the written files beside the masked original and keeps
-# nothing that differs, so a folder that exists is one that agreed.
+# **Conclusion.** One plan and one set of weights give the same greedy tokens in every engine that ran them.
+# The control is built in: `export_model` runs the written files beside the masked original and deletes
+# them if they differ. A folder that exists has passed.
 #
 # ## Exercises
 #
-# 1. Give the tokenizer along (`tokenizer=model.tokenizer`; for llama.cpp the path of a GGUF file with
-#    the vocabulary) and chat with it.
-# 2. `precision="bf16"` or, for llama.cpp, `"q8_0"`: how many of the greedy tokens stay?
-# 3. Export the healed model of [tutorial 4](04_healing.md): heal a *shared* plan, make it slim,
+# 1. Pass the tokenizer too (`tokenizer=model.tokenizer`; for llama.cpp the path of a GGUF file with the
+#    vocabulary) and chat with the model.
+# 2. Use `precision="bf16"` or, for llama.cpp, `"q8_0"`. How many of the greedy tokens stay the same?
+# 3. Export the healed model of [tutorial 4](04_healing.md): heal a *universal* plan, make it slim and
 #    export it.
-# 4. Which head sizes can vLLM take? Which `keep` gives one of them for your model?
+# 4. Which head sizes can vLLM run? Which fraction gives one of them for your model?

@@ -19,8 +19,9 @@ from jaxtyping import Bool, Float, Int
 from gainlens.ablation.counted_hooks import AblationHooks
 from gainlens.ablation.kept import Kept
 from gainlens.data.document_identity import tensor_digest
-from gainlens.errors import FileFormatError, InputError
+from gainlens.errors import InputError
 from gainlens.files import load_tensors, save_tensors
+from gainlens.files.schema import checking
 from gainlens.model.fast_copy import Edit
 from gainlens.model.sites import KeySites
 
@@ -79,6 +80,10 @@ class Cut(Kept, ABC):
         Raises:
             InputError, KeyError, TypeError: they describe no cut of this kind.
         """
+
+    @classmethod
+    def check_file(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Raise ``gainlens.files.schema.Mismatch`` unless a file holds what this kind needs."""
 
     @abstractmethod
     def edit(self, model: Any, batch: Int[torch.Tensor, "document pos"]) -> Edit:
@@ -205,10 +210,9 @@ class Cut(Kept, ABC):
             FileFormatError: missing, truncated, or of another kind.
         """
         tensors, facts = load_tensors(path, cls.kind)
-        try:
+        with checking(str(path), f"cut of kind {cls.kind!r}"):
+            cls.check_file(tensors, facts)
             return cls.from_tensors(tensors, facts)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileFormatError(f"{path} lacks or mislabels a field: {error}") from None
 
 
 def check_cut(value: Any, name: str = "cut") -> Cut:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
-from gainlens.ablation.least_squares import Maps, Part, Problem, fit_rounds, make_turn, misfit
+from gainlens.ablation.least_squares import Maps, Part, Problem, fit_rounds, misfit
 from gainlens.ablation.recorded_attention import Attention, RecordedAttention, Seen
-from gainlens.data.batches import Tokens, as_documents
-from gainlens.data.document_identity import document_marks, text_fingerprint
+from gainlens.data.batches import Tokens
+from gainlens.data.document_identity import text_fingerprint
+from gainlens.data.overlap import document_identities
 from gainlens.errors import InputError
 from gainlens.model.fingerprint import model_fingerprint
+from gainlens.model.rotation import Turn
+from gainlens.model.tokens import model_documents
 
 QUERIES = 4096
 """Query positions of a head that are fitted, at most; they are spread over the whole text."""
@@ -74,7 +78,7 @@ def calibration(model: Any, tokens: Tokens, d_head: int) -> list[Int[torch.Tenso
     Raises:
         InputError: see ``gainlens.data.batches``.
     """
-    documents = as_documents(tokens, int(model.cfg.d_vocab))
+    documents = model_documents(model, tokens)
     n_tokens, wanted = sum(map(len, documents)), TOKENS_PER_DIMENSION * d_head
     if n_tokens < wanted:
         warnings.warn(
@@ -90,7 +94,7 @@ def text_facts(model: Any, documents: list[Int[torch.Tensor, " _"]]) -> dict[str
     return {
         "fingerprint": model_fingerprint(model),
         "text": text_fingerprint(documents),
-        "documents": list(document_marks(documents)),
+        "documents": list(document_identities(documents, getattr(model, "tokenizer", None))),
         "n_documents": len(documents),
         "n_tokens": sum(map(len, documents)),
         "longest": max(map(len, documents)),
@@ -138,7 +142,7 @@ class Fitted:
 def fit_heads(
     record: RecordedAttention,
     keep: Bool[torch.Tensor, "layer kv_head d_head"],
-    frequencies: Float[torch.Tensor, "layer kv_head rotary_pair"],
+    frequencies: Float[torch.Tensor, "layer kv_head rotary_pair"] | None,
     start: Callable[[int, int], Maps],
     settings: Settings,
     progress: bool,
@@ -149,7 +153,7 @@ def fit_heads(
     Args:
         record: of the intact model.
         keep: dimensions that stay, whole pairs.
-        frequencies: that the kept pairs turn by, radians per token.
+        frequencies: that the kept pairs turn by, radians per token; None for the model's own.
         start: from layer and key head to the maps to begin with.
         settings: of the fit.
         progress: show a progress bar over layers.
@@ -167,10 +171,11 @@ def fit_heads(
             kept = keep[layer, head].nonzero()[:, 0]
             if len(kept) == 0:
                 continue
-            turn = make_turn(max(record.lengths), frequencies[layer, head], sites.partner).of(kept)
+            chosen_turns = None if frequencies is None else frequencies[layer, head]
+            turn = partial(kept_turn, record, layer, kept, chosen_turns)
             scale = record.attention[layer].scale
             fits, judges = (
-                Problem(head_parts(record, layer, head, some, settings.uniform), turn, scale)
+                Problem(head_parts(record, layer, head, some, settings.uniform, turn), scale)
                 for some in in_halves(seen)
             )
             first = start(layer, head)
@@ -196,7 +201,7 @@ def in_halves(seen: list[Seen]) -> tuple[list[Seen], list[Seen]]:
 
 def together(a: Problem, b: Problem) -> Problem:
     """One problem of the text of both."""
-    return Problem([*a.parts, *b.parts], a.turn, a.scale)
+    return Problem([*a.parts, *b.parts], a.scale)
 
 
 def fit_held_out(
@@ -233,7 +238,12 @@ def fit_held_out(
 
 
 def head_parts(
-    record: RecordedAttention, layer: int, head: int, seen: list[Seen], uniform: float
+    record: RecordedAttention,
+    layer: int,
+    head: int,
+    seen: list[Seen],
+    uniform: float,
+    turn: Callable[[int], Turn],
 ) -> list[Part]:
     """The documents as one key head sees them.
 
@@ -242,9 +252,9 @@ def head_parts(
         layer, head: which key head.
         seen: what ``record.layer(layer)`` gives.
         uniform: share of the weights that is spread evenly over the visible keys.
+        turn: from a document's length to the rotation of what is kept, at its positions.
     """
     sites, attention = record.sites, record.attention[layer]
-    turn = make_turn(max(record.lengths), sites.frequencies[layer], sites.partner)
     rows = slice(head * sites.group_size, (head + 1) * sites.group_size)
     found = []
     for some in _alike(seen, sites.group_size):
@@ -252,11 +262,25 @@ def head_parts(
         k = torch.stack([keys[:, head] for _, keys, _ in some])
         at = torch.stack([at for _, _, at in some])
         logits, weights, slope = weighted_logits(attention, q, k, at, uniform)
-        here = turn.at(torch.arange(k.shape[1]))
-        found.append(
-            Part(turn.at(at)(q, inverse=True), here(k, inverse=True), at, logits, weights, slope)
-        )
+        own, kept = record.turn(layer, k.shape[1]), turn(k.shape[1])
+        plain = own.at(at)(q, inverse=True), own(k, inverse=True)
+        found.append(Part(*plain, at, logits, weights, kept, slope))
     return found
+
+
+def kept_turn(
+    record: RecordedAttention,
+    layer: int,
+    kept: Int[torch.Tensor, " kept"],
+    frequencies: Float[torch.Tensor, " rotary_pair"] | None,
+    n_pos: int,
+) -> Turn:
+    """The rotation of kept dimensions in a document: the model's own, or by other frequencies."""
+    own = record.turn(layer, n_pos)
+    if frequencies is None:
+        return own.of(kept)
+    positions = torch.arange(n_pos)
+    return Turn.of_frequencies(frequencies, own.partner, positions).sized(own).of(kept)
 
 
 def _alike(seen: list[Seen], group: int) -> list[list[Seen]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gainlens.ablation.hooks import ablate
+from gainlens.ablation.hooks import ablation_hooks
 from gainlens.ablation.key_mask import (
     KeyMask,
     Scope,
@@ -15,9 +15,11 @@ from gainlens.ablation.key_mask import (
     keep_by_order,
     share,
 )
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, as_documents
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError
 from gainlens.model.finding_sites import key_sites
+from gainlens.model.hooks import attached
+from gainlens.model.tokens import model_documents
 from gainlens.probes.probe import probe_gains
 
 
@@ -58,12 +60,13 @@ def greedy_mask(
         raise InputError(f"fraction={fraction!r}: expected above 0 and below 1")
     if rounds < 1:
         raise InputError(f"rounds={rounds!r}: expected at least 1")
-    documents = as_documents(tokens, int(model.cfg.d_vocab))
+    documents = model_documents(model, tokens)
     partner = key_sites(model).partner
     mask = KeyMask(torch.ones(key_sites(model).shape, dtype=torch.bool))
     texts: set[str] = set()
     for number in range(1, rounds + 1):
-        with ablate(model, mask):
+        # Not ablate, inside which a probe warns: here the cut model is what is to be scored.
+        with attached(model, ablation_hooks(model, mask)):
             gains = probe_gains(
                 model, documents, (score,), tokens_per_batch=tokens_per_batch, progress=progress
             )

@@ -26,8 +26,9 @@ def ablation_hooks(
 ) -> AblationHooks:
     """Hooks that make a cut in a running model.
 
-    The hooks return a new tensor and never write into the model's own. Positions are taken to
-    be 0, 1, … where a split rotary pair is cut on a model without a hook after its rotation.
+    The hooks return a new tensor and never write into the model's own. Where a split rotary pair
+    is cut on a model without a hook after its rotation, the rotation of the running pass is
+    followed, positions and all.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
@@ -75,6 +76,6 @@ def ablate(
         ...     logits = model(tokens)
     """
     hooks = ablation_hooks(model, cut, mode, stage=stage, gains=gains, cache=cache, seed=seed)
-    with attached(model, hooks):
+    with attached(model, hooks, cut=True):
         yield hooks
     hooks.check_fired()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from gainlens.data.batches import Tokens, as_documents
 from gainlens.errors import InputError, SilentSiteError
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.forward import forward_layers
-from gainlens.model.hooks import Hook, attached
-from gainlens.model.rotation import rotate
+from gainlens.model.hooks import attached
+from gainlens.model.recorder import query_key_hooks
 from gainlens.model.sites import STAGES, KeySites, Stage
 
 
@@ -70,7 +69,12 @@ class KeyCache:
         sites = key_sites(model)
         batch = one_length(tokens, int(model.cfg.d_vocab), "tokens")
         found: dict[int, torch.Tensor] = {}
-        with attached(model, _recorders(sites, stage, found)):
+
+        def record(letter: str, layer: int, at: Stage, keys: torch.Tensor) -> None:
+            found[layer] = keys.clone()
+
+        hooks = query_key_hooks(sites, record, stages=(stage,), letters=("k",))
+        with attached(model, hooks):
             forward_layers(model, batch)
         silent = [layer for layer in range(sites.n_layers) if layer not in found]
         if silent:
@@ -96,16 +100,3 @@ def one_length(tokens: Tokens, vocabulary: int, name: str) -> Int[torch.Tensor, 
             f"{name} has documents of {lengths[0]} to {lengths[-1]} tokens: expected one length"
         )
     return torch.stack(documents)
-
-
-def _recorders(sites: KeySites, stage: Stage, found: dict[int, torch.Tensor]) -> list[Hook]:
-    at = sites.hook_stage(stage)
-
-    def record(keys: torch.Tensor, hook: Any, *, layer: int) -> None:
-        if at != stage:
-            keys = rotate(keys, sites.frequencies[layer], sites.pairing)
-        found[layer] = keys.detach().clone()
-
-    return [
-        (sites.key_hook(layer, at), partial(record, layer=layer)) for layer in range(sites.n_layers)
-    ]

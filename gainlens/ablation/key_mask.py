@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from gainlens.ablation.counted_hooks import AblationHooks
 from gainlens.ablation.cut import Cut
+from gainlens.ablation.cut_files import check_mask_file
 from gainlens.ablation.key_cache import KeyCache
 from gainlens.ablation.masked_cut import MaskedCut
 from gainlens.errors import InputError
@@ -76,6 +77,11 @@ class KeyMask(Cut):
     def tensors(self) -> dict[str, torch.Tensor]:
         """The mask itself."""
         return {"keep": self.keep}
+
+    @classmethod
+    def check_file(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """See ``Cut.check_file``."""
+        check_mask_file(tensors, facts)
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> KeyMask:
@@ -268,7 +274,11 @@ class KeyMask(Cut):
 
 def _origin(gains: KeyGains) -> dict[str, Any]:
     """Whose gains these were: a plan made of the mask fits that model, other text has to judge."""
-    return {"fingerprint": gains.model.fingerprint, "texts": list(gains.texts)}
+    return {
+        "fingerprint": gains.model.fingerprint,
+        "texts": list(gains.texts),
+        "documents": list(gains.documents),
+    }
 
 
 def share(values: torch.Tensor) -> torch.Tensor:
@@ -339,12 +349,12 @@ def keep_by_order(
         flat = units.reshape(1, -1)
     sizes = size.repeat(flat.shape[1] // len(size))
     order = -flat if loudest else flat
-    cut = _smallest(order, sizes, fraction)
+    spared = torch.zeros_like(flat, dtype=torch.bool)
     if scope in ("layer", "model") and fraction < 1:
-        by_head = order.reshape(layers * heads, -1)
-        last = torch.zeros_like(by_head, dtype=torch.bool)
-        last.scatter_(1, by_head.argmax(1, keepdim=True), True)
-        cut &= ~last.reshape(cut.shape)
+        best = order.reshape(layers * heads, -1).argmax(1, keepdim=True)
+        by_head = spared.reshape(layers * heads, -1)
+        spared = by_head.scatter(1, best, True).reshape(flat.shape)
+    cut = _smallest(order.masked_fill(spared, torch.inf), sizes, fraction) & ~spared
     if scope == "universal":
         chosen = cut.expand(layers * heads, -1).reshape(layers, heads, -1)
     else:

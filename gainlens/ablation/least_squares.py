@@ -22,56 +22,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 
-
-@dataclass(frozen=True)
-class Turn:
-    """The rotation of some dimensions of a head: ``x·cos + x[partner]·sin`` per position."""
-
-    cos: Float[torch.Tensor, "*each pos dim"]
-    sin: Float[torch.Tensor, "*each pos dim"]
-    partner: Int[torch.Tensor, " dim"]
-
-    def __call__(
-        self, x: Float[torch.Tensor, "*rest pos dim"], inverse: bool = False
-    ) -> Float[torch.Tensor, "*rest pos dim"]:
-        """Rotate (or rotate back)."""
-        cos, sin = self.cos.to(x.device), self.sin.to(x.device)
-        turned: torch.Tensor = x * cos + x[..., self.partner] * (-sin if inverse else sin)
-        return turned
-
-    def at(self, positions: Int[torch.Tensor, "*some"]) -> Turn:
-        """The same rotation at some of the positions."""
-        return Turn(self.cos[positions], self.sin[positions], self.partner)
-
-    def for_heads(self, n_heads: int) -> Turn:
-        """Where key heads differ, the same for as many query heads of their groups."""
-        if self.cos.ndim == 2:
-            return self
-        group = n_heads // len(self.cos)
-        cos, sin = (x.repeat_interleave(group, 0) for x in (self.cos, self.sin))
-        return Turn(cos, sin, self.partner)
-
-    def of(self, dims: Int[torch.Tensor, " kept"]) -> Turn:
-        """The rotation of a subset that splits no pair."""
-        place = torch.zeros(len(self.partner), dtype=torch.long)
-        place[dims] = torch.arange(len(dims))
-        return Turn(self.cos[:, dims], self.sin[:, dims], place[self.partner[dims]])
-
-
-def make_turn(
-    n_pos: int,
-    frequencies: Float[torch.Tensor, " rotary_pair"],
-    partner: Int[torch.Tensor, " d_head"],
-) -> Turn:
-    """The rotation of a whole head at positions 0, 1, … (radians per token by pair)."""
-    units = torch.arange(len(partner))
-    lower = units[partner > units]
-    angle = torch.zeros(n_pos, len(partner), dtype=torch.float64)
-    sign = torch.zeros(len(partner), dtype=torch.float64)
-    turn = torch.outer(torch.arange(n_pos, dtype=torch.float64), frequencies.double())
-    angle[:, lower], angle[:, partner[lower]] = turn, turn
-    sign[lower], sign[partner[lower]] = -1.0, 1.0
-    return Turn(angle.cos().float(), (angle.sin() * sign).float(), partner)
+from gainlens.model.rotation import Turn
 
 
 @dataclass(frozen=True)
@@ -83,6 +34,7 @@ class Part:
         at: positions of the queries; the keys are at 0, 1, ….
         logits: of the intact head, scaled, before any soft cap.
         weights: of the squares, the rows summing to 1; zero where a query does not see a key.
+        turn: the rotation of the dimensions that are kept, at the positions of the keys.
         slope: of the soft cap at ``logits``, or None without one.
     """
 
@@ -91,12 +43,13 @@ class Part:
     at: Int[torch.Tensor, "doc query_pos"]
     logits: Float[torch.Tensor, "group doc query_pos key_pos"]
     weights: Float[torch.Tensor, "group doc query_pos key_pos"]
+    turn: Turn
     slope: Float[torch.Tensor, "group doc query_pos key_pos"] | None = None
 
     @property
-    def positions(self) -> Int[torch.Tensor, " key_pos"]:
-        """Of the keys."""
-        return torch.arange(self.keys.shape[1])
+    def query_turn(self) -> Turn:
+        """The rotation at the positions of the queries."""
+        return self.turn.at(self.at)
 
     def rows(self, rows: Int[torch.Tensor, " some"]) -> Part:
         """Some of the queries."""
@@ -104,7 +57,7 @@ class Part:
         queries, logits, weights = (
             x[:, :, rows] for x in (self.queries, self.logits, self.weights)
         )
-        return Part(queries, self.keys, self.at[:, rows], logits, weights, slope)
+        return Part(queries, self.keys, self.at[:, rows], logits, weights, self.turn, slope)
 
     def centred(self, error: torch.Tensor) -> torch.Tensor:
         """An error of the logits, as the softmax sees it: sloped, without its weighted mean."""
@@ -128,12 +81,10 @@ class Problem:
 
     Attributes:
         parts: its documents, of any lengths.
-        turn: the rotation of the dimensions that are kept, at all positions.
         scale: of the logits, 1/sqrt(d_head) on most models.
     """
 
     parts: Sequence[Part]
-    turn: Turn
     scale: float
 
 
@@ -152,7 +103,7 @@ def fit_rounds(
     m_q, m_k = start
     q_cov = _mean_outer([p.queries.flatten(1, 2) for p in problem.parts])
     k_cov = _mean_outer([p.keys.flatten(0, 1)[None] for p in problem.parts])
-    turns = [(problem.turn.at(p.at), problem.turn.at(p.positions)) for p in problem.parts]
+    turns = [(p.query_turn, p.turn) for p in problem.parts]
     for _ in range(rounds):
         m_q = _solve_queries(problem, turns, m_q, m_k, q_cov, iterations, ridge)
         m_k = _solve_keys(problem, turns, m_q, m_k, k_cov, iterations, ridge)
@@ -164,8 +115,8 @@ def misfit(problem: Problem, maps: Maps) -> float:
     m_q, m_k = maps
     total, count = 0.0, 0
     for part in problem.parts:
-        q = problem.turn.at(part.at)(part.queries @ _transposed(m_q))
-        k = problem.turn.at(part.positions)(part.keys @ m_k.T)
+        q = part.query_turn(part.queries @ _transposed(m_q))
+        k = part.turn(part.keys @ m_k.T)
         error = part.centred(problem.scale * q @ k.mT - part.logits)
         total += float((part.weights * error.square()).sum(dtype=torch.float64))
         count += part.weights[..., 0].numel()
@@ -203,7 +154,7 @@ def _solve_queries(
     keys = [turn(p.keys @ m_k.T) for p, (_, turn) in zip(problem.parts, turns, strict=True)]
 
     def back(n: int, pull: torch.Tensor) -> torch.Tensor:
-        field = turns[n][0](problem.scale * pull @ keys[n], inverse=True)
+        field = turns[n][0].adjoint(problem.scale * pull @ keys[n])
         return field.flatten(1, 2).mT @ problem.parts[n].queries.flatten(1, 2)
 
     def normal(m: torch.Tensor) -> torch.Tensor:
@@ -232,14 +183,14 @@ def _query_curvature(
     for n, whole in enumerate(problem.parts):
         rows = torch.arange(n % min(stride, whole.at.shape[1]), whole.at.shape[1], stride)
         part, k = whole.rows(rows), keys[n]
-        turn = problem.turn.at(part.at)
+        turn = part.query_turn
         w = part.weights if part.slope is None else part.weights * part.slope.square()
         mean = (part.weights if part.slope is None else part.weights * part.slope) @ k
         outer = (k.unsqueeze(-1) * k.unsqueeze(-2)).flatten(2)
         second = (w @ outer).reshape(*w.shape[:-1], kept, kept)
         bent = second - mean.unsqueeze(-1) * mean.unsqueeze(-2)  # [group, doc, query, kept, kept]
-        half = turn(bent.permute(0, 3, 1, 2, 4), inverse=True)  # rotates the last dimension
-        both = turn(half.permute(0, 4, 2, 3, 1), inverse=True)
+        half = turn.adjoint(bent.permute(0, 3, 1, 2, 4))  # rotates the last dimension
+        both = turn.adjoint(half.permute(0, 4, 2, 3, 1))
         total += problem.scale**2 * both.sum((2, 3))
         used += part.at.numel()
     return total * (n_queries / max(1, used))
@@ -254,11 +205,13 @@ def _solve_keys(
     iterations: int,
     ridge: float,
 ) -> Float[torch.Tensor, "kept d_head"]:
-    plain = [p.queries @ _transposed(m_q) for p in problem.parts]
-    queries = [turn(q) for q, (turn, _) in zip(plain, turns, strict=True)]
+    queries = [
+        turn(part.queries @ _transposed(m_q))
+        for part, (turn, _) in zip(problem.parts, turns, strict=True)
+    ]
 
     def back(n: int, pull: torch.Tensor) -> torch.Tensor:
-        field = turns[n][1]((problem.scale * pull.mT @ queries[n]).sum(0), inverse=True)
+        field = turns[n][1].adjoint((problem.scale * pull.mT @ queries[n]).sum(0))
         return field.flatten(0, 1).mT @ problem.parts[n].keys.flatten(0, 1)
 
     def normal(m: torch.Tensor) -> torch.Tensor:
@@ -269,6 +222,7 @@ def _solve_keys(
         return total
 
     right = sum(back(n, part.pulled(part.logits)) for n, part in enumerate(problem.parts))
+    plain = [turn.adjoint(q) for q, (turn, _) in zip(queries, turns, strict=True)]
     left = problem.scale**2 * sum((q.mT @ q).sum((0, 1)) for q in plain)
     return _conjugate_gradients(
         normal,

@@ -19,6 +19,7 @@ from gainlens.ablation.refit_cut import RefitCut
 from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
 from gainlens.model.finding_sites import key_sites
+from gainlens.model.hooks import check_intact
 
 
 def refit(
@@ -70,6 +71,7 @@ def refit(
         raise InputError(f"mask has shape {mask.shape}: this model has {sites.shape}")
     if not mask.whole_pairs(sites.partner):
         raise InputError("mask splits a rotary pair: refit keeps or cuts whole pairs")
+    check_intact(model, "refit")
     documents = calibration(model, tokens, sites.d_head)
     facts = {"method": "least squares on attention logits", **text_facts(model, documents)}
     spacing = settings.spacing([len(d) for d in documents])
@@ -79,7 +81,6 @@ def refit(
         rows = select[mask.keep[layer, head]]
         return rows.expand(sites.group_size, -1, -1).clone(), rows
 
-    own = sites.frequencies[:, None].expand(-1, sites.n_kv_heads, -1)
     with record_attention(model, documents, spacing) as record:
-        found = fit_heads(record, mask.keep, own, plain, settings, progress, "refit")
+        found = fit_heads(record, mask.keep, None, plain, settings, progress, "refit")
     return RefitCut(mask, found.queries, found.keys, {**facts, **found.facts(settings, spacing)})

@@ -14,10 +14,10 @@ from gainlens.ablation.cut import Cut
 from gainlens.ablation.key_cache import KeyCache
 from gainlens.ablation.modes import Context, Replacement, get_mode
 from gainlens.errors import InputError
-from gainlens.model.device import model_device
 from gainlens.model.fast_copy import Edit
 from gainlens.model.finding_sites import key_sites
-from gainlens.model.rotation import rotate
+from gainlens.model.rotation import Following
+from gainlens.model.running import model_device
 from gainlens.model.sites import STAGES, KeySites, Stage
 from gainlens.probes.gains import KeyGains
 
@@ -134,14 +134,16 @@ class MaskedCut(Cut):
         turn = self.stage == "rotated" and at == "projected" and not commutes
         hooks = AblationHooks(sites.n_layers)
         device = model_device(model)
+        following = sites.rotation.follow() if turn and sites.rotary_dim else None
+        if following is not None:
+            hooks += following.hooks()
         for layer in range(sites.n_layers):
             fn = partial(
                 _cut,
                 layer=layer,
                 cut=~self.keep[layer].to(device),
                 replacement=replacement,
-                frequencies=sites.frequencies[layer] if turn else None,
-                sites=sites,
+                following=following,
                 fires=hooks.fires,
             )
             hooks.append((sites.key_hook(layer, at), fn))
@@ -165,17 +167,15 @@ def _cut(
     layer: int,
     cut: torch.Tensor,
     replacement: Replacement,
-    frequencies: torch.Tensor | None,
-    sites: KeySites,
+    following: Following | None,
     fires: list[int],
 ) -> torch.Tensor:
     fires[layer] += 1
-    if frequencies is not None:
-        keys = rotate(keys, frequencies, sites.pairing)
-    keys = torch.where(cut, replacement(keys, layer), keys)
-    if frequencies is not None:
-        keys = rotate(keys, frequencies, sites.pairing, inverse=True)
-    return keys
+    if following is None:
+        return torch.where(cut, replacement(keys, layer), keys)
+    turn = following.turn("k", layer, keys.shape[1])
+    turned = turn.heads(keys)
+    return turn.heads(torch.where(cut, replacement(turned, layer), turned), inverse=True)
 
 
 def donors_for(

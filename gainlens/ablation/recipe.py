@@ -12,9 +12,10 @@ from gainlens.ablation.cut import Cut
 from gainlens.ablation.key_mask import KeyMask, Scope, check_fraction
 from gainlens.ablation.least_squares_refit import refit
 from gainlens.ablation.slot_fit import check_rotation, fit_slots
-from gainlens.data.batches import Tokens, as_documents
+from gainlens.data.batches import Tokens
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.model.finding_sites import key_sites
+from gainlens.model.tokens import model_documents
 from gainlens.probes.gains import KeyGains
 from gainlens.probes.probe import probe_gains
 
@@ -65,7 +66,7 @@ def best_cut(
     check_fraction(fraction)
     if not 0 < fraction < 1:
         raise InputError(f"fraction={fraction!r}: expected above 0 and below 1")
-    documents = as_documents(tokens, int(model.cfg.d_vocab))
+    documents = model_documents(model, tokens)
     if gains is None:
         some = ranking(documents) if score == "fisher" else documents
         gains = probe_gains(

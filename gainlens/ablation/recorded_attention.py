@@ -7,7 +7,6 @@ memory does not grow with the text; a fit reads it back layer by layer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +24,11 @@ from gainlens.data.batches import TOKENS_PER_BATCH
 from gainlens.errors import UnsupportedModelError
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.forward import forward_layers
-from gainlens.model.hooks import Hook, attached
-from gainlens.model.rotation import rotate
-from gainlens.model.sites import KeySites
+from gainlens.model.hooks import attached
+from gainlens.model.recorder import query_key_hooks
+from gainlens.model.rotation import Turn
+from gainlens.model.running import is_exact
+from gainlens.model.sites import KeySites, Stage
 
 PATTERN_TOLERANCE, HALF_TOLERANCE = 2e-3, 5e-2
 """Largest difference in an attention output that rounding explains, in float32 and below it; its
@@ -100,6 +101,7 @@ class RecordedAttention:
         )
         self._folder = TemporaryDirectory() if n_bytes > IN_MEMORY else None
         self._documents: list[dict[str, torch.Tensor] | Path] = []
+        self._turns: dict[tuple[int, int], Turn] = {}
 
     def __enter__(self) -> RecordedAttention:
         return self
@@ -117,6 +119,23 @@ class RecordedAttention:
         path = Path(self._folder.name) / f"{len(self._documents)}.safetensors"
         save_file(document, path)
         self._documents.append(path)
+
+    def wants_turn(self, layer: int, n_pos: int) -> bool:
+        """Whether the rotation of documents of this length is yet to be added."""
+        return (layer, n_pos) not in self._turns and n_pos == self._read_at(n_pos)
+
+    def add_turn(self, layer: int, n_pos: int, turn: Turn) -> None:
+        """Take the rotation of a layer in documents of ``n_pos`` tokens."""
+        self._turns[layer, n_pos] = turn
+
+    def turn(self, layer: int, n_pos: int) -> Turn:
+        """The rotation that a layer had in documents of ``n_pos`` tokens."""
+        found = self._turns[layer, self._read_at(n_pos)]
+        return found.at(torch.arange(n_pos))
+
+    def _read_at(self, n_pos: int) -> int:
+        """Frequencies that hold for every length are read once, on the longest documents."""
+        return max(self.lengths) if self.sites.rotation.plain else n_pos
 
     def layer(self, layer: int) -> Iterator[Seen]:
         """The documents' queries and keys in one layer, in order."""
@@ -153,15 +172,15 @@ def record_attention(
         for n, length in enumerate(lengths)
     ]
     found = RecordedAttention(sites, attention, at, lengths)
-    stage = sites.hook_stage("rotated")
     waiting: dict[str, torch.Tensor] = {}
+    following = sites.rotation.follow()
 
-    def record(x: torch.Tensor, hook: Any, *, what: str, layer: int) -> None:
-        if stage == "projected":
-            x = rotate(x, sites.frequencies[layer], sites.pairing)
-        waiting[f"{what}.{layer}"] = x.detach().float().cpu()
+    def record(letter: str, layer: int, stage: Stage, x: torch.Tensor) -> None:
+        waiting[f"{letter}.{layer}"] = x.float().cpu()
+        if found.wants_turn(layer, x.shape[1]):
+            found.add_turn(layer, x.shape[1], following.turn(letter, layer, x.shape[1]).alone())
 
-    with attached(model, _recorders(sites, record)):
+    with attached(model, query_key_hooks(sites, record, following=following)):
         first = 0
         while first < len(documents):
             most = max(1, TOKENS_PER_BATCH // lengths[first])
@@ -191,19 +210,14 @@ def check_attention(model: Any, document: Int[torch.Tensor, " pos"]) -> list[Att
         UnsupportedModelError: of no scale, window and soft cap that the configuration names.
     """
     sites = key_sites(model)
-    stage = sites.hook_stage("rotated")
-    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    tolerance = PATTERN_TOLERANCE if exact else HALF_TOLERANCE
-    candidates = _candidates(model, sites)
+    tolerance = PATTERN_TOLERANCE if is_exact(model) else HALF_TOLERANCE
     at = torch.arange(len(document))
     generator = torch.Generator().manual_seed(0)
     seen: dict[str, torch.Tensor] = {}
     found: dict[int, Attention | None] = {}
 
-    def record(x: torch.Tensor, hook: Any, *, what: str, layer: int) -> None:
-        if stage == "projected":
-            x = rotate(x, sites.frequencies[layer], sites.pairing)
-        seen[what] = x[0].detach().float().cpu().transpose(0, 1)
+    def record(letter: str, layer: int, stage: Stage, x: torch.Tensor) -> None:
+        seen[letter] = x[0].float().cpu().transpose(0, 1)
 
     def mark(values: torch.Tensor, hook: Any) -> torch.Tensor:
         if "signs" not in seen:
@@ -215,7 +229,7 @@ def check_attention(model: Any, document: Int[torch.Tensor, " pos"]) -> list[Att
     def read(z: torch.Tensor, hook: Any, *, layer: int) -> None:
         given = z[0].detach().float().cpu().reshape(len(document), sites.n_heads, -1)
         found[layer] = None
-        for attention in candidates:
+        for attention in _candidates(model, sites, layer):
             visible = attention.visible(at, len(at))
             worst = 0.0
             for head in range(sites.n_heads):
@@ -226,7 +240,7 @@ def check_attention(model: Any, document: Int[torch.Tensor, " pos"]) -> list[Att
                 found[layer] = attention
                 break
 
-    hooks = _recorders(sites, record)
+    hooks = query_key_hooks(sites, record)
     for layer in range(sites.n_layers):
         hooks.append((f"blocks.{layer}.attn.hook_v", mark))
         hooks.append((f"blocks.{layer}.attn.hook_z", partial(read, layer=layer)))
@@ -245,19 +259,10 @@ def check_attention(model: Any, document: Int[torch.Tensor, " pos"]) -> list[Att
     return chosen
 
 
-def _recorders(sites: KeySites, record: Any) -> list[Hook]:
-    stage = sites.hook_stage("rotated")
-    return [
-        (name(layer, stage), partial(record, what=what, layer=layer))
-        for layer in range(sites.n_layers)
-        for what, name in (("q", sites.query_hook), ("k", sites.key_hook))
-    ]
-
-
-def _candidates(model: Any, sites: KeySites) -> list[Attention]:
+def _candidates(model: Any, sites: KeySites, layer: int) -> list[Attention]:
     """Every way to attend that the configuration names, the plainest first."""
     config = getattr(getattr(model, "original_model", None), "config", None)
-    scale = _logit_scale(config, sites)
+    scale = sites.logit_scale[layer]
     windows: list[int | None] = [None]
     caps: list[float | None] = [None]
     window = getattr(config, "sliding_window", None) or getattr(model.cfg, "window_size", None)
@@ -268,13 +273,3 @@ def _candidates(model: Any, sites: KeySites) -> list[Attention]:
     if cap and cap > 0:
         caps.insert(0, float(cap))
     return [Attention(scale, window, cap) for window, cap in product(windows, caps)]
-
-
-def _logit_scale(config: Any, sites: KeySites) -> float:
-    known = getattr(config, "query_pre_attn_scalar", None)
-    if known:
-        return 1.0 / math.sqrt(known)
-    direct = getattr(config, "attention_multiplier", None)
-    if direct:
-        return float(direct)
-    return 1.0 / math.sqrt(sites.d_head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,12 +11,16 @@ from jaxtyping import Bool, Float, Int
 
 from gainlens.ablation.counted_hooks import AblationHooks
 from gainlens.ablation.cut import Cut, HeadMaps
+from gainlens.ablation.cut_files import check_maps, check_refit_file
 from gainlens.ablation.key_mask import KeyMask
-from gainlens.ablation.least_squares import Turn, make_turn
 from gainlens.errors import InputError
+from gainlens.files.schema import Mismatch
 from gainlens.model.fast_copy import Edit
 from gainlens.model.finding_sites import key_sites
+from gainlens.model.rotation import Turn
 from gainlens.model.sites import KeySites
+
+Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 class RefitCut(Cut):
@@ -54,20 +59,10 @@ class RefitCut(Cut):
                 f"maps have shapes {found[0]} and {found[1]}: the mask {mask.shape} takes "
                 "[layer, head, d_head, d_head] and [layer, kv_head, d_head, d_head]"
             )
-        group = n_heads // n_kv
-        for name, maps, keep in (
-            ("query", query_maps, mask.keep.repeat_interleave(group, 1)),
-            ("key", key_maps, mask.keep),
-        ):
-            if not bool(torch.isfinite(maps).all()):
-                raise InputError(f"{name} maps hold NaN or infinity: expected finite numbers")
-            kept = (maps != 0).any(-1) & ~keep
-            if bool(kept.any()):
-                layer, head, dim = (int(n) for n in kept.nonzero()[0])
-                raise InputError(
-                    f"{name} map of layer {layer}, head {head} has values in dimension {dim}, "
-                    "which the mask cuts: expected zero rows there"
-                )
+        try:
+            check_maps(mask.keep, query_maps, key_maps)
+        except Mismatch as error:
+            raise InputError(str(error)) from None
 
     def __repr__(self) -> str:
         return f"RefitCut({self.mask!r})"
@@ -92,6 +87,11 @@ class RefitCut(Cut):
         return {"keep": self.keep, "query_maps": self.query_maps, "key_maps": self.key_maps}
 
     @classmethod
+    def check_file(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """See ``Cut.check_file``."""
+        check_refit_file(tensors, facts)
+
+    @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> RefitCut:
         """See ``Cut.from_tensors``."""
         mask = KeyMask(tensors["keep"], {k: v for k, v in facts.items() if k != "refit"})
@@ -101,7 +101,12 @@ class RefitCut(Cut):
         """See ``Cut.edit``: the maps act in the frame before the rotation."""
         sites = key_sites(model)
         self.check(sites)
-        turns = [self.turns(sites, layer, batch.shape[1], True) for layer in range(sites.n_layers)]
+        n_pos = batch.shape[1]
+        places = torch.arange(n_pos)
+        turns = [
+            self.steps(n, partial(sites.rotation.turn, n, n_pos), lambda: places, rotated=True)
+            for n in range(sites.n_layers)
+        ]
 
         def cut(
             queries: torch.Tensor, keys: torch.Tensor, layer: int
@@ -122,35 +127,51 @@ class RefitCut(Cut):
         self.check(sites)
         stage = sites.hook_stage("rotated")
         hooks = AblationHooks(sites.n_layers)
+        following = sites.rotation.follow()
+        if stage == "rotated" or self.maps.frequencies is not None:
+            hooks += following.hooks()
 
         def at(
-            tensor: torch.Tensor, hook: Any, *, maps: torch.Tensor, layer: int, keys: bool
+            tensor: torch.Tensor, hook: Any, *, maps: torch.Tensor, letter: str, layer: int
         ) -> torch.Tensor:
-            hooks.fires[layer] += keys
-            before, after = self.turns(sites, layer, tensor.shape[1], stage == "rotated")
+            hooks.fires[layer] += letter == "k"
+            running = letter, layer, tensor.shape[1]
+            before, after = self.steps(
+                layer,
+                partial(following.turn, *running),
+                partial(following.positions, *running),
+                rotated=stage == "rotated",
+            )
             return mapped(tensor, maps, before, after)
 
         for layer in range(sites.n_layers):
-            for name, maps, keys in (
-                (sites.query_hook(layer, stage), self.query_maps[layer], False),
-                (sites.key_hook(layer, stage), self.key_maps[layer], True),
+            for name, maps, letter in (
+                (sites.query_hook(layer, stage), self.query_maps[layer], "q"),
+                (sites.key_hook(layer, stage), self.key_maps[layer], "k"),
             ):
-                hooks.append((name, partial(at, maps=maps, layer=layer, keys=keys)))
+                hooks.append((name, partial(at, maps=maps, layer=layer, letter=letter)))
         return hooks
 
-    def turns(
-        self, sites: KeySites, layer: int, n_pos: int, rotated: bool
-    ) -> tuple[Turn | None, Turn | None]:
-        """What is undone before the maps of a layer and done after them.
+    def steps(
+        self,
+        layer: int,
+        own: Callable[[], Turn],
+        positions: Callable[[], Int[torch.Tensor, "*batch pos"]],
+        *,
+        rotated: bool,
+    ) -> tuple[Step | None, Step | None]:
+        """What is done to ``[batch, head, pos, d_head]`` before the maps of a layer and after.
 
         Args:
-            sites: of the model.
             layer: which one.
-            n_pos: positions 0, 1, … of the text.
-            rotated: whether queries and keys come (and go) rotated by the model.
+            own: the model's rotation in the pass.
+            positions: of the queries or keys in the pass.
+            rotated: whether they come (and go) rotated by the model.
         """
-        turn = make_turn(n_pos, sites.frequencies[layer], sites.partner) if rotated else None
-        return turn, turn
+        if not rotated:
+            return None, None
+        turn = own().by_head()
+        return partial(turn, inverse=True), turn
 
     def only(self, layer: int, kv_head: int | None = None) -> RefitCut:
         """The same in one layer, or one of its key heads, alone; the identity elsewhere."""
@@ -178,14 +199,14 @@ class RefitCut(Cut):
 def mapped(
     x: Float[torch.Tensor, "batch pos head d_head"],
     maps: Float[torch.Tensor, "head d_head d_head2"],
-    before: Turn | None,
-    after: Turn | None,
+    before: Step | None,
+    after: Step | None,
 ) -> Float[torch.Tensor, "batch pos head d_head"]:
-    """One map per head, between undoing one rotation and making another."""
+    """One map per head, between two steps on ``[batch, head, pos, d_head]``."""
     by_head = x.transpose(1, 2).float()
     if before is not None:
-        by_head = before(by_head, inverse=True)
+        by_head = before(by_head)
     new = torch.einsum("bhpi,hri->bhpr", by_head, maps.to(by_head))
     if after is not None:
-        new = after.for_heads(new.shape[1])(new)
+        new = after(new)
     return new.transpose(1, 2).to(x.dtype)

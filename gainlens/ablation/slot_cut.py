@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 
 from gainlens.ablation.cut import HeadMaps
+from gainlens.ablation.cut_files import check_slots_file
 from gainlens.ablation.key_mask import KeyMask
-from gainlens.ablation.least_squares import Turn, make_turn
-from gainlens.ablation.refit_cut import RefitCut
+from gainlens.ablation.refit_cut import RefitCut, Step
 from gainlens.errors import InputError
+from gainlens.model.rotation import Turn
 from gainlens.model.sites import KeySites
 
 SAME_FREQUENCY = 1e-5
@@ -108,6 +111,11 @@ class SlotCut(RefitCut):
         }
 
     @classmethod
+    def check_file(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """See ``Cut.check_file``."""
+        check_slots_file(tensors, facts)
+
+    @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> SlotCut:
         """See ``Cut.from_tensors``."""
         mask = KeyMask(tensors["keep"], {k: v for k, v in facts.items() if k != "slots"})
@@ -121,15 +129,25 @@ class SlotCut(RefitCut):
             facts["slots"],
         )
 
-    def turns(
-        self, sites: KeySites, layer: int, n_pos: int, rotated: bool
-    ) -> tuple[Turn | None, Turn | None]:
-        """See ``RefitCut.turns``; where the model rotates later, the difference is made before."""
-        own, slots = sites.frequencies[layer].double(), self.frequencies[layer]
-        before = make_turn(n_pos, own, sites.partner) if rotated else None
-        heads = [make_turn(n_pos, f if rotated else f - own, sites.partner) for f in slots]
-        cos, sin = (torch.stack([getattr(t, name) for t in heads]) for name in ("cos", "sin"))
-        return before, Turn(cos, sin, sites.partner)
+    def steps(
+        self,
+        layer: int,
+        own: Callable[[], Turn],
+        positions: Callable[[], Int[torch.Tensor, "*batch pos"]],
+        *,
+        rotated: bool,
+    ) -> tuple[Step | None, Step | None]:
+        """See ``RefitCut.steps``; what the model rotates later is turned back by that before."""
+        turn = own().by_head()
+        slots = Turn.of_frequencies(
+            self.frequencies[layer][:, None], turn.partner, positions()[..., None, :]
+        ).sized(turn)
+
+        def after(x: torch.Tensor) -> torch.Tensor:
+            turned = slots.for_heads(x.shape[1])(x)
+            return turned if rotated else turn(turned, inverse=True)
+
+        return (partial(turn, inverse=True) if rotated else None), after
 
     def only(self, layer: int, kv_head: int | None = None) -> SlotCut:
         """The same in one layer, or one of its key heads, alone; the identity elsewhere."""

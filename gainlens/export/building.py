@@ -3,34 +3,62 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from gainlens.errors import UnsupportedModelError
 
 State = dict[str, Float[torch.Tensor, "..."]]
 
 
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have parameters without memory, but buffers with it."""
-    register = nn.Module.register_parameter
+class _EmptyOnMeta(TorchFunctionMode):
+    """Memory that nobody asked values for is not taken; a mode holds in its own thread alone.
 
-    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
-        register(module, name, param)
+    Parameters start as ``torch.empty``; buffers are computed. On an empty list transformers looks
+    which device is in use: on the meta device it skips the initialisation of weights, for which
+    it would swap the functions of ``torch.nn.init`` in the whole process.
+    """
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        empty = func is torch.empty or (func is torch.tensor and args and args[0] == [])
+        if empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def without_weights(make: Callable[[], Any]) -> Any:
+    """What ``make`` builds, its parameters on the meta device (no memory), its buffers real.
+
+    Nothing outside this thread sees it: other threads may build models at the same time.
+
+    Args:
+        make: builds a module on the CPU.
+
+    Raises:
+        UnsupportedModelError: a buffer that is not computed when the module is built.
+    """
+    with _EmptyOnMeta():
+        model = make()
+    moved: dict[int, nn.Parameter] = {}  # tied ones stay one
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                new = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+                setattr(module, name, moved.setdefault(id(parameter), new))
+    if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} fills its buffer {left[0]!r} after it is built: gainlens "
+            "can't build it without its weights"
+        )
+    return model
 
 
 def put(model: nn.Module, name: str, tensor: Float[torch.Tensor, "..."]) -> None:
@@ -60,8 +88,7 @@ def float_copy(slim: Any, weights: Callable[[Any], State] | None = None) -> Any:
     """
     config = copy.deepcopy(slim.config)
     config.dtype = torch.float32
-    with parameters_on_meta():
-        thin = type(slim)(config)
+    thin = without_weights(lambda: type(slim)(config))
     state = {
         name: t.detach().cpu().to(torch.float32 if t.is_floating_point() else t.dtype)
         for name, t in slim.state_dict().items()

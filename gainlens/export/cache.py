@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
 
 SPARE = 256
 """Least room for further tokens when the buffer is made anew; beyond, it grows by a quarter."""
@@ -77,6 +77,30 @@ def _room(
     if old:
         buffer[:, :, :old] = before
     return buffer
+
+
+def prepare_layer(cache: Any, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Make ``layer`` of a cache fit thin keys, before it is written to.
+
+    A fresh, plain ``DynamicCache`` keeps it in a ``GrowingLayer``. A static cache that was made
+    from the configuration (chunked prefill does so) has the full head's widths, and is made anew
+    while it is empty.
+
+    Args:
+        cache: of transformers.
+        layer: its number.
+        keys, values: that will be written, ``[batch, kv_head, pos, width]``.
+    """
+    if torch.compiler.is_compiling():
+        return
+    use_growing_layer(cache, layer)
+    held = getattr(cache, "layers", ())
+    if layer < len(held) and isinstance(held[layer], StaticLayer):
+        found = held[layer]
+        if found.is_initialized and not int(found.get_seq_length()):
+            widths = (found.keys.shape[-1], found.values.shape[-1])
+            if widths != (keys.shape[-1], values.shape[-1]):
+                found.lazy_initialization(keys, values)
 
 
 def use_growing_layer(cache: Any, layer: int) -> None:

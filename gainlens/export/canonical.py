@@ -13,10 +13,11 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float
 
+from gainlens.ablation.key_mask import check_fraction
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.export.plan import SlicePlan
 from gainlens.export.sources.base import KeyMap, Source
-from gainlens.export.weights import AttentionWeights
+from gainlens.model.attention_weights import AttentionWeights
 
 
 def to_canonical(
@@ -49,12 +50,12 @@ def to_canonical(
     )
 
 
-def canonical_plan(model: object, keep: float = 0.5, scope: str = "head") -> SlicePlan:
+def canonical_plan(model: object, fraction: float = 0.5, scope: str = "head") -> SlicePlan:
     """The plan that keeps the strongest canonical directions of every head.
 
     Args:
         model: any of the three kinds, of a family that doesn't rotate (GPT-2).
-        keep: share of directions that stay, above 0 and up to 1.
+        fraction: share of directions to cut, from 0 to below 1.
         scope: ``head`` for the same number in every head; ``layer`` or ``model`` to compare
             squared singular values within a layer or over all of them.
 
@@ -64,8 +65,9 @@ def canonical_plan(model: object, keep: float = 0.5, scope: str = "head") -> Sli
     """
     from gainlens.export.sources import open_source
 
-    if isinstance(keep, bool) or not 0 < keep <= 1:
-        raise InputError(f"keep={keep!r}: expected a share above 0 and up to 1")
+    check_fraction(fraction)
+    if fraction == 1:
+        raise InputError("fraction=1 cuts everything: expected less than 1")
     if scope not in ("head", "layer", "model"):
         raise InputError(f"scope={scope!r} is not one of head, layer, model")
     source = open_source(model)
@@ -75,7 +77,7 @@ def canonical_plan(model: object, keep: float = 0.5, scope: str = "head") -> Sli
     ).square()
     flat = {"head": sizes.flatten(0, 1), "layer": sizes.flatten(1), "model": sizes.reshape(1, -1)}
     rows = flat[scope]
-    n = max(1, round(keep * rows.shape[1]))
+    n = max(1, round((1 - fraction) * rows.shape[1]))
     kept = torch.zeros_like(rows, dtype=torch.bool)
     kept.scatter_(1, rows.topk(n, dim=1).indices, True)
     kept = kept.reshape(sizes.shape)
@@ -84,7 +86,12 @@ def canonical_plan(model: object, keep: float = 0.5, scope: str = "head") -> Sli
         kept,
         basis="canonical",
         fingerprint=source.fingerprint,
-        facts={"order": "strongest", "score": "singular value", "scope": scope, "keep": keep},
+        facts={
+            "order": "strongest",
+            "score": "singular value",
+            "scope": scope,
+            "fraction": fraction,
+        },
     )
 
 

@@ -1,23 +1,17 @@
 """The table of model families that can be made slim. A new family is one row.
 
-A row says where a transformers model keeps its attention, how to read its weights, and what its
-attention does besides: scale, norms, rotary width. Everything else of the model (embeddings,
-norms, MLPs, masks, generation) is the family's own class, used as it is.
+A row says what a transformers model's attention does besides its projections, whose place is in
+``gainlens.model.attention_layouts``: scale, norms, rotary width. Everything else of the model
+(embeddings, norms, MLPs, masks, generation) is the family's own class, used as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from jaxtyping import Float
-
-from gainlens.export.weights import AttentionWeights
-
-Tensors = Mapping[str, torch.Tensor]
-"""A layer's attention tensors by their name inside the attention module."""
+from gainlens.model.attention_layouts import LAYOUTS, AttentionLayout
 
 KeySite = Literal["k_proj", "k_norm_by_pos", "k_norm_by_head", "query_key_value", "c_attn"]
 """Which module's output carries the keys, and how; used to mask the original in parity checks."""
@@ -30,14 +24,9 @@ class SlimFamily:
     Attributes:
         name: what the slim classes are called after.
         config_class, model_class: the family's classes in transformers.
-        attention: path of layer ``{}``'s attention module.
-        read: an attention module's tensors as ``AttentionWeights``.
         key_site: where the original's keys can be masked.
-        output: name of the output projection inside the attention module.
         refuse: why a configuration can't be made slim, or None.
         norm: whether a norm over the head sits on queries and keys.
-        norm_offset: what is added to that norm's weights; they are stored without it, as the
-            original stores them, since near one half precision would round them away.
         sliding: whether layers may attend to a window only.
         resid_dropout: whether dropout follows the output projection inside the module.
         llama: whether the same weights, with biases, make a ``LlamaForCausalLM``.
@@ -46,16 +35,33 @@ class SlimFamily:
     name: str
     config_class: str
     model_class: str
-    attention: str
-    read: Callable[[Tensors, Any], AttentionWeights]
     key_site: KeySite
-    output: str
     refuse: Callable[[Any], str | None]
     norm: bool = False
-    norm_offset: float = 0.0
     sliding: bool = False
     resid_dropout: bool = False
     llama: bool = False
+
+    @property
+    def layout(self) -> AttentionLayout:
+        """Where the family keeps its attention weights."""
+        return LAYOUTS[self.model_class]
+
+    @property
+    def attention(self) -> str:
+        """Path of layer ``{}``'s attention module."""
+        return self.layout.attention
+
+    @property
+    def output(self) -> str:
+        """Name of the output projection inside the attention module."""
+        return self.layout.output
+
+    @property
+    def norm_offset(self) -> float:
+        """What is added to the weights of the norms on queries and keys; they are stored without
+        it, as the original stores them, since near one half precision would round them away."""
+        return self.layout.norm_offset if self.norm else 0.0
 
     def d_head(self, config: Any) -> int:
         """Width of a full head."""
@@ -103,79 +109,6 @@ class SlimFamily:
         return float(getattr(config, "attention_dropout", 0.0) if share is None else share)
 
 
-def _heads(
-    weight: Float[torch.Tensor, "rows *rest"], n: int
-) -> Float[torch.Tensor, "head d *rest"]:
-    return weight.reshape(n, -1, *weight.shape[1:])
-
-
-def _read_separate(tensors: Tensors, config: Any, norm_offset: float | None) -> AttentionWeights:
-    n, kv = int(config.num_attention_heads), int(config.num_key_value_heads)
-    q, k, v = (
-        _heads(tensors[f"{name}_proj.weight"], heads)
-        for name, heads in (("q", n), ("k", kv), ("v", kv))
-    )
-    out = tensors["o_proj.weight"]
-    biases = {
-        f"{name}_bias": _heads(tensors[f"{name}_proj.bias"], heads)
-        for name, heads in (("q", n), ("k", kv), ("v", kv))
-        if f"{name}_proj.bias" in tensors
-    }
-    norms = {}
-    if norm_offset is not None:
-        for name in ("q_norm", "k_norm"):
-            factor = tensors[f"{name}.weight"]
-            exact = factor if norm_offset == 0 else factor.float() + norm_offset
-            norms[name] = exact.expand(kv, -1)
-    return AttentionWeights(
-        q=q,
-        k=k,
-        v=v,
-        o=out.reshape(out.shape[0], n, -1),
-        o_bias=tensors.get("o_proj.bias"),
-        **biases,
-        **norms,
-    )
-
-
-def read_llama(tensors: Tensors, config: Any) -> AttentionWeights:
-    """Llama, Mistral, Qwen2: separate projections."""
-    return _read_separate(tensors, config, None)
-
-
-def read_qwen3(tensors: Tensors, config: Any) -> AttentionWeights:
-    """Separate projections and a norm that multiplies by its weight."""
-    return _read_separate(tensors, config, 0.0)
-
-
-def read_gemma3(tensors: Tensors, config: Any) -> AttentionWeights:
-    """Separate projections and a norm that multiplies by one plus its weight."""
-    return _read_separate(tensors, config, 1.0)
-
-
-def read_neox(tensors: Tensors, config: Any) -> AttentionWeights:
-    """One matrix, each head's query, key and value rows together."""
-    n = int(config.num_attention_heads)
-    fused, out = tensors["query_key_value.weight"], tensors["dense.weight"]
-    q, k, v = fused.reshape(n, 3, -1, fused.shape[1]).unbind(1)
-    bias = tensors.get("query_key_value.bias")
-    parts = (None,) * 3 if bias is None else bias.reshape(n, 3, -1).unbind(1)
-    o = out.reshape(out.shape[0], n, -1)
-    q_bias, k_bias, v_bias = parts
-    return AttentionWeights(q, k, v, o, q_bias, k_bias, v_bias, tensors.get("dense.bias"))
-
-
-def read_gpt2(tensors: Tensors, config: Any) -> AttentionWeights:
-    """One matrix ``[in, out]``: all query columns, then keys, then values."""
-    n = int(config.num_attention_heads)
-    parts = [_heads(w, n) for w in tensors["c_attn.weight"].T.chunk(3)]
-    q_bias, k_bias, v_bias = (_heads(b, n) for b in tensors["c_attn.bias"].chunk(3))
-    q, k, v = parts
-    out = tensors["c_proj.weight"].T
-    o = out.reshape(out.shape[0], n, -1)
-    return AttentionWeights(q, k, v, o, q_bias, k_bias, v_bias, tensors["c_proj.bias"])
-
-
 def _nothing(config: Any) -> str | None:
     return None
 
@@ -194,35 +127,29 @@ def _gpt2(config: Any) -> str | None:
     return None
 
 
-_LLAMA = "model.layers.{}.self_attn"
-
 FAMILIES: dict[str, SlimFamily] = {
     "LlamaForCausalLM": SlimFamily(
-        "Llama", "LlamaConfig", "LlamaForCausalLM", _LLAMA, read_llama, "k_proj", "o_proj",
-        _nothing, llama=True,
+        "Llama", "LlamaConfig", "LlamaForCausalLM", "k_proj", _nothing, llama=True,
     ),
     "MistralForCausalLM": SlimFamily(
-        "Mistral", "MistralConfig", "MistralForCausalLM", _LLAMA, read_llama, "k_proj", "o_proj",
-        _nothing, sliding=True, llama=True,
+        "Mistral", "MistralConfig", "MistralForCausalLM", "k_proj", _nothing, sliding=True,
+        llama=True,
     ),
     "Qwen2ForCausalLM": SlimFamily(
-        "Qwen2", "Qwen2Config", "Qwen2ForCausalLM", _LLAMA, read_llama, "k_proj", "o_proj",
-        _nothing, sliding=True, llama=True,
+        "Qwen2", "Qwen2Config", "Qwen2ForCausalLM", "k_proj", _nothing, sliding=True, llama=True,
     ),
     "Qwen3ForCausalLM": SlimFamily(
-        "Qwen3", "Qwen3Config", "Qwen3ForCausalLM", _LLAMA, read_qwen3, "k_norm_by_pos", "o_proj",
-        _nothing, norm=True, sliding=True,
+        "Qwen3", "Qwen3Config", "Qwen3ForCausalLM", "k_norm_by_pos", _nothing, norm=True,
+        sliding=True,
     ),
     "Gemma3ForCausalLM": SlimFamily(
-        "Gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM", _LLAMA, read_gemma3, "k_norm_by_head",
-        "o_proj", _gemma3, norm=True, norm_offset=1.0, sliding=True,
+        "Gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM", "k_norm_by_head", _gemma3, norm=True,
+        sliding=True,
     ),
     "GPTNeoXForCausalLM": SlimFamily(
-        "GPTNeoX", "GPTNeoXConfig", "GPTNeoXForCausalLM", "gpt_neox.layers.{}.attention",
-        read_neox, "query_key_value", "dense", _nothing,
+        "GPTNeoX", "GPTNeoXConfig", "GPTNeoXForCausalLM", "query_key_value", _nothing,
     ),
     "GPT2LMHeadModel": SlimFamily(
-        "GPT2", "GPT2Config", "GPT2LMHeadModel", "transformer.h.{}.attn", read_gpt2, "c_attn",
-        "c_proj", _gpt2, resid_dropout=True,
+        "GPT2", "GPT2Config", "GPT2LMHeadModel", "c_attn", _gpt2, resid_dropout=True,
     ),
 }  # fmt: skip

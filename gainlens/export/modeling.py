@@ -7,6 +7,8 @@ For each row of ``gainlens.export.families`` there is a configuration class with
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +19,15 @@ from transformers import AttentionInterface
 
 from gainlens.errors import InputError
 from gainlens.export.attention import ATTENTION, eager_forward, register
-from gainlens.export.cache import use_growing_layer
+from gainlens.export.cache import prepare_layer
 from gainlens.export.families import FAMILIES, SlimFamily
 from gainlens.export.layout import HeadLayout
 from gainlens.export.plan import SlicePlan
 from gainlens.export.slot_rotation import SlotRotary
 
 PREFIX = "gainlens_"
+CODE = "modeling_gainlens"
+"""Module in a saved folder by which transformers finds the classes: ``trust_remote_code=True``."""
 _INTERFACE = AttentionInterface()
 
 
@@ -50,7 +54,7 @@ class SlimAttention(nn.Module):
         value_width: int,
         biases: str,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not the family's own attention, see ATTENTION_CLASSES
         self.config, self.layer_idx, self.is_causal = config, layer_idx, True
         self.n_heads = int(config.num_attention_heads)
         self.n_kv_heads = family.n_kv_heads(config)
@@ -73,11 +77,8 @@ class SlimAttention(nn.Module):
         self.normed, self.norm_offset = family.norm, family.norm_offset
         self.resid_dropout = nn.Dropout(config.resid_pdrop if family.resid_dropout else 0.0)
         self.rotates = layout.frequency is not None
-        index, self.still = None, layout.still
-        if layout.frequency is not None and not layout.natural:
-            rows = layout.frequency
-            rows = rows[:1] if (rows == rows[:1]).all() else rows
-            index = torch.from_numpy(rows.copy())
+        self.still = layout.still
+        index = rope_rows(layout)
         self.register_buffer("rope_index", index)
 
     def forward(
@@ -101,9 +102,12 @@ class SlimAttention(nn.Module):
         if self.rotates and position_embeddings is not None:
             q, k = self._rotate(q, k, *position_embeddings)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        # Under autocast rotation and norm give float32; the cache and the kernel take one type.
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
-            use_growing_layer(cache, self.layer_idx)
+            prepare_layer(cache, self.layer_idx, k, v)
             k, v = cache.update(k, v, self.layer_idx)
+            k, v = k.to(q.dtype), v.to(q.dtype)  # a cache filled outside autocast, or inside
         attend = _INTERFACE.get_interface(self.config._attn_implementation, eager_forward)
         out, weights = attend(
             self,
@@ -156,6 +160,15 @@ class SlimAttention(nn.Module):
         return _turn(q, cos, sin), turned_k
 
 
+def rope_rows(layout: HeadLayout) -> Int[torch.Tensor, "kv_head slot"] | None:
+    """Which frequency turns each slot pair; None where slots turn as in the full model."""
+    if layout.frequency is None or layout.natural:
+        return None
+    rows = layout.frequency
+    rows = rows[:1] if (rows == rows[:1]).all() else rows
+    return torch.from_numpy(rows.copy())
+
+
 def _turn(
     x: Float[torch.Tensor, "batch pos head width"],
     cos: Float[torch.Tensor, "_ pos _ slot"],
@@ -168,13 +181,18 @@ def _turn(
 def slim_config(config: Any, family: SlimFamily, plan: SlicePlan, biases: str) -> Any:
     """The configuration of the slim version of a model with ``config``."""
     settings = config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
+    own = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
+    for name in own:
         settings.pop(name, None)
     cls, _ = CLASSES[family.name]
     return cls(
         **settings,
         gainlens={"plan": plan.to_json(), "biases": biases},
         architectures=[f"Slim{family.name}ForCausalLM"],
+        auto_map={
+            "AutoConfig": f"{CODE}.Slim{family.name}Config",
+            "AutoModelForCausalLM": f"{CODE}.Slim{family.name}ForCausalLM",
+        },
     )
 
 
@@ -225,7 +243,7 @@ def install_attention(model: nn.Module, config: Any, family: SlimFamily) -> None
     biases = str(config.gainlens["biases"])
     for layer, (layout, width) in enumerate(zip(layouts, values, strict=True)):
         path, _, name = family.attention.format(layer).rpartition(".")
-        thin = SlimAttention(config, family, layer, layout, width, biases)
+        thin = ATTENTION_CLASSES[family.name](config, family, layer, layout, width, biases)
         setattr(model.get_submodule(path), name, thin)
 
 
@@ -243,6 +261,7 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
             "model_type": model_type_of(family),
             "base_model_tp_plan": None,
             "base_model_pp_plan": None,
+            "register_for_auto_class": classmethod(_stay_in_gainlens),
         },
     )
 
@@ -251,11 +270,10 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
             config._attn_implementation = ATTENTION
         base_model.__init__(self, config, *args, **kwargs)
         install_attention(self, config, family)
-        for module in self.modules():
-            recorded = transformers.utils.output_capturing._CAN_RECORD_REGISTRY.get(module)
-            if recorded and "attentions" in recorded:
-                record = {**recorded, "attentions": SlimAttention}
-                transformers.utils.output_capturing._CAN_RECORD_REGISTRY[module] = record
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        base_model.save_pretrained(self, save_directory, *args, **kwargs)
+        (Path(save_directory) / f"{CODE}.py").write_text(_code(family), encoding="utf-8")
 
     model_class = type(
         f"Slim{family.name}ForCausalLM",
@@ -264,14 +282,50 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
             "__module__": __name__,
             "__doc__": f"{family.model_class} with thin keys; made by ``gainlens.slim``.",
             "__init__": __init__,
+            "save_pretrained": save_pretrained,
+            "register_for_auto_class": classmethod(_stay_in_gainlens),
             "config_class": config_class,
             "_tp_plan": {},
             "_can_set_attn_implementation_cached_value": True,
+            # The configuration names the full head: let the first keys say how wide a cache is.
+            "_get_static_cache_init_shape": lambda self: None,
         },
     )
     return config_class, model_class
 
 
+def _stay_in_gainlens(cls: Any, auto_class: str = "") -> None:
+    """Classes that were found through a folder's code are not copied into the next folder."""
+
+
+def _code(family: SlimFamily) -> str:
+    return (
+        '"""This checkpoint was made by gainlens, which runs it: pip install gainlens."""\n\n'
+        "from gainlens.export.modeling import (  # noqa: F401\n"
+        f"    Slim{family.name}Config,\n"
+        f"    Slim{family.name}ForCausalLM,\n"
+        ")\n"
+    )
+
+
+def _attention_class(family: SlimFamily) -> type[SlimAttention]:
+    """``SlimAttention`` that transformers takes for the family's own.
+
+    ``output_attentions`` records the modules of a class that each backbone names, in a table for
+    the whole process: what is no such module is never seen, and the table is everybody's.
+    """
+    home = sys.modules[getattr(transformers, family.model_class).__module__]
+    own: Any = getattr(home, f"{family.name}Attention")
+    return type(
+        f"Slim{family.name}Attention",
+        (SlimAttention, own),
+        {"__module__": __name__, "__doc__": f"``SlimAttention`` in the place of {own.__name__}."},
+    )
+
+
+ATTENTION_CLASSES = {f.name: _attention_class(f) for f in FAMILIES.values()}
+for _attention in ATTENTION_CLASSES.values():
+    globals()[_attention.__name__] = _attention
 CLASSES: dict[str, tuple[Any, Any]] = {f.name: _classes(f) for f in FAMILIES.values()}
 for _config, _model in CLASSES.values():
     globals()[_config.__name__], globals()[_model.__name__] = _config, _model

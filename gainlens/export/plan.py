@@ -13,20 +13,16 @@ from jaxtyping import Bool, Float
 from gainlens.ablation.cut import Cut, HeadMaps, check_cut
 from gainlens.ablation.kept import Kept
 from gainlens.ablation.key_mask import KeyMask
-from gainlens.errors import FileFormatError, InputError
+from gainlens.errors import InputError
 from gainlens.export.layout import HeadLayout, head_layout, value_widths_of
-from gainlens.export.slot_rotation import (
-    check_frequencies,
-    collapsed,
-    expanded,
-    frequency_table,
-)
-from gainlens.files import FORMAT, read_json, write_json
+from gainlens.export.plan_files import KIND, plan_fields
+from gainlens.export.slot_rotation import check_frequencies, collapsed, frequency_table
+from gainlens.files import opened, read_json, sealed, write_json
+from gainlens.files.schema import checking
 from gainlens.model.sites import pair_partners
 
 Basis = Literal["own", "canonical"]
 BASES: tuple[Basis, ...] = ("own", "canonical")
-KIND = "slice_plan"
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,59 +300,29 @@ class SlicePlan(Kept):
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready description; kept dimensions as lists of indices."""
-        return {
-            "format": FORMAT,
-            "kind": KIND,
+        content = {
             "fingerprint": self.fingerprint,
             "shape": list(self.shape),
             "basis": self.basis,
-            "keep": [[head.nonzero().flatten().tolist() for head in layer] for layer in self.keep],
+            "keep": [[h.nonzero().flatten().tolist() for h in layer] for layer in self.keep],
             "value_widths": None if self.value_widths is None else list(self.value_widths),
             "facts": self.facts,
-            **({} if self.frequencies is None else {"frequencies": collapsed(self.frequencies)}),
         }
+        if self.frequencies is not None:
+            content["frequencies"] = collapsed(self.frequencies)
+        return sealed(KIND, content)
 
     @classmethod
     def from_json(cls, value: Any, where: str = "plan") -> SlicePlan:
         """Read ``value``, which ``to_json`` made; errors name it ``where``.
 
         Raises:
-            FileFormatError: not a plan, of another version, or with indices out of range.
-            InputError: a plan that no model can be cut by.
+            FileFormatError: damaged, not a plan, of another version, with indices out of range,
+                or one that no model can be cut by.
         """
-        try:
-            if value["format"] != FORMAT or value["kind"] != KIND:
-                raise FileFormatError(
-                    f"{where} is not a slice plan of format {FORMAT}: it says {value['kind']!r}, "
-                    f"{value['format']!r}"
-                )
-            n_layers, n_kv_heads, d_head = (int(n) for n in value["shape"])
-            rows = value["keep"]
-            if len(rows) != n_layers or any(len(layer) != n_kv_heads for layer in rows):
-                raise FileFormatError(
-                    f"{where}: keep does not hold {n_layers} × {n_kv_heads} heads"
-                )
-            keep = torch.zeros(n_layers, n_kv_heads, d_head, dtype=torch.bool)
-            for layer, heads in enumerate(rows):
-                for head, dims in enumerate(heads):
-                    if any(not isinstance(d, int) or not 0 <= d < d_head for d in dims):
-                        raise FileFormatError(
-                            f"{where}: key head {head} of layer {layer} names a dimension "
-                            f"outside 0..{d_head - 1}"
-                        )
-                    keep[layer, head, dims] = True
-            return cls(
-                keep,
-                None if value["value_widths"] is None else tuple(value["value_widths"]),
-                value["basis"],
-                value["fingerprint"],
-                dict(value["facts"]),
-                frequencies=expanded(value.get("frequencies")),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise FileFormatError(f"{where} is not a slice plan: {error!r}") from None
+        data = opened(value, KIND, where)
+        with checking(where, "slice plan"):
+            return cls(**plan_fields(data))
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file.
@@ -373,7 +339,7 @@ class SlicePlan(Kept):
         """Read what ``save`` wrote.
 
         Raises:
-            FileFormatError: missing, truncated, or not a plan.
+            FileFormatError: missing, damaged, or not a plan.
         """
         return cls.from_json(read_json(path), str(path))
 

@@ -1,4 +1,4 @@
-"""What a refit makes of a plan, and the mean loss of a transformers model."""
+"""What a refit makes of a plan."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-import torch
-from jaxtyping import Int
-
 from gainlens.ablation.least_squares_refit import refit
-from gainlens.data.batches import TOKENS_PER_BATCH
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.export.families import FAMILIES
 from gainlens.export.plan import SlicePlan
@@ -49,19 +45,3 @@ def refitted(
     except UnsupportedModelError as error:
         warnings.warn(f"cut without a refit: {error}", stacklevel=2)
         return plan
-
-
-@torch.inference_mode()
-def mean_loss(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> float:
-    """Mean loss per token in nats of a transformers model on documents of one length."""
-    device = next(model.parameters()).device
-    rows = max(1, TOKENS_PER_BATCH // tokens.shape[1])
-    total = 0.0
-    for start in range(0, len(tokens), rows):
-        batch = tokens[start : start + rows]
-        logits = model(batch.to(device), use_cache=False).logits[:, :-1].float()
-        wanted = batch[:, 1:].flatten().to(device)
-        total += float(
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum")
-        )
-    return total / (tokens.shape[0] * (tokens.shape[1] - 1))

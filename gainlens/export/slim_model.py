@@ -12,19 +12,23 @@ from jaxtyping import Float, Int
 from gainlens.ablation.cut import Cut
 from gainlens.data.batches import Tokens, batches
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
-from gainlens.export.building import parameters_on_meta, put
+from gainlens.export.building import put, without_weights
 from gainlens.export.canonical import canonical_maps, check_no_rotation, to_canonical
 from gainlens.export.modeling import (
     CLASSES,
+    SlimAttention,
     family_of,
     plan_of,
     plan_rotary_dim,
+    rope_rows,
     slim_config,
 )
 from gainlens.export.plan import SlicePlan, as_plan
 from gainlens.export.sources import Source, open_source
 from gainlens.export.sources.base import ProjectionMaps
 from gainlens.export.values import ValuePath, value_paths
+from gainlens.files import check_sums
+from gainlens.model.config_limits import check_config
 from gainlens.model.wrapping import first_line
 
 CHECK_POSITIONS = 12
@@ -83,11 +87,10 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     plan = replace(plan, fingerprint=source.fingerprint)
     rotary_dim = plan_rotary_dim(source.family, source.config, plan)
     layouts = plan.layouts(rotary_dim)
-    biases = _biases(source, plan)
+    biases = biases_of(source, plan)
     config = slim_config(source.config, source.family, plan, biases)
     config.dtype = source.dtype
-    with parameters_on_meta():
-        thin: Any = CLASSES[source.family.name][1](config)
+    thin = without_weights(lambda: CLASSES[source.family.name][1](config))
     cut = _maps_of(source, plan, thin)
     paths = _paths(source, plan, cut, tokens)
     attention = [f"{source.family.attention.format(n)}." for n in range(source.n_layers)]
@@ -121,6 +124,8 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     generation = getattr(getattr(model, "original_model", model), "generation_config", None)
     if generation is not None:
         thin.generation_config = type(generation).from_dict(generation.to_dict())
+    tokenizer = getattr(model, "tokenizer", None)
+    thin.gainlens_tokenizer = tokenizer if hasattr(tokenizer, "save_pretrained") else None
     thin.gainlens_parity = _check(source, thin, cut, paths)
     return thin
 
@@ -134,23 +139,50 @@ def load_slim(folder: str | Path, **kwargs: Any) -> Any:
 
     Raises:
         InputError: there is no such folder.
-        FileFormatError: it is no slim checkpoint, or is damaged.
+        FileFormatError: it is no slim checkpoint, its weights are not finite or not its plan's, or
+            a file is not what was written.
     """
     from transformers import AutoConfig
 
     if not Path(folder).is_dir():
         raise InputError(f"folder {str(folder)!r} does not exist")
+    check_config(folder)
+    check_sums(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
-        _, model_class = CLASSES[family_of(config).name]
-        model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        family, plan = family_of(config), plan_of(config)
+        shape = (config.num_hidden_layers, family.n_kv_heads(config), family.d_head(config))
+        if plan.shape != shape:
+            raise InputError(f"its plan is of a model of shape {plan.shape}, its config of {shape}")
+        model, info = CLASSES[family.name][1].from_pretrained(
+            folder, output_loading_info=True, **kwargs
+        )
     except Exception as error:
         raise FileFormatError(
             f"{folder} can't be read as a slim model: {first_line(error)}"
         ) from None
     if missing := sorted(info["missing_keys"]):
         raise FileFormatError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]!r}")
+    _check_weights(model, plan, plan_rotary_dim(family, config, plan), folder)
     return model.eval()
+
+
+def _check_weights(model: Any, plan: SlicePlan, rotary_dim: int, folder: str | Path) -> None:
+    """Raise ``FileFormatError`` for weights that are not finite or were cut by another plan."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FileFormatError(f"{folder}: weight {name!r} holds NaN or infinity")
+    thin = [m for m in model.modules() if isinstance(m, SlimAttention)]
+    layouts, _ = plan.turning(rotary_dim)
+    for layer, (module, layout) in enumerate(zip(thin, layouts, strict=True)):
+        wanted = rope_rows(layout)
+        stored = module.rope_index
+        if (wanted is None) != (stored is None) or (
+            wanted is not None and stored is not None and not torch.equal(stored.cpu(), wanted)
+        ):
+            raise FileFormatError(
+                f"{folder}: the weights of layer {layer} keep other rotary pairs than its plan"
+            )
 
 
 def check_tolerance(
@@ -229,7 +261,8 @@ def _paths(
     return value_paths(source, plan.value_widths, flows)
 
 
-def _biases(source: Source, plan: SlicePlan) -> str:
+def biases_of(source: Source, plan: SlicePlan) -> str:
+    """Which of ``q``, ``k``, ``v``, ``o`` have a bias in the slim model, a letter each."""
     first = source.attention(0)
     found = "".join(n for n in "qkvo" if getattr(first, f"{n}_bias") is not None)
     if plan.basis == "canonical":

@@ -7,14 +7,11 @@ arithmetic; so both ratios can be predicted from sizes alone and set beside the 
 from __future__ import annotations
 
 import copy
-import os
-import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from gainlens.environment import environment
 from gainlens.errors import InputError
 from gainlens.export import timing
 from gainlens.export.attention import ATTENTION
@@ -32,9 +29,11 @@ class Sizes:
         parameters: number of weights, tied ones once.
         weight_bytes: bytes of the weights that one token reads: all but the embedding rows of
             other tokens.
-        key_bytes, value_bytes: cache bytes per token of context.
+        key_bytes, value_bytes: cache bytes per token of context, before any window is full.
         flops: floating point operations per token without attention over the context.
-        flops_per_position: more per position of context.
+        flops_per_position: more per position of context, before any window is full.
+        windows: of layers that see a window only: its length, and the part of ``key_bytes``,
+            ``value_bytes`` and ``flops_per_position`` that stops growing there.
     """
 
     parameters: int
@@ -43,6 +42,19 @@ class Sizes:
     value_bytes: int
     flops: int
     flops_per_position: int
+    windows: tuple[tuple[int, int, int, int], ...] = ()
+
+    def cache_bytes(self, context: int) -> int:
+        """Bytes of keys and values that one token reads after ``context`` tokens."""
+        full = context * (self.key_bytes + self.value_bytes)
+        return full - sum(max(0, context - w) * (k + v) for w, k, v, _ in self.windows)
+
+    def prefill_flops(self, context: int) -> float:
+        """Operations per token of a causal prefill: half of the positions on average."""
+        attention = self.flops_per_position * context / 2
+        for window, _, _, flops in self.windows:
+            attention -= flops * max(0, context - window) ** 2 / (2 * max(1, context))
+        return self.flops + attention
 
 
 def sizes(slim: Any) -> Sizes:
@@ -58,37 +70,43 @@ def sizes(slim: Any) -> Sizes:
     positions = sum(
         m.weight.numel() for n, m in slim.named_modules() if n.endswith("wpe")
     )  # learned positions: one row is read
-    keys = sum(m.n_kv_heads * m.head_dim for m in modules)
-    values = sum(m.n_kv_heads * m.value_dim for m in modules)
-    per_position = sum(2 * m.n_heads * (m.head_dim + m.value_dim) for m in modules)
+    keys, values, per_position = _per_token(modules, element)
+    lengths = sorted({w for m in modules if (w := m.sliding_window) is not None})
+    windows = tuple(
+        (length, *_per_token([m for m in modules if m.sliding_window == length], element))
+        for length in lengths
+    )
     return Sizes(
         parameters=parameters,
         weight_bytes=(read - positions) * element,
-        key_bytes=keys * element,
-        value_bytes=values * element,
+        key_bytes=keys,
+        value_bytes=values,
         flops=2 * (read - positions),
         flops_per_position=per_position,
+        windows=windows,
     )
+
+
+def _per_token(modules: Sequence[SlimAttention], element: int) -> tuple[int, int, int]:
+    """Bytes of keys and of values, and operations, for each position that layers see."""
+    keys = sum(m.n_kv_heads * m.head_dim for m in modules) * element
+    values = sum(m.n_kv_heads * m.value_dim for m in modules) * element
+    return keys, values, sum(2 * m.n_heads * (m.head_dim + m.value_dim) for m in modules)
 
 
 def predict_decode(full: Any, slim: Any, context: int, batch: int = 1) -> float:
     """Tokens per second after over before when decoding is bound by the bytes that it reads."""
+    before, after = sizes(full), sizes(slim)
+    return _read(before, context, batch) / _read(after, context, batch)
 
-    def read(model: Any) -> int:
-        s = sizes(model)
-        return s.weight_bytes + batch * context * (s.key_bytes + s.value_bytes)
 
-    return read(full) / read(slim)
+def _read(s: Sizes, context: int, batch: int) -> int:
+    return s.weight_bytes + batch * s.cache_bytes(context)
 
 
 def predict_prefill(full: Any, slim: Any, context: int) -> float:
-    """The same for prefill bound by arithmetic; causal, so half of the positions on average."""
-
-    def work(model: Any) -> float:
-        s = sizes(model)
-        return s.flops + s.flops_per_position * context / 2
-
-    return work(full) / work(slim)
+    """The same for prefill bound by arithmetic."""
+    return sizes(full).prefill_flops(context) / sizes(slim).prefill_flops(context)
 
 
 def ledger(
@@ -132,8 +150,8 @@ def ledger(
             "predicted": {
                 "decode_ratio": predict_decode(full, slim, context, batch),
                 "prefill_ratio": predict_prefill(full, slim, context),
-                "cache_bytes_full": batch * context * (before.key_bytes + before.value_bytes),
-                "cache_bytes_slim": batch * context * (after.key_bytes + after.value_bytes),
+                "cache_bytes_full": batch * before.cache_bytes(context),
+                "cache_bytes_slim": batch * after.cache_bytes(context),
             },
         }
         if measure:
@@ -180,34 +198,42 @@ def ledger(
         },
         "contexts": rows,
         "twice_as_fast": verdict_on_doubling(before, after, batch),
-        "machine": machine(),
+        **environment(),
     }
 
 
 def verdict_on_doubling(before: Sizes, after: Sizes, batch: int) -> dict[str, Any]:
     """Where "potentially doubling inference speed" holds for decoding, by the bytes read.
 
-    With c the context, the ratio is (W + b c K) / (W' + b c K'): at most K / K' however long the
-    context, where K and K' are cache bytes per token before and after.
+    With c the context, the ratio is (W + b K(c)) / (W' + b K'(c)), where K and K' are cache bytes
+    before and after. Without windows K is proportional to c, and the ratio at most K / K' however
+    long the context; layers with a window stop growing there, and count as the weights do.
     """
-    cache_before = before.key_bytes + before.value_bytes
-    cache_after = after.key_bytes + after.value_bytes
-    limit = cache_before / cache_after
-    # W + bcK >= 2 (W' + bcK')  <=>  bc (K - 2K') >= 2W' - W
-    gap = cache_before - 2 * cache_after
-    need = 2 * after.weight_bytes - before.weight_bytes
-    context = None if gap <= 0 else max(0, -(-need // (batch * gap)))
-    share = before.key_bytes / cache_before
+    far = max((w for w, *_ in before.windows), default=0)
+    growth = [s.cache_bytes(far + 1) - s.cache_bytes(far) for s in (before, after)]
+    # Where nothing grows any more, what is read after the longest window is read for ever.
+    ends = growth if growth[0] else [_read(s, far, batch) for s in (before, after)]
+    limit = ends[0] / ends[1]
+    points = sorted({0, *(w for w, *_ in before.windows)})
+    context = _from(lambda c: _read(before, c, batch) - 2 * _read(after, c, batch), points)
+    share = before.key_bytes / (before.key_bytes + before.value_bytes)
     # A quarter of keys and values: K' = K/4, and no more weights than this plan leaves.
-    quarter = max(0, -(-2 * need // (batch * cache_before)))
-    if gap > 0:
+    need = 2 * (before.weight_bytes - 2 * after.weight_bytes)
+    quarter = _from(lambda c: need + batch * before.cache_bytes(c), points)
+    if context is not None:
         claim = f"decoding doubles from {context} tokens of context on (batch {batch})"
     else:
         claim = (
             f"decoding can't double: keys are {share:.0%} of the cache, and with this plan it "
             f"shrinks to {1 / limit:.0%}, so the ratio stays below {limit:.2f} at any context; it "
             "would take more than half of the keys and of the values, and a context whose cache "
-            f"outweighs the weights: with a quarter of both left, {quarter} tokens (batch {batch})"
+            "outweighs the weights: with a quarter of both left, "
+            + (
+                f"{quarter} tokens"
+                if quarter is not None
+                else "no context, for its layers see windows"
+            )
+            + f" (batch {batch})"
         )
     return {
         "limit": limit,
@@ -217,6 +243,24 @@ def verdict_on_doubling(before: Sizes, after: Sizes, batch: int) -> dict[str, An
     }
 
 
+def _from(gain: Callable[[int], int], points: Sequence[int]) -> int | None:
+    """The least context from which on ``gain`` stays at or above zero; None where there is none.
+
+    Args:
+        gain: of a context, linear between ``points`` and after the last.
+        points: contexts in order, the first 0.
+    """
+    found = None
+    for number, start in enumerate(reversed(points)):
+        value, slope = gain(start), gain(start + 1) - gain(start)
+        if number == 0 and (slope < 0 or (slope == 0 and value < 0)):
+            return None
+        if value < 0:
+            return start - value // slope  # rounded up; what follows the segment holds
+        found = start
+    return found
+
+
 def _ratio(timed: dict[str, dict[str, float]], what: str, before: str) -> float:
     return timed["slim"][what] / timed[before][what]
 
@@ -224,22 +268,3 @@ def _ratio(timed: dict[str, dict[str, float]], what: str, before: str) -> float:
 def untouched(model: Any) -> Any:
     """A copy of a transformers model for ``ledger``'s baseline."""
     return copy.deepcopy(model).eval()
-
-
-def machine() -> dict[str, Any]:
-    """Versions and hardware, for result files; no names of hosts."""
-    import transformers
-
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-        name = names[0] if names else name
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 
 from gainlens.export.cache import GrowingLayer, use_growing_layer
+from gainlens.model.text_config import text_config
 
 EAGER_PREFILL = 4096
 """Eager attention holds a float per pair of positions and head: longer prefills aren't tried."""
@@ -65,7 +66,7 @@ def measure(
         ``prefill_tokens_per_second``.
     """
     generator = torch.Generator().manual_seed(0)
-    vocabulary = int(contenders[0].model.config.vocab_size)
+    vocabulary = int(text_config(contenders[0].model.config).vocab_size)
     room = context + decode_tokens + WARM
     tokens = torch.randint(0, vocabulary, (batch, room), generator=generator)
     prefill: dict[str, list[float]] = {c.name: [] for c in contenders if c.prefills(context)}

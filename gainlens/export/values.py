@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 
 from gainlens.export.sources.base import Flows, Source
-from gainlens.export.weights import AttentionWeights
+from gainlens.model.attention_weights import AttentionWeights
 
 RIDGE = 1e-6
 """Added to C, as a share of its mean diagonal, so that directions never seen stay finite."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +13,18 @@ import torch
 
 from gainlens.errors import GainlensError, InputError
 from gainlens.export.building import float_copy
+from gainlens.export.card import write_card
 from gainlens.export.engines import Engine, get_engine
 from gainlens.export.modeling import plan_of, plan_rotary_dim, slim_config
 from gainlens.export.plan import SlicePlan
+from gainlens.export.slim_model import biases_of
 from gainlens.export.sources import open_source
-from gainlens.files import check_free
+from gainlens.files import check_free, written_folder
+from gainlens.stats.verdicts import Verdict
 
 GATE = 1e-4
 """Largest logit difference over the largest logit (or over 1 where that is smaller)."""
+PLAN = "slice_plan.json"
 LONG = 96
 """Positions of the longer text on which written files are compared with the slim model."""
 
@@ -37,29 +40,36 @@ def export_model(
     *,
     precision: str | None = None,
     tokenizer: Any | None = None,
+    verdict: Any | None = None,
+    command: str | None = None,
 ) -> Path:
     """Write ``slim`` for an engine, run the written files, and put them in place if they agree.
 
-    The files are written beside ``folder`` (inside it, where it exists) and compared there: with
+    The files are written beside ``folder`` and compared there: with
     the logits of the original with the same units ablated (as ``slim`` recorded them; with the
     slim model's own where it has been trained or loaded since) and, on a longer text, with the
     slim model's. Files in a lower precision are compared with the slim model whose weights are
-    rounded alike. Then they are renamed into place. When anything fails, nothing is left.
+    rounded alike. Then the folder appears in one step, the plan in ``slice_plan.json`` and the
+    checksums of its files in ``SHA256SUMS``. When anything fails, nothing is left.
 
     Args:
         slim: from ``gainlens.slim`` or ``gainlens.load_slim``.
         folder: to be made; may exist if it is empty.
         engine: ``gainlens`` (any plan), ``transformers``, ``vllm`` or ``llama.cpp``.
         precision: of the weights, one of the engine's; its first (``f32``) by default.
-        tokenizer: a transformers tokenizer to save beside; for ``llama.cpp`` the path of a GGUF
+        tokenizer: a transformers tokenizer to save beside, with its chat template; by default
+            that of the model that was cut, where it had one. For ``llama.cpp`` the path of a GGUF
             file of the original, whose vocabulary is copied: llama.cpp loads a file without one,
-            and serves it not.
+            and serves it not. A warning says where a folder gets none.
+        verdict: a ``Verdict`` on what the cut costs, for the model card (``README.md``).
+        command: that made the folder, for the model card.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: a folder that already holds something or can't be written, a full disk, an
+        InputError: a folder that already holds something, can't be written or is being written
+            by another process, a full disk, an
             unknown engine or precision, a model that is not slim, a tokenizer that the engine
             can't take.
         EngineLimitError: a plan that the engine can't take; says which limit, with the nearest
@@ -68,50 +78,45 @@ def export_model(
     """
     row = get_engine(engine)
     slim = getattr(slim, "_orig_mod", slim)  # what torch.compile wrapped
-    plan_of(getattr(slim, "config", None))
+    plan = plan_of(getattr(slim, "config", None))
     chosen = row.precisions[0] if precision is None else precision
     if chosen not in row.precisions:
         raise InputError(
             f"precision={precision!r}: engine={engine!r} writes {', '.join(row.precisions)}"
         )
-    target = Path(folder).absolute()
-    made: list[Path] = []
-    try:
-        check_free(target)
-        row.check(slim)
-        row.check_tokenizer(tokenizer, int(slim.config.vocab_size))
-        _make_parents(target, made)
-        # A folder that exists may be a disk of its own, or all that this user may write to.
-        inside = target.is_dir()
-        where = target if inside else target.parent
-        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=where))
-        try:
-            row.write(float_copy(slim), beside, chosen, tokenizer)
-            check_parity(row, slim, beside, chosen)
-            _let_others_read(beside)
-            check_free(target, but=beside)
-            if inside:
-                _move_up(beside)
-            else:
-                os.replace(beside, target)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    except BaseException as error:
-        for parent in reversed(made):
-            parent.rmdir()
-        if isinstance(error, GainlensError) or not isinstance(error, Exception):
-            raise
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            if getattr(error, "errno", None) is None and isinstance(error, OSError):
-                reason = f"the disk takes no more bytes ({reason})"  # numpy says how many alone
-            raise InputError(f"folder {str(folder)!r} can't be written: {reason}") from error
-        raise
+    if verdict is not None and not isinstance(verdict, Verdict):
+        raise InputError(f"verdict={verdict!r}: expected a gainlens Verdict or None")
+    if tokenizer is None and not row.reads_gguf:
+        tokenizer = getattr(slim, "gainlens_tokenizer", None)
+    check_free(Path(folder))
+    row.check(slim)
+    row.check_tokenizer(tokenizer, int(slim.config.vocab_size))
+    _say(row, slim)
+    if tokenizer is None:
+        warnings.warn(
+            f"folder {str(folder)!r} gets no tokenizer: pass tokenizer= ("
+            + ("a GGUF file of the original)" if row.reads_gguf else "the original's)"),
+            stacklevel=2,
+        )
+    with written_folder(Path(folder)) as beside:
+        row.write(float_copy(slim), beside, chosen, tokenizer)
+        check_parity(row, slim, beside, chosen)
+        plan.save(beside / PLAN)
+        write_card(
+            beside,
+            slim,
+            row,
+            chosen,
+            name=Path(folder).absolute().name,
+            tokenizer=tokenizer is not None,
+            verdict=verdict,
+            command=command,
+        )
     return Path(folder)
 
 
 def check_plan(model: Any, plan: SlicePlan, engine: str) -> None:
-    """Raise what ``export_model`` would, before anything is cut.
+    """Raise, and warn of, what ``export_model`` would, before anything is cut.
 
     Args:
         model: that is to be made slim, of any of the three kinds.
@@ -126,8 +131,16 @@ def check_plan(model: Any, plan: SlicePlan, engine: str) -> None:
     source = open_source(model)
     plan.check_model(source.shape, source.fingerprint, source.architecture)
     plan.check_pairs(plan_rotary_dim(source.family, source.config, plan))
-    config = slim_config(source.config, source.family, plan, "")
-    get_engine(engine).check(SimpleNamespace(config=config))
+    config = slim_config(source.config, source.family, plan, biases_of(source, plan))
+    row = get_engine(engine)
+    row.check(SimpleNamespace(config=config))
+    _say(row, SimpleNamespace(config=config))
+
+
+def _say(engine: Engine, slim: Any) -> None:
+    """Warn of the engine's limits before any work."""
+    for note in engine.notes(slim):
+        warnings.warn(f"engine={engine.name!r}: {note}", stacklevel=3)
 
 
 def check_parity(engine: Engine, slim: Any, folder: Path, precision: str) -> float:
@@ -146,6 +159,8 @@ def check_parity(engine: Engine, slim: Any, folder: Path, precision: str) -> flo
     generator = torch.Generator().manual_seed(1)
     long = torch.randint(0, vocabulary, (1, length), generator=generator)
     parity = getattr(slim, "gainlens_parity", None)
+    if parity is not None and parity.logits.shape[-1] != vocabulary:
+        parity = None  # the embedding was resized since: nothing of the original's compares
     texts = [long] if parity is None else [long, parity.tokens]
     whose = "the masked original's"
     if precision == "f32":
@@ -171,35 +186,3 @@ def check_parity(engine: Engine, slim: Any, folder: Path, precision: str) -> flo
                 f"{share:.1e} of the largest, expected at most {GATE:.0e}; nothing was written"
             )
     return worst
-
-
-def _make_parents(target: Path, made: list[Path]) -> None:
-    """Make the folders above ``target``; each one that was missing joins ``made``."""
-    missing = []
-    parent = target.parent
-    while not parent.exists():
-        missing.append(parent)
-        parent = parent.parent
-    for parent in reversed(missing):
-        parent.mkdir()
-        made.append(parent)
-
-
-def _let_others_read(folder: Path) -> None:
-    """mkdtemp and safetensors make what only their owner reads."""
-    folder.chmod(0o755)
-    for entry in folder.rglob("*"):
-        entry.chmod(0o755 if entry.is_dir() else 0o644)
-
-
-def _move_up(folder: Path) -> None:
-    """Move everything in ``folder`` into the one above, all or nothing."""
-    moved: list[Path] = []
-    try:
-        for entry in sorted(folder.iterdir()):
-            os.replace(entry, folder.parent / entry.name)
-            moved.append(entry)
-    except BaseException:
-        for entry in moved:
-            os.replace(folder.parent / entry.name, entry)
-        raise

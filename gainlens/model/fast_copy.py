@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.model.linear import use_fast_linear
+from gainlens.model.running import is_exact, model_device
 
 NAME = "gainlens_fast_copy"
 ATTRIBUTE = "_gainlens_fast_copy"
@@ -42,7 +43,7 @@ class FastCopy:
     def __init__(self, model: Any, n_layers: int) -> None:
         self.model = model
         self.n_layers = n_layers
-        self._head = _head_alone(model)
+        self._head = family_head(model)
         self._layers = _layers(model, n_layers)
         self._edit: Edit | None = None
         self._fires = [0] * n_layers
@@ -56,13 +57,12 @@ class FastCopy:
     @property
     def device(self) -> torch.device:
         """Where the shared tensors lie."""
-        found: torch.device = next(self.model.parameters()).device
-        return found
+        return model_device(self.model)
 
     @property
     def exact(self) -> bool:
         """Whether the weights are float32 or wider, so that two ways agree closely."""
-        return next(self.model.parameters()).dtype in (torch.float32, torch.float64)
+        return is_exact(self.model)
 
     @contextmanager
     def edited(self, edit: Edit | None) -> Iterator[None]:
@@ -126,13 +126,7 @@ class FastCopy:
         self, hidden: Float[torch.Tensor, "document pos d_model"]
     ) -> Float[torch.Tensor, "document pos vocab"]:
         """The family's own head (scale, soft-capping and all) on part of ``hidden``."""
-        stub = self._head.base_model
-        stub.given = hidden
-        try:
-            found: torch.Tensor = self._head(inputs_embeds=hidden, use_cache=False).logits
-        finally:
-            stub.given = None
-        return found
+        return self._head(hidden)
 
     @property
     def complete(self) -> bool:
@@ -164,16 +158,27 @@ def build_fast_copy(bridge: Any) -> FastCopy | None:
         return None
     try:
         _register()
-        config = copy.deepcopy(original.config)
-        config._attn_implementation = NAME
-        with torch.device("meta"):
-            model = type(original)(config)
-        if not _share(model, original):
+        model = twin(original, NAME)
+        if model is None:
             return None
         use_fast_linear(model)
         return FastCopy(model.eval(), int(bridge.cfg.n_layers))
     except Exception:  # any family may refuse; the hooks then do the work
         return None
+
+
+def twin(original: Any, attention: str) -> Any | None:
+    """The transformers model around the very tensors of one that a bridge wraps, or None.
+
+    Args:
+        original: what the bridge wraps.
+        attention: name of the attention implementation.
+    """
+    config = copy.deepcopy(original.config)
+    config._attn_implementation = attention
+    with torch.device("meta"):
+        model = type(original)(config)
+    return model.eval() if _share(model, original) else None
 
 
 def _share(model: Any, original: Any) -> bool:
@@ -225,11 +230,28 @@ class _Given(torch.nn.Module):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.given)
 
 
-def _head_alone(model: Any) -> Any:
+def family_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A transformers model's own head (scale, soft-capping and all), on any part of what it reads.
+
+    Args:
+        model: a causal language model, or the one inside a bridge.
+
+    Returns:
+        From ``[document, pos, d_model]`` to logits ``[document, pos, vocab]``.
+    """
     head = copy.copy(model)
     head._modules = dict(model._modules)
-    head._modules[model.base_model_prefix] = _Given()
-    return head
+    stub = head._modules[model.base_model_prefix] = _Given()
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        stub.given = hidden
+        try:
+            found: torch.Tensor = head(inputs_embeds=hidden, use_cache=False).logits
+        finally:
+            stub.given = None
+        return found
+
+    return logits
 
 
 def _attend(

@@ -3,111 +3,239 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from gainlens.errors import UnsupportedModelError
+from gainlens.model.attention_layouts import (
+    LAYOUTS,
+    AttentionLayout,
+    bridge_weights,
+    layer_tensors,
+    lens_biases,
+    lens_weights,
+    plain_tensors,
+)
+from gainlens.model.attention_weights import AttentionWeights
+from gainlens.model.text_config import text_config
+from gainlens.model.wrapping import architecture_of
+
+Tensors = dict[str, torch.Tensor]
+FACTOR, ADDEND = -0x61C8864680B583EB, 0x2545F4914F6CDD1D
+ROWS = 1 << 20
 
 
 @torch.no_grad()
 def model_fingerprint(model: Any) -> str:
-    """SHA-256, in hexadecimal, of a model's attention weights and the signs of its embedding.
+    """SHA-256, in hexadecimal, of the weights that decide a model's keys.
 
     The same for a ``TransformerBridge``, a ``HookedTransformer`` and the Hugging Face model of
     one checkpoint, in one floating point type. Folded weights (compatibility mode) give another
-    one, since gains of a folded model belong to other weights. Of the embedding only signs
-    count: TransformerLens multiplies Gemma's by sqrt(d_model).
+    one, since gains of a folded model belong to other weights. What counts:
+
+    - of every layer, the attention's weights and biases, in order;
+    - of every layer, all its other weights (norms, MLP, adapters), in no order, since the kinds
+      of model keep them in different ones; zero biases, which some kinds add, count for nothing;
+    - of the embedding, the signs: TransformerLens multiplies Gemma's by sqrt(d_model).
+
+    The last norm, the output head and position embeddings do not count. Quantised weights are
+    hashed as they are stored, offloaded ones as their loader gives them.
 
     Args:
         model: any of the three kinds, on any device.
 
     Raises:
-        UnsupportedModelError: the attention weights are kept in a form that is not known here.
+        UnsupportedModelError: the attention weights are kept in a form that is not known here, or
+            are not in memory.
     """
     digest = hashlib.sha256()
-    embedding, layers = _weights(model)
+    embedding = _numbers(_embedding(model), "the embedding")
     digest.update(f"embedding {tuple(embedding.shape)}".encode())
     digest.update(np.packbits((embedding > 0).cpu().numpy()).tobytes())
-    for number, layer in enumerate(layers):
-        for name, weight in layer.items():
-            plain = weight.detach().to("cpu", torch.float32).contiguous()
+    for number, (attention, rest) in enumerate(_layers(model)):
+        for name, tensor in attention.items():
+            plain = _wide(_numbers(tensor, f"layer {number}"))
             digest.update(f"{number} {name} {tuple(plain.shape)}".encode())
-            digest.update(plain.numpy().data)
+            digest.update(plain.numpy().tobytes())
+        sums = [_unordered(_numbers(tensor, f"layer {number}")) for tensor in rest]
+        digest.update(f"{number} {_total(sums):x}".encode())
     return digest.hexdigest()
 
 
-Matrices = dict[str, Float[torch.Tensor, "_ _"]]
-"""q, k, v: ``[head * d_head, d_model]``; o: ``[d_model, head * d_head]``."""
+def _layers(model: Any) -> Iterator[tuple[Tensors, list[torch.Tensor]]]:
+    """Per layer the attention's tensors by name, and the others."""
+    lens = hasattr(model, "blocks") and hasattr(model, "hook_dict")
+    inner: Any = getattr(model, "original_model", None) if lens else model
+    if lens and (inner is None or getattr(model, "compatibility_mode", False)):
+        yield from (_lens_layer(block) for block in model.blocks)
+        return
+    layout = None
+    if hasattr(inner, "config"):
+        layout = LAYOUTS.get(architecture_of(inner))
+    if layout is None and lens:
+        yield from (_lens_layer(block) for block in model.blocks)
+        return
+    if layout is None:
+        raise UnsupportedModelError(
+            f"model of type {type(inner).__name__} keeps its attention weights in a form that "
+            "has no fingerprint"
+        )
+    config = text_config(inner.config)
+    held = _present(inner)
+    for layer in range(int(config.num_hidden_layers)):
+        yield _layer(model if lens else None, layout, config, layer, held)
 
 
-def _weights(model: Any) -> tuple[Float[torch.Tensor, "vocab d_model"], list[Matrices]]:
-    if hasattr(model, "blocks") and hasattr(model, "hook_dict"):
-        layers = [_transformer_lens(block.attn) for block in model.blocks]
-        return _embedding(model), layers
-    if hasattr(model, "get_input_embeddings"):
-        heads = int(model.config.num_attention_heads)
-        found = [
-            matrices
-            for module in model.modules()
-            if (matrices := _hugging_face(module, heads, model.config)) is not None
-        ]
-        if found:
-            return model.get_input_embeddings().weight, found
-    raise UnsupportedModelError(
-        f"model of type {type(model).__name__} keeps its attention weights in a form that "
-        "has no fingerprint"
-    )
+def _lens_layer(block: Any) -> tuple[Tensors, list[torch.Tensor]]:
+    attention = block.attn
+    q, k, v = lens_weights(attention)
+    weights = AttentionWeights(q, k, v, attention.W_O.detach().permute(2, 0, 1))
+    found = _in_order(weights)
+    names = (*(f"{x}_bias" for x in "qkv"), "o_bias")
+    for name, bias in zip(names, (*lens_biases(attention), _output_bias(attention)), strict=True):
+        if bias is not None and bool(bias.any()):
+            found[name] = bias.flatten()
+    own = {f"attn.{u}{s}_{x}" for u in ("", "_") for s in "Wb" for x in "QKVO"}
+    own |= {f"attn.{x}.{leaf}" for x in "qkvo" for leaf in ("weight", "bias")}
+    rest = [
+        parameter.detach()
+        for name, parameter in block.named_parameters()
+        if name.replace("._original_component", "") not in own
+    ]
+    return found, rest
 
 
-def _embedding(model: Any) -> Float[torch.Tensor, "vocab d_model"]:
-    original = getattr(model, "original_model", None)
-    weight: torch.Tensor = model.W_E if original is None else model.embed.weight
-    return weight
+def _output_bias(attention: Any) -> torch.Tensor | None:
+    try:
+        bias: Any = attention.b_O
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return None
+    return bias.detach() if isinstance(bias, torch.Tensor) else None
 
 
-def _transformer_lens(attention: Any) -> Matrices:
-    """From ``[head, d_model, d_head]`` (o: ``[head, d_head, d_model]``), key heads not repeated."""
+def _layer(
+    bridge: Any | None, layout: AttentionLayout, config: Any, layer: int, held: Tensors
+) -> tuple[Tensors, list[torch.Tensor]]:
+    """A layer of a transformers model, or of one inside a bridge."""
+    inside = layer_tensors(held, layout, layer)
+    leaves = ("weight", "bias")
+    names = {f"{part}.{leaf}" for part in (*layout.parts, layout.output) for leaf in leaves}
+    # What a bridge calls its own projections: other names of the same, or parts of a joint matrix.
+    aliases = {f"{part}.{leaf}" for part in ("q", "k", "v", "o", "qkv") for leaf in leaves}
+    block = layout.attention.split("{}")[0] + f"{layer}."
+    path = layout.attention.format(layer) + "."
+    own = {path + n for n in names | (aliases if bridge is not None else set())}
+    taken = {_place(held[n]) for n in own if n in held}
+    rest: dict[Any, torch.Tensor] = {}
+    for name, tensor in held.items():
+        if not name.startswith(block) or name in own or _place(tensor) in taken:
+            continue
+        rest[_place(tensor)] = tensor
+    # A bridge has other names for them as well.
+    norms = {_place(t) for n, t in held.items() if n.startswith(block) and "norm" in n}
+    if layout.norm_offset:
+        offset = layout.norm_offset
+        rest = {at: t.float() + offset if at in norms else t for at, t in rest.items()}
+    if all(held[path + n].is_floating_point() for n in names if path + n in held):
+        if bridge is not None and not any(t.is_meta for t in inside.values()):
+            weights = bridge_weights(bridge, layout, config, layer, held)
+        else:
+            weights = layout.read(inside, config)
+        found = _in_order(weights)
+        for name in ("q_bias", "k_bias", "v_bias", "o_bias"):
+            bias = getattr(weights, name)
+            if bias is not None and bool(bias.any()):
+                found[name] = bias.flatten()
+    else:  # quantised: packed as the library likes
+        found = {n: inside[n] for n in sorted(names & set(inside))}
+    return found, list(rest.values())
 
-    def rows(name: str) -> Float[torch.Tensor, "out in"]:
-        grouped = getattr(attention, f"_W_{name}", None)  # HookedTransformer's own, ungrouped
-        weight: torch.Tensor = getattr(attention, f"W_{name}") if grouped is None else grouped
-        return weight.transpose(1, 2).reshape(-1, weight.shape[1])
 
-    out = attention.W_O
+def _place(tensor: torch.Tensor) -> tuple[int, torch.Size]:
+    return tensor.data_ptr(), tensor.shape
+
+
+def _in_order(weights: AttentionWeights) -> Tensors:
+    """q, k, v: ``[head * d_head, d_model]``; o: ``[d_model, head * d_head]``."""
     return {
-        "q": rows("Q"),
-        "k": rows("K"),
-        "v": rows("V"),
-        "o": out.reshape(-1, out.shape[-1]).T,
+        "q": weights.q.flatten(0, 1),
+        "k": weights.k.flatten(0, 1),
+        "v": weights.v.flatten(0, 1),
+        "o": weights.o.flatten(1),
     }
 
 
-def _hugging_face(module: Any, heads: int, config: Any) -> Matrices | None:
-    """The matrices of an attention module, or None where ``module`` is not one."""
-    if all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj")):
-        out = getattr(module, "o_proj", None) or getattr(module, "out_proj", None)
-        out = out if out is not None else getattr(module, "dense", None)
-        if out is None:
-            return None
-        q, k, v = (getattr(module, name).weight for name in ("q_proj", "k_proj", "v_proj"))
-        return {"q": q, "k": k, "v": v, "o": out.weight}
-    # NeoX and BLOOM keep q, k and v of a head together; Falcon's layout is another.
-    fused_by_head = getattr(config, "model_type", "") in ("gpt_neox", "bloom")
-    if fused_by_head and hasattr(module, "query_key_value") and hasattr(module, "dense"):
-        fused = module.query_key_value.weight
-        q, k, v = fused.reshape(heads, 3, -1, fused.shape[1]).unbind(1)
-        flat = [part.reshape(-1, fused.shape[1]) for part in (q, k, v)]
-        return {"q": flat[0], "k": flat[1], "v": flat[2], "o": module.dense.weight}
-    if hasattr(module, "c_attn") and hasattr(module, "c_proj"):  # GPT-2 stores [in, out]
-        q, k, v = module.c_attn.weight.T.chunk(3)
-        return {"q": q, "k": k, "v": v, "o": module.c_proj.weight.T}
-    if hasattr(module, "qkv_proj") and hasattr(module, "o_proj"):  # Phi-3
-        fused = module.qkv_proj.weight
-        groups = heads // int(config.num_key_value_heads)
-        key_rows = fused.shape[0] // (groups + 2)
-        q, k, v = fused.split([groups * key_rows, key_rows, key_rows])
-        return {"q": q, "k": k, "v": v, "o": module.o_proj.weight}
-    return None
+def _present(inner: Any) -> Tensors:
+    """Tensors by their own names; offloaded ones from the loader that brings them in."""
+    found = {n.replace(".base_layer.", "."): t for n, t in plain_tensors(inner).items()}
+    if not any(tensor.is_meta for tensor in found.values()):
+        return found
+    for path, module in inner.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            stored = getattr(one, "weights_map", None)
+            if stored is None:
+                continue
+            for leaf in module._parameters:
+                name = f"{path}.{leaf}".replace("._original_component", "").lstrip(".")
+                if name in found and found[name].is_meta:
+                    found[name] = torch.as_tensor(stored[leaf])
+    return found
+
+
+def _embedding(model: Any) -> Float[torch.Tensor, "vocab d_model"]:
+    inner = getattr(model, "original_model", None)
+    if inner is None and hasattr(model, "W_E"):
+        weight: torch.Tensor = model.W_E
+        return weight.detach()
+    if inner is not None:
+        weight = model.embed.weight
+    elif hasattr(model, "get_input_embeddings"):
+        weight = model.get_input_embeddings().weight
+    else:
+        raise UnsupportedModelError(
+            f"model of type {type(model).__name__} keeps its attention weights in a form that "
+            "has no fingerprint"
+        )
+    if weight.is_meta:
+        shape = weight.shape
+        named = _present(inner if inner is not None else model)
+        here = (t for n, t in named.items() if t.shape == shape and "emb" in n and not t.is_meta)
+        return next(here, weight)
+    return weight.detach()
+
+
+def _numbers(tensor: Shaped[torch.Tensor, "..."], where: str) -> Shaped[torch.Tensor, "..."]:
+    if tensor.is_meta:
+        raise UnsupportedModelError(
+            f"the weights of {where} are not in memory (device meta), so the model has no "
+            "fingerprint: load it without offloading"
+        )
+    return tensor
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    plain = tensor.detach().to("cpu")
+    return (plain.float() if plain.is_floating_point() else plain).contiguous()
+
+
+def _unordered(tensor: Shaped[torch.Tensor, "..."]) -> int:
+    """A number that changes with any value and not with the order; 0 for zeros."""
+    total = 0
+    for part in torch.split(_wide(tensor).flatten(), ROWS):
+        if part.is_floating_point():
+            part = (part + 0.0).view(torch.int32)  # one zero, not two
+        bits = part.to(torch.int64)
+        total += int((bits * (bits * FACTOR + ADDEND)).sum())  # wraps, as it may
+    return total % (1 << 64)
+
+
+def _total(sums: list[int]) -> int:
+    """Their sum, without a joint matrix that a bridge also keeps in two parts."""
+    counted = [x for x in sums if x]
+    pairs = {(a + b) % (1 << 64) for i, a in enumerate(counted) for b in counted[i + 1 :]}
+    return sum(x for x in counted if x not in pairs) % (1 << 64)

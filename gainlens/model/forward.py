@@ -5,35 +5,107 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 
 from gainlens.errors import SilentSiteError
-from gainlens.model.fast_copy import Edit, FastCopy
+from gainlens.model.fast_copy import Edit, FastCopy, build_fast_copy, family_head
+from gainlens.model.hooks import attached, hook_point
+from gainlens.model.running import evaluating, held, model_device
 
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+HEAD_INPUT = "unembed.hook_in"
+_STANDS_ALONE: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 HEAD_POSITIONS = 64
 """Positions that the output head sees at a time: 64 × 49,152 logits stay within a CPU's caches."""
 
 
 def forward_layers(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> None:
-    """Run every layer for the sake of its hooks; logits are dropped, no gradient is kept."""
-    with torch.inference_mode():
-        model(tokens.to(next(model.parameters()).device), return_type=None)
+    """Run every layer for the sake of its hooks, in eval mode; no logits, no gradient."""
+    with torch.inference_mode(), held(model), evaluating(model):
+        model(tokens.to(model_device(model)), return_type=None)
 
 
 def token_losses(
     model: Any, tokens: Int[torch.Tensor, "document pos"]
 ) -> Float[torch.Tensor, "document next_pos"]:
-    """Next-token loss in nats per position, float32 on the CPU, ``[document, pos - 1]``."""
-    tokens = tokens.to(next(model.parameters()).device)
-    with torch.inference_mode():
-        if hasattr(model, "original_model"):
-            logits = model(tokens, return_type="logits")
-            return cross_entropy(lambda part: part, logits, tokens)
-        # A HookedTransformer's head is a module of its own, so it can be fed piece by piece.
+    """Next-token loss in nats per position, float32 on the CPU, ``[document, pos - 1]``.
+
+    The model is run in eval mode.
+    """
+    tokens = tokens.to(model_device(model))
+    with torch.inference_mode(), held(model), evaluating(model):
+        hidden, head = before_head(model, tokens)
+        return cross_entropy(head, hidden, tokens)
+
+
+def before_head(
+    model: Any, tokens: Int[torch.Tensor, "document pos"]
+) -> tuple[Float[torch.Tensor, "document pos width"], Head]:
+    """Run a model up to its output head, which can then be applied to a few positions at a time.
+
+    The logits of 1,024 tokens over a vocabulary of 262,144 take a gigabyte, and their gradient as
+    much again. A bridge calls its head itself; it is handed the first position alone. Where the
+    head can't be called by itself, or somebody has hooks on it, all logits are computed at once.
+
+    Args:
+        model: a TransformerBridge or HookedTransformer, with whatever hooks are on it.
+        tokens: on the model's device.
+
+    Returns:
+        What the head reads, and the head: from ``[1, pos, width]`` to logits ``[1, pos, vocab]``.
+        (All logits and the identity where the head can't be had alone.)
+
+    Raises:
+        SilentSiteError: the model did not call its head exactly once.
+    """
+    if not hasattr(model, "original_model"):
+        # A HookedTransformer's head is a module of its own.
         hidden = model(tokens, return_type=None, stop_at_layer=int(model.cfg.n_layers))
-        return cross_entropy(partial(_hooked_head, model), hidden, tokens)
+        return hidden, partial(_hooked_head, model)
+    hooked = any(p.fwd_hooks for name, p in model.hook_dict.items() if "unembed" in name)
+    if hooked or not _head_stands_alone(model):
+        return model(tokens, return_type="logits"), _identity
+    kept: list[torch.Tensor] = []
+
+    def first_alone(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        kept.append(x)
+        return x[:, :1]
+
+    with attached(model, [(HEAD_INPUT, first_alone)]):
+        model(tokens, return_type="logits")
+    if len(kept) != 1:
+        raise SilentSiteError(f"the model called its output head {len(kept)} times in one pass")
+    return kept[0], family_head(model.original_model)
+
+
+def _head_stands_alone(model: Any) -> bool:
+    """Whether a bridge's logits are its family's head on the last hidden state, and no more.
+
+    Found out on a copy around the same weights, which has none of the user's hooks.
+    """
+    known = _STANDS_ALONE.get(model)
+    if known is None:
+        known = hook_point(model, HEAD_INPUT) is not None and _same_in_parts(model)
+        _STANDS_ALONE[model] = known
+    return known
+
+
+def _same_in_parts(model: Any) -> bool:
+    copied = build_fast_copy(model)
+    if copied is None:
+        return False
+    with torch.inference_mode():
+        tokens = torch.arange(4, device=copied.device)[None] % int(model.cfg.d_vocab)
+        try:
+            whole = copied.model(input_ids=tokens, use_cache=False).logits
+            part = copied.logits(copied.hidden(tokens)[:, 1:3])
+        except Exception:  # a family that can't be run this way
+            return False
+    return torch.allclose(whole[:, 1:3].float(), part.float(), rtol=1e-3, atol=1e-4)
 
 
 def fast_losses(
@@ -53,7 +125,7 @@ def fast_losses(
 
 
 def cross_entropy(
-    head: Callable[[torch.Tensor], torch.Tensor],
+    head: Head,
     hidden: Float[torch.Tensor, "document pos width"],
     tokens: Int[torch.Tensor, "document pos"],
 ) -> Float[torch.Tensor, "document next_pos"]:
@@ -72,6 +144,10 @@ def cross_entropy(
         loss = torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
         losses[part] = loss.cpu()
     return losses.reshape(tokens.shape[0], -1)
+
+
+def _identity(logits: torch.Tensor) -> torch.Tensor:
+    return logits
 
 
 def _hooked_head(model: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 
 from gainlens.errors import GainlensError, InputError
+from gainlens.files import check_sums
+from gainlens.model.config_limits import check_config
 from gainlens.model.wrapping import first_line, hooked_class, to_bridge, to_hooked
 from gainlens.model.zoo import smollm2, tiny
 
@@ -116,6 +118,12 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Any:
         raise _unloadable(os.fspath(name), source, "tokenizer", error) from error
 
 
+def check_name(name: str | os.PathLike[str]) -> None:
+    """Raise ``InputError`` where ``name`` is that of no model, as far as can be told unloaded."""
+    if os.fspath(name) != "tiny":
+        _checkpoint(name)
+
+
 def check_finite(model: torch.nn.Module, name: str) -> None:
     """Raise ``InputError`` naming the first parameter that holds a NaN or an infinity."""
     for parameter_name, parameter in model.named_parameters():
@@ -145,6 +153,7 @@ def _checkpoint(name: str | os.PathLike[str]) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"folder {shown!r} is no model: it has no config.json")
+        check_config(path)
         return str(path)
     if path.exists():
         raise InputError(f"{shown!r} is a file; a model is a folder with a config.json")
@@ -160,6 +169,8 @@ def _checkpoint(name: str | os.PathLike[str]) -> str:
 def _from_pretrained(name: str, source: str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
+    if Path(source).is_dir():
+        check_sums(source)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=False, output_loading_info=True

@@ -44,6 +44,10 @@ def measure_rotation(
         return "none", 0, torch.zeros(layers, 0)
     partner_of_0 = int(first.argmax())
     reach = (int(rotates.nonzero().max()) + 2) // 2 * 2
+    config = getattr(getattr(probe.model, "original_model", None), "config", None)
+    stated = int(getattr(config, "rotary_dim", None) or 0)
+    if reach < stated <= d:  # its slowest pairs hardly turn within a few tokens
+        reach = stated
     pairing: Pairing = "adjacent" if partner_of_0 == 1 and reach > 2 else "half"
     rotary_dim = reach if pairing == "adjacent" else 2 * partner_of_0
     partner = pair_partners(d, rotary_dim, pairing)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.model.families import Pairing
+from gainlens.model.rotation import Rotation
 
 Stage = Literal["projected", "rotated"]
 STAGES: tuple[Stage, ...] = ("projected", "rotated")
@@ -45,8 +46,9 @@ class KeySites:
         n_layers, n_heads, n_kv_heads, d_head: sizes; dimensionless counts.
         pairing: how rotary dimensions are paired.
         rotary_dim: how many dimensions of a head rotate (0 without rotary embeddings).
-        frequencies: radians per token of each pair's rotation, measured on the model,
-            ``[layer, rotary_dim / 2]``; zero in a layer that does not rotate.
+        rotation: what turns queries and keys: angles, size, positions.
+        logit_scale: what a query-key product is multiplied by, per layer, as the model's own
+            attention pattern shows it.
         rotated_fires: whether ``hook_rot_k`` fires.
         norm_after_projection: whether a norm sits between ``hook_k`` and the attention, so that
             a cut at ``hook_k`` would move the dimensions that stay.
@@ -59,9 +61,16 @@ class KeySites:
     d_head: int
     pairing: Pairing
     rotary_dim: int
-    frequencies: Float[torch.Tensor, "layer rotary_pair"]
+    rotation: Rotation
+    logit_scale: tuple[float, ...]
     rotated_fires: bool
     norm_after_projection: bool
+
+    @property
+    def frequencies(self) -> Float[torch.Tensor, "layer rotary_pair"]:
+        """Radians per token of each pair's rotation, measured on the model on short text,
+        ``[layer, rotary_dim / 2]``; zero in a layer that does not rotate."""
+        return self.rotation.frequencies
 
     @property
     def group_size(self) -> int:

@@ -17,10 +17,21 @@ from jaxtyping import Float
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.model import silent_rotation
 from gainlens.model.families import FAMILIES, Pairing
+from gainlens.model.followed_rotation import (
+    follow_rotated_keys,
+    follow_silent,
+    logit_scale,
+    model_rotary_dim,
+)
 from gainlens.model.hooks import Hook, attached, hook_point
-from gainlens.model.sites import KeySites, pair_partners
+from gainlens.model.original import check_against_original
+from gainlens.model.rotation import Following, Rotation, angle_frequencies
+from gainlens.model.running import evaluating, is_exact, model_device
+from gainlens.model.sites import KeySites, Stage, pair_partners
 
 N_POS = 24
+DEAD = 1e-10
+"""A pair with less than this share of the largest energy is dead (Gemma 3's norms have such)."""
 
 
 def measure_sites(model: Any) -> KeySites:
@@ -34,12 +45,20 @@ def measure_sites(model: Any) -> KeySites:
     norm = probe.check_attention()
     declared = FAMILIES.get(architecture)
     if rotated_fires:
-        keys, norm = probe.rotated_keys()
-        exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+        following = Following(Rotation.unknown(model, n_layers, d_head))
+        keys, norm = probe.rotated_keys(following)
+        tolerance = 1e-3 if is_exact(model) else 4e-2
         pairing, rotary_dim = find_pairing(
-            keys, declared.pairing if declared else None, probe.name, 1e-3 if exact else 4e-2
+            keys,
+            declared.pairing if declared else None,
+            probe.name,
+            tolerance,
+            model_rotary_dim(following),
         )
         frequencies = pair_frequencies(keys, pairing, rotary_dim)
+        partner = pair_partners(d_head, rotary_dim, pairing)
+        rotation = follow_rotated_keys(probe, following, keys, frequencies, partner, tolerance)
+        scale = logit_scale(probe, rotation, "rotated")
     else:
         if norm:
             raise UnsupportedModelError(
@@ -47,8 +66,12 @@ def measure_sites(model: Any) -> KeySites:
                 "norm, so nothing can be cut without moving the dimensions that stay"
             )
         pairing, rotary_dim, frequencies = silent_rotation.measure_rotation(probe, declared)
+        partner = pair_partners(d_head, rotary_dim, pairing)
+        rotation = follow_silent(probe, frequencies, partner)
+        scale = logit_scale(probe, rotation, "projected")
     if pairing == "none":
         _refuse_refactored(model, architecture)
+    check_against_original(model, architecture)
     return KeySites(
         architecture=architecture,
         n_layers=n_layers,
@@ -57,7 +80,8 @@ def measure_sites(model: Any) -> KeySites:
         d_head=d_head,
         pairing=pairing,
         rotary_dim=rotary_dim,
-        frequencies=frequencies,
+        rotation=rotation,
+        logit_scale=scale,
         rotated_fires=rotated_fires,
         norm_after_projection=norm,
     )
@@ -72,7 +96,7 @@ class SiteProbe:
         self.model, self.name = model, name
         self.n_layers, self.n_heads, self.n_kv_heads = n_layers, n_heads, n_kv_heads
         self.d_head = d_head
-        self.device = next(model.parameters()).device
+        self.device = model_device(model)
         self.generator = torch.Generator().manual_seed(0)
         self.n_pos = min(N_POS, int(getattr(model.cfg, "n_ctx", N_POS) or N_POS))
         for layer in range(n_layers):
@@ -95,7 +119,7 @@ class SiteProbe:
         tokens = torch.randint(
             0, int(self.model.cfg.d_vocab), (rows, n_pos), generator=self.generator
         ).to(self.device)
-        with torch.inference_mode(), attached(self.model, hooks):
+        with torch.inference_mode(), attached(self.model, hooks), evaluating(self.model):
             self.model(tokens, return_type="logits")
 
     def check_layout(self) -> bool:
@@ -149,8 +173,10 @@ class SiteProbe:
         self,
         queries: Float[torch.Tensor, "row pos head d_head"],
         keys: Float[torch.Tensor, "row pos kv_head d_head"],
+        stage: Stage = "projected",
+        following: Following | None = None,
     ) -> Float[torch.Tensor, "layer row head pos key_pos"]:
-        """The attention pattern of every layer for the given projected queries and keys.
+        """The attention pattern of every layer for the given queries and keys at a stage.
 
         Values are set to one-hot position marks, so that ``hook_z`` spells the pattern out, also
         for models that fire no pattern hook. Needs at most ``d_head`` positions.
@@ -169,12 +195,13 @@ class SiteProbe:
             z = tensor.reshape(rows, n_pos, self.n_heads, -1)
             found[layer] = z[..., :n_pos].float().permute(0, 2, 1, 3).clone()
 
-        hooks: list[Hook] = []
+        hooks: list[Hook] = following.hooks() if following is not None else []
+        rot = "rot_" if stage == "rotated" else ""
         for layer in range(self.n_layers):
             prefix = f"blocks.{layer}.attn.hook_"
             hooks += [
-                (prefix + "q", partial(put, value=queries)),
-                (prefix + "k", partial(put, value=keys)),
+                (f"{prefix}{rot}q", partial(put, value=queries)),
+                (f"{prefix}{rot}k", partial(put, value=keys)),
                 (prefix + "v", put_marks),
                 (prefix + "z", partial(read, layer=layer)),
             ]
@@ -215,10 +242,13 @@ class SiteProbe:
         single, double = (x - x[..., -1:] for x in (single, double))
         return bool((double - 2 * single).abs().max() > 0.02 * single.abs().max())
 
-    def rotated_keys(self) -> tuple[Float[torch.Tensor, "layer pos kv_head d_head"], bool]:
+    def rotated_keys(
+        self, following: Following
+    ) -> tuple[Float[torch.Tensor, "layer pos kv_head d_head"], bool]:
         """Constant keys put in at ``hook_k``, read at ``hook_rot_k``; and whether a norm acts.
 
-        A second row carries the keys doubled: without a norm it comes out doubled.
+        A second row carries the keys doubled: without a norm it comes out doubled. ``following``
+        sees the same pass.
         """
         n_pos = self.n_pos
         constant = self.random(1, 1, self.n_kv_heads, self.d_head)
@@ -232,7 +262,7 @@ class SiteProbe:
         def read(tensor: torch.Tensor, hook: Any, *, layer: int) -> None:
             found[layer] = tensor.double().cpu()
 
-        hooks: list[Hook] = []
+        hooks: list[Hook] = following.hooks()
         for layer in range(self.n_layers):
             hooks.append((f"blocks.{layer}.attn.hook_k", put))
             hooks.append((f"blocks.{layer}.attn.hook_rot_k", partial(read, layer=layer)))
@@ -250,7 +280,9 @@ def pairing_residual(
     own = partner == torch.arange(keys.shape[-1])
     energy = keys.square() + torch.where(own, 0.0, keys[..., partner].square())
     change = (energy - energy[:, :1]).abs().amax((0, 1, 2))
-    return float((change / energy.mean((0, 1, 2))).max())
+    mean = energy.mean((0, 1, 2))
+    alive = mean > DEAD * mean.max()
+    return float((change / mean)[alive].max())
 
 
 def find_pairing(
@@ -258,6 +290,7 @@ def find_pairing(
     declared: Pairing | None,
     name: str,
     tolerance: float,
+    width: int | None = None,
 ) -> tuple[Pairing, int]:
     """The pairing and rotary width under which constant keys keep the norm of every pair.
 
@@ -266,6 +299,8 @@ def find_pairing(
         declared: what the family's row says, if there is one.
         name: the architecture, for messages.
         tolerance: the relative change of a pair's energy that rounding explains.
+        width: how many dimensions rotate, where the model's own cosines say so: dead pairs show
+            nothing.
 
     Raises:
         UnsupportedModelError: none fits, or the one declared for this family does not.
@@ -277,6 +312,8 @@ def find_pairing(
     reach = min((int(moved.max()) + 2) // 2 * 2, d_head)
     candidates: list[tuple[Pairing, int]] = [("half", w) for w in range(2, d_head + 1, 2)]
     candidates.append(("adjacent", reach))
+    if width is not None and reach <= width <= d_head:
+        candidates = [("half", width), ("adjacent", width)]
     fits = [c for c in candidates if pairing_residual(keys, *c) < tolerance]
     # A rotary width of 2 is the same pair under both names.
     if declared is not None and not any(width == 2 for _, width in fits):
@@ -292,18 +329,18 @@ def find_pairing(
 def pair_frequencies(
     keys: Float[torch.Tensor, "layer pos kv_head d_head"], pairing: Pairing, rotary_dim: int
 ) -> Float[torch.Tensor, "layer rotary_pair"]:
-    """Radians per token of each pair, from the angles of constant keys over positions."""
+    """Radians per token of each pair, from the angles of constant keys over positions.
+
+    Of the key heads the one with the largest keys in a pair says it; a pair that is dead in all
+    heads of a layer comes out as zero.
+    """
     if pairing == "half":
         a, b = keys[..., : rotary_dim // 2], keys[..., rotary_dim // 2 : rotary_dim]
     else:
         a, b = keys[..., 0:rotary_dim:2], keys[..., 1:rotary_dim:2]
-    angle = torch.atan2(b, a)
-    turn = angle - angle[:, :1]
-    turn = torch.remainder(turn + torch.pi, 2 * torch.pi) - torch.pi
-    coarse = turn[:, 1]
-    last = keys.shape[1] - 1
-    laps = ((coarse * last - turn[:, last]) / (2 * torch.pi)).round()
-    return ((turn[:, last] + 2 * torch.pi * laps) / last).mean(1).abs()
+    loudest = (a.square() + b.square())[:, :1].argmax(2, keepdim=True)
+    a, b = (x.gather(2, loudest.expand(-1, x.shape[1], -1, -1))[:, :, 0] for x in (a, b))
+    return angle_frequencies(torch.atan2(b, a))
 
 
 def _architecture(model: Any) -> str:

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 
 from gainlens.errors import UnsupportedModelError
+from gainlens.model.running import evaluating, model_device
+from gainlens.model.text_config import text_config
 
 CHECK_TOKENS = 16
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -30,7 +32,7 @@ def to_bridge(hf: Any, name: str, tokenizer: Any | None) -> Any:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     architecture = architecture_of(hf)
-    vocabulary = int(hf.config.vocab_size)
+    vocabulary = int(text_config(hf.config).vocab_size)
     # Before wrapping, which changes hf in place.
     wanted = _few_logits(hf, vocabulary, CHECK_TOKENS)
     try:
@@ -71,7 +73,8 @@ def to_hooked(hf: Any, name: str, tokenizer: Any | None) -> Any:
             cfg = loading.get_pretrained_model_config(
                 source, fold_ln=False, device=str(weight.device), dtype=weight.dtype
             )
-            _correct(cfg, hf.config)
+            _correct(cfg, text_config(hf.config))
+            _check_rope(cfg, text_config(hf.config))
             state = loading.get_pretrained_state_dict(source, cfg, hf_model=hf, dtype=weight.dtype)
         cfg.model_name = name
         cfg.tokenizer_name = None  # else the constructor asks the hub for it
@@ -90,7 +93,7 @@ def to_hooked(hf: Any, name: str, tokenizer: Any | None) -> Any:
             f"HookedTransformer ({first_line(error)}); use kind='bridge'"
         ) from error
     model = model.to(weight.device, print_details=False).eval()
-    vocabulary, context = int(hf.config.vocab_size), int(model.cfg.n_ctx)
+    vocabulary, context = int(text_config(hf.config).vocab_size), int(model.cfg.n_ctx)
     wanted = _few_logits(hf, vocabulary, context)
     got = _few_logits(model, vocabulary, context)
     _check_same_logits(got, wanted, name, "HookedTransformer")
@@ -122,7 +125,10 @@ def architecture_of(hf: Any) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where there is none."""
-    lines = str(error).strip().splitlines()
+    text = str(error).strip()
+    if "weights_only" in text or "Weights only load" in text:  # no advice to run a file's code
+        return "its weights are a pickle that asks to run code: expected safetensors"
+    lines = text.splitlines()
     return lines[0].strip() if lines else type(error).__name__
 
 
@@ -152,13 +158,33 @@ def _correct(cfg: Any, hf_config: Any) -> None:
         cfg.n_ctx = positions  # 3.9 says 2048 for some families, whatever the checkpoint says
 
 
+def _check_rope(cfg: Any, hf_config: Any) -> None:
+    """Raise where the 3.9 translation drops a scaling of the rotary frequencies.
+
+    Scaling that begins beyond some length (dynamic NTK, longrope) shows in no short text.
+    """
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    carried = {
+        "default": True,
+        "llama3": getattr(cfg, "use_NTK_by_parts_rope", False),
+        "yarn": getattr(cfg, "use_yarn_rope", False),
+        "linear": getattr(cfg, "rotary_scaling_factor", 1.0) == rope.get("factor"),
+        "dynamic": getattr(cfg, "use_dynamic_ntk_rope", False),
+    }
+    nested = any(isinstance(value, dict) for value in rope.values())  # one for each kind of layer
+    if not nested and not carried.get(kind, False):
+        raise UnsupportedModelError(f"its rotary scaling rope_type={kind!r} would be lost")
+
+
 @torch.no_grad()  # not inference_mode: a cache filled here may be trained on later
 def _few_logits(model: Any, vocabulary: int, context: int) -> Float[torch.Tensor, "1 pos vocab"]:
     """Logits of a few fixed tokens, of a TransformerLens or a Hugging Face model."""
     generator = torch.Generator().manual_seed(0)
     length = min(CHECK_TOKENS, context)
     tokens = torch.randint(0, vocabulary, (1, length), generator=generator)
-    output = model(tokens.to(next(model.parameters()).device))
+    with evaluating(model):
+        output = model(tokens.to(model_device(model)))
     logits: torch.Tensor = getattr(output, "logits", output)
     return logits.cpu()
 

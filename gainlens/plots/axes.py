@@ -19,7 +19,12 @@ BLUE, ORANGE, VERMILION, GREEN, PURPLE, SKY = (
 )
 CYCLE = (BLUE, GREEN, PURPLE, SKY, VERMILION, ORANGE)
 MARKERS = ("o", "D", "v", "P", "X", "s")
-STATUS_COLOURS = {"holds": GREEN, "fails": VERMILION, "undecided": PURPLE}
+STATUS_COLOURS = {
+    "holds": GREEN,
+    "holds, except for harms in fewer than one document in ten": SKY,
+    "fails": VERMILION,
+    "undecided": PURPLE,
+}
 
 LETTERS_PER_INCH = 9.5
 """Of a title, with room to spare for axes that are not in the middle of their figure."""

@@ -60,7 +60,7 @@ def plot_part(cmap: CoordinateMap, part: str, axes: Any = None) -> Any:
     parts = {
         "map": plot_map,
         "sinks": plot_sinks,
-        "price": plot_price,
+        "sharing_cost": plot_sharing_cost,
         "red_line": plot_red_line,
     }
     if part not in parts:
@@ -82,20 +82,22 @@ def plot_cosine(cmap: CoordinateMap, axis: Any = None) -> Any:
     return _layers(axis)
 
 
-def plot_above_null(cmap: CoordinateMap, axis: Any = None, null: str = "plain") -> Any:
-    """Heat map of the cosine less its null mean; dots where the pair is significant at 5%."""
+def plot_above_null(cmap: CoordinateMap, axis: Any = None) -> Any:
+    """Heat map of the cosine less its mean under the null that decides.
+
+    Dots: the correlation of what is left without the profile is significant at 5%.
+    """
     axis = new_axes(axis, (6, 5))
-    test = cmap.tests[null]["cosine"]
-    above = cmap.cosine - test.null_mean
+    above = cmap.cosine - cmap.tests[cmap.null]["cosine"].null_mean
     np.fill_diagonal(above, np.nan)
     width = max(0.05, reach(above))
     image = axis.imshow(above, vmin=-width, vmax=width, cmap=DIVERGING)
     colour_bar(axis, image, "cosine less its null")
-    rows, columns = np.nonzero((test.p_corrected < 0.05) & ~np.eye(len(above), dtype=bool))
+    rows, columns = np.nonzero((cmap.p_values < 0.05) & ~np.eye(len(above), dtype=bool))
     # As large as the cells allow: few layers, large cells.
     axis.scatter(columns, rows, s=min(16, max(2, 60 / len(above))), c="black", linewidths=0)
-    share = cmap.summary()["pairs_above_null" if null == "plain" else "pairs_above_band_null"]
-    name = "shuffles of units" if null == "plain" else "shuffles within frequency bands"
+    share = cmap.summary()["pairs_above_null"]
+    name = "shuffles of units" if cmap.null == "plain" else "shuffles that keep the profile"
     title(axis, f"above {name}: {share:.0%} of pairs significant (dots)")
     return _layers(axis)
 
@@ -130,7 +132,7 @@ def plot_ranks(cmap: CoordinateMap, axis: Any = None) -> Any:
     universal = set(cmap.universal_units)
     some_places = set(cmap.universal.beyond_chance)
     groups = {
-        "universal: beyond chance and in most places": (VERMILION, universal),
+        "universal: beyond chance and in most layers": (VERMILION, universal),
         "beyond chance": (ORANGE, some_places - universal),
         "no more than chance": ("0.7", {row["unit"] for row in table} - some_places - universal),
     }
@@ -180,7 +182,7 @@ def plot_sinks(cmap: CoordinateMap, axis: Any = None) -> Any:
 
 
 def plot_red_line(cmap: CoordinateMap, axis: Any = None) -> Any:
-    """Red line: layers that use each unit of the shared set, with what patching it alone costs.
+    """Red line: layers that use each unit of the universal set, with what patching it alone costs.
 
     Raises:
         InputError: the map has no red line.
@@ -206,28 +208,33 @@ def plot_red_line(cmap: CoordinateMap, axis: Any = None) -> Any:
     axis.set_ylabel("layer")
     title(
         axis,
-        f"red line at {line.margin:g} nats: {len(line.shared)} of {line.n_units} shared, "
+        f"red line at {line.margin:g} nats: {len(line.universal)} of {line.n_units} universal, "
         f"{len(line.per_layer[0])} with a set per layer",
     )
     return whole_numbers(axis, "y")
 
 
-def plot_price(cmap: CoordinateMap, axis: Any = None) -> Any:
-    """Rise of the loss by design of sharing at equal cuts, with intervals.
+def plot_sharing_cost(cmap: CoordinateMap, axis: Any = None) -> Any:
+    """Rise of the loss by scope at equal cuts, with intervals.
 
     Raises:
-        InputError: the map has no price.
+        InputError: the map has no sharing cost.
     """
-    price = _part(cmap, "price")
+    cost = _part(cmap, "sharing_cost")
     axis = new_axes(axis, (7, 4))
-    names = ("head", "layer", "model", "random model")
-    labels = ("a set per head", "a set per layer", "one shared set", "random shared set")
-    width = 0.8 / len(names)
+    kinds = {
+        ("head", "quietest"): "a set per head",
+        ("layer", "quietest"): "a set per layer",
+        ("universal", "quietest"): "one universal set",
+        ("universal", "random"): "random universal set",
+    }
+    width = 0.8 / len(kinds)
     colours = (BLUE, GREEN, SKY, ORANGE)
     hatches = ("", "", "", "//")
-    for i, (name, label) in enumerate(zip(names, labels, strict=True)):
-        rows = [r for f in price.fractions for r in price.rows
-                if r["sharing"] == name and r["cut"] == f][: len(price.fractions)]  # fmt: skip
+    for i, (kind, label) in enumerate(kinds.items()):
+        # The first seed of the random sets at each fraction.
+        first = {r["fraction"]: r for r in cost.rows[::-1] if (r["scope"], r["order"]) == kind}
+        rows = [first[f] for f in cost.fractions if f in first]
         at = np.arange(len(rows)) + (i - 1.5) * width
         rise = np.array([r["rise"] for r in rows])
         ends = np.array([r["interval"] for r in rows])
@@ -235,11 +242,11 @@ def plot_price(cmap: CoordinateMap, axis: Any = None) -> Any:
         axis.bar(
             at, rise, width, yerr=bars, label=label, capsize=2, color=colours[i], hatch=hatches[i]
         )
-    axis.set_xticks(range(len(price.fractions)), [f"{f:.0%} cut" for f in price.fractions])
+    axis.set_xticks(range(len(cost.fractions)), [f"{f:.0%} cut" for f in cost.fractions])
     axis.set_xlabel("share of key dimensions cut (error bars: 95% intervals)")
     axis.set_ylabel("rise of the loss (nats per token)")
     axis.legend(fontsize=8)
-    title(axis, "the price of one index set")
+    title(axis, "the cost of one index set")
     return axis
 
 
@@ -253,7 +260,7 @@ def plot_comparison(comparison: MapComparison, axes: Any = None) -> Any:
     title(axes[0], f"{c.a.answer} → {c.b.answer}")
     axes[1].plot(c.same_depth, marker="o", ms=3)
     axes[1].axhline(c.null_high, color="0.5", ls="--", lw=1, label="95% of shuffles (mean)")
-    axes[1].set(xlabel="layer of a", ylabel="centred cosine with b at equal depth")
+    axes[1].set(xlabel="layer of a", ylabel="correlation with b at equal depth")
     axes[1].legend(fontsize=8)
     first, second = c.a.universal.presence, c.b.universal.presence
     axes[2].scatter(first, second, s=12)
@@ -272,7 +279,7 @@ def _part(cmap: CoordinateMap, name: str) -> Any:
 
     part = getattr(cmap, name)
     if part is None:
-        raise InputError(f"this map has no {name} yet: with_evidence(cmap, model, …) measures it")
+        raise InputError(f"this map has no {name} yet: with_evidence(model, …) measures it")
     return part
 
 

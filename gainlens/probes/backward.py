@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.errors import InputError
+from gainlens.model.forward import HEAD_POSITIONS, Head, before_head
 from gainlens.model.hooks import Hook, attached
-from gainlens.model.rotation import rotate
+from gainlens.model.rotation import Turn
+from gainlens.model.running import evaluating, model_device
 from gainlens.model.sites import KeySites, Stage
 
 Sums = dict[str, torch.Tensor]
@@ -26,6 +28,7 @@ def fisher_hooks(sites: KeySites, sums: Sums) -> list[Hook]:
     """Forward hooks that wait for the gradient at every key site and add a document's squares."""
     computed = sites.rotary_dim > 0 and not sites.rotated_fires
     partner = sites.partner
+    following = sites.rotation.follow()
 
     def add(stage: Stage, layer: int, keys: torch.Tensor, gradient: torch.Tensor) -> None:
         gate: Float[torch.Tensor, "document kv_head d_head"]
@@ -42,23 +45,25 @@ def fisher_hooks(sites: KeySites, sums: Sums) -> list[Hook]:
             target = sums[f"{name}.{stage}"]
             target[layer] += value.to(target)
 
-    def arrived(gradient: torch.Tensor, *, keys: torch.Tensor, layer: int, stage: Stage) -> None:
+    def arrived(
+        gradient: torch.Tensor, *, keys: torch.Tensor, layer: int, stage: Stage, turn: Turn | None
+    ) -> None:
         add(stage, layer, keys, gradient)
-        if computed:
-            turn = partial(rotate, frequencies=sites.frequencies[layer], pairing=sites.pairing)
-            add("rotated", layer, turn(keys), turn(gradient))
+        if turn is not None:
+            add("rotated", layer, turn.heads(keys), turn.gradient(gradient))
 
     def wait(keys: torch.Tensor, hook: Any, *, layer: int, stage: Stage) -> torch.Tensor | None:
         if not torch.is_grad_enabled() or keys.is_inference():
             return None
         if not keys.requires_grad:  # all weights below are frozen
             keys = keys.detach().requires_grad_()
+        turn = following.turn("k", layer, keys.shape[1]) if computed else None
         keys.register_hook(  # type: ignore[no-untyped-call]
-            partial(arrived, keys=keys.detach(), layer=layer, stage=stage)
+            partial(arrived, keys=keys.detach(), layer=layer, stage=stage, turn=turn)
         )
         return keys
 
-    return [
+    return (following.hooks() if computed else []) + [
         (sites.key_hook(layer, stage), partial(wait, layer=layer, stage=stage))
         for layer in range(sites.n_layers)
         for stage in sites.stages
@@ -85,14 +90,38 @@ def forward_backward(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> N
         torch.inference_mode(False),
         torch.enable_grad(),
         attached(model, [("blocks.0.hook_resid_pre", begin)]),
+        evaluating(model),
     ):
         # A copy: tokens made in inference mode can't be part of a graph.
-        tokens = tokens.clone().to(next(model.parameters()).device)
-        logits = model(tokens, return_type="logits")
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-        )
-        loss = losses.reshape(len(tokens), -1).mean(1).sum()
-        if not bool(torch.isfinite(loss)):
-            raise InputError("the loss is not finite; expected weights without NaN or infinity")
-        torch.autograd.grad(loss, start)
+        tokens = tokens.clone().to(model_device(model))
+        hidden, head = before_head(model, tokens)
+        gradient = loss_gradient(head, hidden, tokens)
+        torch.autograd.grad(hidden, start, gradient)
+
+
+def loss_gradient(
+    head: Head,
+    hidden: Float[torch.Tensor, "document pos width"],
+    tokens: Int[torch.Tensor, "document pos"],
+) -> Float[torch.Tensor, "document pos width"]:
+    """Gradient, at what the head reads, of the documents' mean next-token losses, summed.
+
+    The head sees ``HEAD_POSITIONS`` positions at a time, so that memory does not grow with the
+    length of the text times the vocabulary.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    gradient = torch.zeros_like(hidden)
+    n_targets = tokens.shape[1] - 1
+    for row, targets, found in zip(hidden.detach(), tokens[:, 1:], gradient, strict=True):
+        for start in range(0, n_targets, HEAD_POSITIONS):
+            part = slice(start, min(start + HEAD_POSITIONS, n_targets))
+            leaf = row[None, part].clone().requires_grad_()
+            loss = torch.nn.functional.cross_entropy(
+                head(leaf)[0].float(), targets[part], reduction="sum"
+            )
+            if not bool(torch.isfinite(loss)):
+                raise InputError("the loss is not finite; expected weights without NaN or infinity")
+            found[part] = torch.autograd.grad(loss / n_targets, leaf)[0][0]
+    return gradient

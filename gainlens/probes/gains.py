@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.errors import FileFormatError, InputError
+from gainlens.errors import InputError
 from gainlens.files import load_tensors, save_tensors
+from gainlens.files.schema import (
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_WIDTH,
+    Mismatch,
+    check_fields,
+    check_tensor,
+    checking,
+    listing,
+    record,
+    text,
+    whole,
+)
 from gainlens.frames import data_frame
 from gainlens.model.families import Pairing
 from gainlens.model.sites import STAGES, KeySites, Stage, pair_partners
@@ -18,6 +31,26 @@ from gainlens.probes.scores import SCORES, get_score
 
 Unit = str
 UNITS = ("dim", "pair")
+CARD = {
+    "fingerprint": text(),
+    "architecture": text(),
+    "n_layers": whole(1, MAX_LAYERS),
+    "n_heads": whole(1, MAX_HEADS),
+    "n_kv_heads": whole(1, MAX_HEADS),
+    "d_head": whole(1, MAX_WIDTH),
+    "pairing": text(*get_args(Pairing)),
+    "rotary_dim": whole(0, MAX_WIDTH),
+}
+"""What a ``ModelCard`` may say; also in the files of others."""
+GAINS = record(
+    model=record(**CARD),
+    n_tokens=whole(1),
+    n_documents=whole(1),
+    texts=listing(text(), least=1),
+    documents=listing(text()),
+)
+ROUNDING = 1e-6
+"""How far sums of squares may miss what mathematics says, relative to them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +72,17 @@ class ModelCard:
     d_head: int
     pairing: Pairing
     rotary_dim: int
+
+    def __post_init__(self) -> None:
+        check_fields(self, CARD)
+        rotates = self.pairing != "none"
+        fits = self.rotary_dim <= self.d_head and self.rotary_dim % 2 == 0
+        if self.n_heads % self.n_kv_heads or not fits or rotates != (self.rotary_dim > 0):
+            raise InputError(
+                f"ModelCard: sizes that no model has: {self.n_heads} query and {self.n_kv_heads} "
+                f"key heads of {self.d_head} dimensions, of which {self.rotary_dim} rotate, "
+                f"pairing={self.pairing!r}"
+            )
 
     @classmethod
     def of(cls, sites: KeySites, fingerprint: str) -> ModelCard:
@@ -75,8 +119,8 @@ class KeyGains:
         n_tokens, n_documents: how much text went in.
         texts: fingerprints of the texts that went in, one per probe.
         frequencies: radians per token of each rotary pair, ``[layer, rotary_pair]``.
-        documents: short hashes of the longer documents, where known; see
-            ``gainlens.data.document_identity``.
+        documents: identities of the longer documents, where known; see
+            ``gainlens.data.overlap``.
     """
 
     model: ModelCard
@@ -265,31 +309,40 @@ class KeyGains:
         """Read what ``save`` wrote; executes nothing.
 
         Raises:
-            FileFormatError: missing, truncated, or not a gains file.
+            FileFormatError: missing, damaged, or not a gains file.
         """
         tensors, facts = load_tensors(path, "gains")
-        try:
+        with checking(str(path), "gains"):
+            GAINS(facts, "facts")
+            card = ModelCard(**facts["model"])
             frequencies = tensors.pop("frequencies")
-            gains = cls(
-                model=ModelCard(**facts["model"]),
+            shape = (card.n_layers, card.rotary_dim // 2)
+            check_tensor(frequencies, "frequencies", frequencies.dtype, shape)
+            _check_sums(tensors, card, facts["n_tokens"])
+            return cls(
+                model=card,
                 sums=tensors,
-                n_tokens=int(facts["n_tokens"]),
-                n_documents=int(facts["n_documents"]),
+                n_tokens=facts["n_tokens"],
+                n_documents=facts["n_documents"],
                 texts=tuple(facts["texts"]),
-                documents=tuple(facts.get("documents", ())),
+                documents=tuple(facts["documents"]),
                 frequencies=frequencies,
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path} lacks or mislabels a field of gains: {error}") from None
-        for name, value in gains.sums.items():
-            if tuple(value.shape) != gains.shape or value.dtype != torch.float64:
-                raise FileFormatError(
-                    f"{path}: {name} is {value.dtype} {tuple(value.shape)}, expected float64 "
-                    f"{gains.shape}"
-                )
-            if not bool(torch.isfinite(value).all()):
-                raise FileFormatError(f"{path}: {name} holds NaN or infinity")
-        return gains
+
+
+def _check_sums(sums: dict[str, torch.Tensor], card: ModelCard, n_tokens: int) -> None:
+    """Raise ``Mismatch`` unless these can be sums over tokens of such a model."""
+    for name, value in sums.items():
+        if name.rpartition(".")[2] not in STAGES:
+            raise Mismatch(f"{name!r} is the sum of no stage")
+        check_tensor(value, name, torch.float64, card.shape)
+        if "_sq." in name and bool((value < 0).any()):
+            raise Mismatch(f"{name} holds negative sums of squares")
+    for stage in STAGES:
+        if f"k_sum.{stage}" in sums and f"k_sq.{stage}" in sums:
+            square, most = sums[f"k_sum.{stage}"].square(), n_tokens * sums[f"k_sq.{stage}"]
+            if bool((square > most * (1 + ROUNDING) + torch.finfo(torch.float64).tiny).any()):
+                raise Mismatch(f"the keys at {stage} have means that their squares rule out")
 
 
 def check_same_model(a: ModelCard, b: ModelCard, what: str) -> None:

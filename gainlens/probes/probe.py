@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -10,13 +11,16 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
-from gainlens.data.document_identity import TextHasher, document_marks
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
+from gainlens.data.document_identity import TextHasher
+from gainlens.data.overlap import document_identities
 from gainlens.errors import InputError, SilentSiteError
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import forward_layers
-from gainlens.model.hooks import Hook, HookFn, attached
+from gainlens.model.hooks import Hook, HookFn, attached, is_cut
+from gainlens.model.running import held, model_device
+from gainlens.model.tokens import model_batches
 from gainlens.probes.backward import forward_backward
 from gainlens.probes.gains import KeyGains, ModelCard
 from gainlens.probes.scores import get_score
@@ -46,11 +50,12 @@ class KeyGainProbe:
     def __init__(self, model: Any, scores: Sequence[str] = DEFAULT_SCORES) -> None:
         self._model = model
         self.sites = key_sites(model)
+        self._fingerprint = model_fingerprint(model)  # refuses before any work
         names = {name for score in scores for name in get_score(score).statistics}
         self._statistics = [s for name, s in STATISTICS.items() if name in names]
         if not self._statistics:
             raise InputError("scores is empty: expected at least one score")
-        self._device = next(model.parameters()).device
+        self._device = model_device(model)
         # Apple GPUs have no float64: add up on the CPU there.
         home = "cpu" if self._device.type == "mps" else self._device
         self._sums = {
@@ -79,11 +84,14 @@ class KeyGainProbe:
         ]
         for statistic in self._statistics:
             found += statistic.hooks(self.sites, self._sums)
-        self._names = [name for name, _ in found]
-        self._fires = self._fires or [0] * len(found)
+        # What only follows the rotation adds to no sum, and may be called once per alias.
+        follows = [name.endswith(".hook_resid_pre") for name, _ in found]
+        self._names = [n for (n, _), skip in zip(found, follows, strict=True) if not skip]
+        self._fires = self._fires or [0] * len(self._names)
+        numbers = iter(range(len(self._names)))
         return [
-            (name, partial(self._fired, run=fn, index=index))
-            for index, (name, fn) in enumerate(found)
+            (name, fn if skip else partial(self._fired, run=fn, index=next(numbers)))
+            for (name, fn), skip in zip(found, follows, strict=True)
         ]
 
     def _fired(self, x: torch.Tensor, hook: Any, *, run: HookFn, index: int) -> torch.Tensor | None:
@@ -109,7 +117,7 @@ class KeyGainProbe:
 
         Args:
             fingerprint: of the text as a whole.
-            marks: of its documents, see ``gainlens.data.document_identity``.
+            marks: identities of its documents, see ``gainlens.data.overlap``.
         """
         self._texts.append(fingerprint)
         self._marks += marks
@@ -130,6 +138,21 @@ class KeyGainProbe:
             raise SilentSiteError(
                 f"hook(s) {', '.join(quiet[:3])} fired less often than the others, so the scores "
                 "that need them would be made of nothing; was a full forward pass run?"
+            )
+
+    def check_tokens(self, passed: int) -> None:
+        """Raise unless exactly the tokens that were passed in went through every layer.
+
+        Args:
+            passed: how many tokens were run.
+
+        Raises:
+            InputError: someone else ran the model in the meantime.
+        """
+        if set(self._tokens) != {passed}:
+            raise InputError(
+                f"model saw {max(self._tokens)} tokens while {passed} were probed: another thread "
+                "ran it; probe a model of its own in each thread"
             )
 
     def _check_backward(self) -> None:
@@ -160,7 +183,7 @@ class KeyGainProbe:
                     "activations without NaN or infinity"
                 )
         return KeyGains(
-            model=ModelCard.of(self.sites, model_fingerprint(self._model)),
+            model=ModelCard.of(self.sites, self._fingerprint),
             sums=sums,
             n_tokens=self._tokens[0],
             n_documents=self._documents,
@@ -194,19 +217,26 @@ def probe_gains(
         UnsupportedModelError, SilentSiteError: see ``KeyGainProbe``.
     """
     # A caller's inference mode would leave nothing to run a backward pass on.
-    with torch.inference_mode(False):
+    if is_cut(model):
+        warnings.warn(
+            "probe_gains inside gainlens.ablate: these are the gains of the model as cut, though "
+            "they carry the name of the intact one",
+            stacklevel=2,
+        )
+    with torch.inference_mode(False), held(model):
         probe = KeyGainProbe(model, scores)
-        vocabulary = int(model.cfg.d_vocab)
         total = len(tokens) if isinstance(tokens, Sequence | torch.Tensor) else None
-        hasher, marks = TextHasher(), list[str]()
+        hasher, marks, passed = TextHasher(), list[str](), 0
         with probe, tqdm(total=total, desc="probe", unit="doc", disable=not progress) as bar:
-            for batch in batches(tokens, vocabulary, tokens_per_batch):
+            for batch in model_batches(model, tokens, tokens_per_batch):
                 hasher.update(batch)
-                marks += document_marks([batch])
+                passed += batch.numel()
+                marks += document_identities([batch], getattr(model, "tokenizer", None))
                 if probe.needs_backward:
                     forward_backward(model, batch)
                 else:
                     forward_layers(model, batch)
                 bar.update(len(batch))
+        probe.check_tokens(passed)
         probe.note_text(hasher.hexdigest(), marks)
         return probe.gains()

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 
 from gainlens.model.hooks import Hook
-from gainlens.model.rotation import rotate
-from gainlens.model.sites import KeySites
+from gainlens.model.recorder import query_key_hooks
+from gainlens.model.sites import KeySites, Stage
 
 Sums = dict[str, torch.Tensor]
 
@@ -18,33 +18,26 @@ Sums = dict[str, torch.Tensor]
 def spread_hooks(sites: KeySites, sums: Sums) -> list[Hook]:
     """Hooks that add Σ over queries of the variance over keys, weighted by the attention.
 
-    A dimension's share of the logit of query i and key j is q_i·k_j/sqrt(d_head) of that
-    dimension alone, after the rotation (before any soft cap). ``logit_sq`` is its variance,
+    A dimension's share of the logit of query i and key j is q_i·k_j of that dimension alone, times
+    the layer's scale, after the rotation (before any soft cap). ``logit_sq`` is its variance,
     ``logit_cross`` the covariance with the share of the dimension that it rotates with.
     """
     waiting: dict[tuple[str, int], torch.Tensor] = {}
-    stage = sites.hook_stage("rotated")
-    computed = stage == "projected" and sites.rotary_dim > 0
     where = "rotated" if sites.rotary_dim else "projected"
     partner = sites.partner
 
-    def hold(x: torch.Tensor, hook: Any, *, what: str, layer: int) -> None:
-        x = x.detach()
-        if computed:
-            x = rotate(x, sites.frequencies[layer], sites.pairing)
-        waiting[what, layer] = x.float()
+    def hold(letter: str, layer: int, stage: Stage, x: torch.Tensor) -> None:
+        waiting[letter, layer] = x.float()
 
     def add(pattern: torch.Tensor, hook: Any, *, layer: int) -> None:
         q, k = waiting.pop(("q", layer)), waiting.pop(("k", layer))
         square, cross = logit_spread(q, k, pattern.detach().float(), partner.to(q.device))
         for name, value in (("logit_sq", square), ("logit_cross", cross)):
             target = sums[f"{name}.{where}"]
-            target[layer] += value.to(target) / sites.d_head
+            target[layer] += value.to(target) * sites.logit_scale[layer] ** 2
 
-    hooks: list[Hook] = []
+    hooks = query_key_hooks(sites, hold)
     for layer in range(sites.n_layers):
-        for what, name in (("q", sites.query_hook), ("k", sites.key_hook)):
-            hooks.append((name(layer, stage), partial(hold, what=what, layer=layer)))
         hooks.append((f"blocks.{layer}.attn.hook_pattern", partial(add, layer=layer)))
     return hooks
 

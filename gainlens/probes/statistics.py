@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
 
 from gainlens.model.hooks import Hook
-from gainlens.model.rotation import rotate
+from gainlens.model.recorder import Letter, query_key_hooks
 from gainlens.model.sites import KeySites, Stage
 from gainlens.probes.backward import fisher_hooks
 from gainlens.probes.spread import spread_hooks
@@ -71,23 +70,13 @@ def query_energy(sums: Sums, stage: Stage, layer: int, queries: torch.Tensor) ->
 Update = Callable[[Sums, Stage, int, torch.Tensor], None]
 
 
-def _stage_hooks(letter: str, update: Update, sites: KeySites, sums: Sums) -> list[Hook]:
+def _stage_hooks(letter: Letter, update: Update, sites: KeySites, sums: Sums) -> list[Hook]:
     """Hooks that feed ``update`` at both stages; a silent rotated stage is computed here."""
-    computed = "rotated" in filled_stages(sites) and not sites.rotated_fires
 
-    def at(tensor: torch.Tensor, hook: Any, *, layer: int, stage: Stage) -> None:
-        tensor = tensor.detach()
-        update(sums, stage, layer, tensor)
-        if computed:
-            turned = rotate(tensor, sites.frequencies[layer], sites.pairing)
-            update(sums, "rotated", layer, turned)
+    def receive(what: str, layer: int, stage: Stage, x: torch.Tensor) -> None:
+        update(sums, stage, layer, x)
 
-    name = sites.key_hook if letter == "k" else sites.query_hook
-    return [
-        (name(layer, stage), partial(at, layer=layer, stage=stage))
-        for layer in range(sites.n_layers)
-        for stage in sites.stages
-    ]
+    return query_key_hooks(sites, receive, stages=filled_stages(sites), letters=(letter,))
 
 
 def filled_stages(sites: KeySites) -> tuple[Stage, ...]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
-import tempfile
 import time
+import warnings
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,19 +13,21 @@ from typing import Any
 
 import torch
 
-from gainlens.ablation import Cut, KeyMask, refit
+from gainlens.ablation import Cut, KeyMask, best_cut
 from gainlens.analysis import CoordinateMap, SurgeryCurve, coordinate_map, surgery
 from gainlens.analysis.damage_by_place import damage_by_head
 from gainlens.analysis.map.evidence import similarity_table, with_evidence
 from gainlens.analysis.sweep.evaluator import Evaluator
+from gainlens.data.texts import as_rows
 from gainlens.environment import environment
-from gainlens.errors import InputError, UnsupportedModelError
-from gainlens.files import check_writable, read_json, write_json
-from gainlens.model import load_tokens
+from gainlens.errors import InputError
+from gainlens.files import check_writable, locked, read_json, write_json, written_folder
+from gainlens.model import key_sites, load_tokens
 from gainlens.probes import KeyGains, probe_gains
 from gainlens.report.claims import all_claims
 from gainlens.report.figures import DAMAGE_FRACTION, Damage, draw_figures
 from gainlens.report.page import render_page
+from gainlens.report.progress import Stages, stage_costs
 from gainlens.report.sections import all_sections
 
 KIND = "gainlens-report"
@@ -43,7 +44,7 @@ class Plan:
         fractions: shares of key dimensions cut; 0.5 and 0.8 are added, the claims need them.
         score: which gain ranks the units.
         seeds: of the random control.
-        evidence_docs: documents of each split for sinks, red line and price.
+        evidence_docs: documents of each split for sinks, red line and sharing cost.
         damage_docs, damage_length: validation documents, and tokens of each, on which one layer,
             key head or unit of the red line at a time is cut; 0 documents leave that out.
         refit_rounds: of the least-squares refit of the cut at a half; 0 leaves it out.
@@ -122,7 +123,7 @@ class Plan:
             "  damage   one layer, key head or unit of the red line at a time, "
             f"{min(self.damage_docs, self.n_docs)} validation documents × "
             f"{min(self.damage_length, self.length)} tokens",
-            "  map      1000 permutations; sinks, red line and price of sharing on "
+            "  map      1000 permutations; sinks, red line and cost of sharing on "
             f"{min(self.evidence_docs, self.n_docs)} documents of each split",
         ]
 
@@ -141,8 +142,8 @@ def check_report_folder(out: str | Path) -> Path:
         check_writable(out)
         if any(out.iterdir()):
             facts = out / "report.json"
-            known = facts.is_file() and read_json(facts).get("kind") == KIND
-            if not known:
+            known = read_json(facts) if facts.is_file() else None
+            if not (isinstance(known, dict) and known.get("kind") == KIND):
                 raise InputError(f"--out {out}: holds files that are not a gainlens report")
     return out
 
@@ -150,57 +151,65 @@ def check_report_folder(out: str | Path) -> Path:
 def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
     """Run the plan and leave ``out`` with the page, the figures and the numbers.
 
-    Everything is written beside and renamed at the end, so ``out`` is whole or as it was.
+    The folder appears in one step at the end, in the place of an old report if there is one.
 
     Returns:
         What ``report.json`` holds.
 
     Raises:
-        InputError: see ``check_report_folder``, ``Plan.check``, ``load_tokens``, ``probe_gains``,
-            ``surgery``.
+        InputError: another process is writing the report; see also ``check_report_folder``,
+            ``Plan.check``, ``load_tokens``, ``probe_gains``, ``surgery``.
     """
     out = check_report_folder(out)
     plan.check()
+    with locked(out):
+        return _build(model, plan, out)
+
+
+def _build(model: Any, plan: Plan, out: Path) -> dict[str, Any]:
     started = time.monotonic()
     calibration, validation = (
-        load_tokens(plan.text, model, n_docs=plan.n_docs, length=plan.length, split=split)
+        as_rows(load_tokens(plan.text, model, n_docs=plan.n_docs, length=plan.length, split=split))
         for split in ("calibration", "validation")
     )
-    gains = probe_gains(model, calibration)
-    cuts, without = refitted_cuts(model, calibration, plan)
-    evaluator = Evaluator(model)
-    curve = surgery(
-        model,
-        validation,
-        gains,
-        plan.all_fractions,
-        score=plan.score,
-        seeds=plan.seeds,
-        cuts=cuts,
-        evaluator=evaluator,
-    )
-    damage = damage_by_place(evaluator, validation, gains, plan)
-    cmap = with_evidence(
-        coordinate_map(gains, seed=plan.seed),
-        model,
-        gains,
-        calibration[: plan.evidence_docs],
-        validation[: plan.evidence_docs],
-        score=tuple(dict.fromkeys((plan.score, "std", "rms"))),
-        fractions=(0.25, 0.5),
-        patch=validation[: plan.damage_docs, : plan.damage_length] if plan.damage_docs else False,
-        seed=plan.seed,
-        evaluator=evaluator,
-    )
+    stages = Stages(stage_costs(plan, key_sites(model).shape))
+    with closing(stages):
+        with stages.stage("probe"):
+            gains = probe_gains(model, calibration)
+        with stages.stage("refit"):
+            cuts, without = refitted_cuts(model, calibration, plan)
+        evaluator = Evaluator(model)
+        with stages.stage("surgery"):
+            curve = surgery(
+                model,
+                validation,
+                gains,
+                plan.all_fractions,
+                score=plan.score,
+                seeds=plan.seeds,
+                cuts=cuts,
+                evaluator=evaluator,
+            )
+        with stages.stage("damage"):
+            damage = damage_by_place(evaluator, validation, gains, plan)
+        with stages.stage("map"):
+            cmap = with_evidence(
+                model,
+                calibration[: plan.evidence_docs],
+                validation[: plan.evidence_docs],
+                coordinate_map(gains, seed=plan.seed),
+                gains,
+                score=tuple(dict.fromkeys((plan.score, "std", "rms"))),
+                fractions=(0.25, 0.5),
+                patch=validation[: plan.damage_docs, : plan.damage_length]
+                if plan.damage_docs
+                else False,
+                seed=plan.seed,
+                evaluator=evaluator,
+            )
     seconds = time.monotonic() - started
-    beside = Path(tempfile.mkdtemp(dir=out.resolve().parent, prefix=f".{out.name}."))
-    try:
-        facts = _write(beside, plan, gains, curve, cmap, damage, without, seconds)
-        os.chmod(beside, 0o755)
-        _replace(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return facts
+    with written_folder(out, "--out", replace=True) as beside:
+        return _write(beside, plan, gains, curve, cmap, damage, without, seconds)
 
 
 def refitted_cuts(model: Any, calibration: torch.Tensor, plan: Plan) -> tuple[dict[str, Cut], str]:
@@ -214,13 +223,13 @@ def refitted_cuts(model: Any, calibration: torch.Tensor, plan: Plan) -> tuple[di
     """
     if plan.refit_rounds < 1:
         return {}, "Left out of this run; --refit-rounds 2 puts it in the table."
-    fisher = probe_gains(model, calibration[:8], scores=("fisher",), tokens_per_batch=512)
-    mask = KeyMask.quietest(fisher, 0.5, "fisher", "layer")
-    try:
-        cut = refit(model, calibration, mask, rounds=plan.refit_rounds)
-    except UnsupportedModelError as reason:
-        return {}, f"It can't be had on this model: {reason}."
-    return {"fisher, layer, refitted": cut, "fisher, layer, zeroed": mask}, ""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        cut = best_cut(model, calibration, 0.5, rounds=plan.refit_rounds)
+    if cut.maps is None:
+        return {}, f"It is not available for this model: {said[-1].message}."
+    zeroed = KeyMask(cut.keep, {k: v for k, v in cut.all_facts.items() if k != "refit"})
+    return {"fisher, layer, refitted": cut, "fisher, layer, zeroed": zeroed}, ""
 
 
 def damage_by_place(
@@ -236,17 +245,6 @@ def damage_by_place(
         for by in ("layer", "head")
     )
     return Damage(by_layer, by_head, len(text), int(text.shape[1]))
-
-
-def _replace(beside: Path, out: Path) -> None:
-    """Put the new folder in the place of the old one."""
-    if out.exists():
-        old = Path(tempfile.mkdtemp(dir=beside.parent, prefix=f".{out.name}.old."))
-        os.replace(out, old / "report")
-        os.replace(beside, out)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(beside, out)
 
 
 def _write(

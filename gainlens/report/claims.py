@@ -10,9 +10,9 @@ import numpy as np
 from gainlens.analysis.map.coordinates import CoordinateMap
 from gainlens.analysis.sweep.curve import SurgeryCurve
 from gainlens.stats.intervals import t_interval
-from gainlens.stats.verdicts import Verdict
+from gainlens.stats.verdicts import MARGIN, Verdict
 
-FLAT_MARGIN = 0.02
+FLAT_MARGIN = MARGIN
 FUNCTIONAL_MARGIN = 0.1
 
 
@@ -71,12 +71,12 @@ def surgery_claim(
 
 def cosine_claim(cmap: CoordinateMap) -> Claim:
     """The claim of one coordinate system for all layers."""
-    verdict = cmap.verdict()
+    verdict = cmap.verdict(claim="cosine")
     s = cmap.summary()
     low, high = verdict.interval
     control = f"units shuffled {s['null_cosine']:.3f}"
-    if "null_cosine_band" in s:
-        control += f", shuffled within frequency bands {s['null_cosine_band']:.3f}"
+    if "null_cosine_frequency" in s:
+        control += f", shuffled beside the frequency profile {s['null_cosine_frequency']:.3f}"
     return Claim(
         "cosine above 0.99 between layers: one universal coordinate system",
         verdict,

@@ -78,8 +78,8 @@ def draw_figures(
         )
     if cmap.sinks is not None and len(cmap.sinks.layers):
         drawings["sinks"] = lambda ax: coordinate_maps.plot_sinks(cmap, ax)
-    if cmap.price is not None:
-        drawings["price"] = lambda ax: coordinate_maps.plot_price(cmap, ax)
+    if cmap.sharing_cost is not None:
+        drawings["sharing_cost"] = lambda ax: coordinate_maps.plot_sharing_cost(cmap, ax)
     if cmap.red_line is not None:
         drawings["red_line"] = lambda ax: coordinate_maps.plot_red_line(cmap, ax)
     paths = {}

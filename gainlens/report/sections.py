@@ -15,8 +15,8 @@ from gainlens.report.figures import DAMAGE_FRACTION, Damage
 from gainlens.report.page import PageFigure, PageTable, Section
 from gainlens.report.sections_map import (
     map_section,
-    price_section,
     red_line_section,
+    sharing_cost_section,
     sinks_section,
 )
 
@@ -37,8 +37,8 @@ def all_sections(
     sections.append(map_section(cmap, similarity, figures))
     if cmap.sinks is not None:
         sections.append(sinks_section(cmap, figures.get("sinks")))
-    if cmap.price is not None:
-        sections.append(price_section(cmap, figures["price"]))
+    if cmap.sharing_cost is not None:
+        sections.append(sharing_cost_section(cmap, figures["sharing_cost"]))
     if cmap.red_line is not None:
         sections.append(red_line_section(cmap, figures["red_line"]))
     sections.append(

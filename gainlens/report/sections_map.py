@@ -1,4 +1,4 @@
-"""The sections of the page that a coordinate map fills: likeness, sinks, price, red line."""
+"""The sections of the page that a coordinate map fills: likeness, sinks, sharing cost, red line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ def map_section(
     cmap: CoordinateMap, similarity: Sequence[dict[str, Any]], figures: dict[str, Path]
 ) -> Section:
     """Is there one coordinate system, and on what evidence."""
-    shared = cmap.verdict(claim="shared")
+    shared, by_head = cmap.verdict(), cmap.verdict(claim="shared by heads")
     kind = cmap.units.kind
     paragraphs = [
-        f"Answer: {shared.note}.",
-        _named(cmap, cmap.universal_units, f"{kind}s are loud in most layers and heads"),
+        f"Layers, the heads of each averaged: {cmap.answer}. {_correlation(shared)}",
+        f"Single heads of different layers: {cmap.answer_by_head}. {_correlation(by_head)}",
+        "What is compared is the log gain less each layer's own smooth profile over log frequency: "
+        "two layers whose slow pairs are loud follow the same curve without sharing anything.",
+        _named(cmap, cmap.universal_units, f"{kind}s are loud in most layers"),
+        _named(cmap, cmap.universal_units_by_head, f"{kind}s are loud in most single heads"),
         _named(cmap, cmap.universal.beyond_chance, f"{kind}s are loud more widely than by chance"),
         "Non-negative vectors are never far from parallel, so a cosine is read beside its null "
         "and its centred value. Alignment: " + str(cmap.facts["alignment"]) + ".",
@@ -31,15 +35,15 @@ def map_section(
             row["unit"],
             f"{row['cosine']:.3f}",
             f"{row['null_cosine']:.3f}",
-            f"{row['null_cosine_band']:.3f}" if "null_cosine_band" in row else "–",
+            f"{row['null_cosine_frequency']:.3f}" if "null_cosine_frequency" in row else "–",
             f"{row['cv']:.2f}",
             f"{row['centred_cosine']:.3f}",
-            f"{row['spearman']:.3f}",
+            f"{row['residual_correlation']:.3f}",
             row["answer"],
         ]
         for row in similarity
     ]
-    head = ["gain", "stage", "unit", "cosine", "null", "band null", "CV", "centred", "Spearman"]
+    head = ["gain", "stage", "unit", "cosine", "null", "profile null", "CV", "centred"]
     return Section(
         "map",
         "Map: do layers use the same dimensions?",
@@ -53,7 +57,8 @@ def map_section(
             PageFigure.of(
                 figures["layer_correlation_above_null"],
                 "Heat map, layer by layer: what is left of the cosine above the mean of its "
-                "permutation null, with dots where a pair of layers is significant.",
+                "permutation null, with dots where what two layers share beyond frequency is "
+                "significant.",
                 "What is left of the cosine above its null.",
             ),
             PageFigure.of(
@@ -68,7 +73,23 @@ def map_section(
                 f"How present each {kind} is among the loudest.",
             ),
         ],
-        [PageTable("Likeness of layers by gain", [*head, "answer"], rows, words=(1, 2, 9))],
+        [
+            PageTable(
+                "Likeness of layers by gain",
+                [*head, "beyond frequency", "answer"],
+                rows,
+                words=(1, 2, 9),
+            )
+        ],
+    )
+
+
+def _correlation(verdict: Verdict) -> str:
+    """A verdict on sharing as a sentence."""
+    low, high = verdict.interval
+    return (
+        f"{verdict.claim.capitalize()}: {verdict.status}, correlation {verdict.estimate:.3f} "
+        f"[{low:.3f}, {high:.3f}]."
     )
 
 
@@ -140,26 +161,26 @@ def sinks_section(cmap: CoordinateMap, figure: Path | None) -> Section:
     )
 
 
-def price_section(cmap: CoordinateMap, figure: Path) -> Section:
+def sharing_cost_section(cmap: CoordinateMap, figure: Path) -> Section:
     """What sharing one index set costs."""
-    price = cmap.price
-    assert price is not None
+    cost = cmap.sharing_cost
+    assert cost is not None
     rows = [
         [
-            row["sharing"],
+            row["scope"],
             str(row["score"]),
-            f"{row['cut']:.0%}",
+            f"{row['fraction']:.0%}",
             f"{row['rise']:+.4f}",
             f"{row['interval'][0]:+.4f} to {row['interval'][1]:+.4f}",
         ]
-        for row in price.rows
+        for row in cost.rows
     ]
-    verdict = price.verdict()
+    verdict = cost.verdict()
     return Section(
-        "price",
-        "The price of universality",
+        "sharing-cost",
+        "The cost of sharing one index set",
         [
-            "At equal cuts: one index set for the whole model, one per layer, one per head. "
+            "At equal cuts: one index set for all layers and heads, one per layer, one per head. "
             f"{verdict.status.capitalize()}: {verdict.claim} "
             f"({verdict.estimate:+.3f} [{verdict.interval[0]:+.3f}, {verdict.interval[1]:+.3f}] "
             "nats)."
@@ -167,15 +188,15 @@ def price_section(cmap: CoordinateMap, figure: Path) -> Section:
         [
             PageFigure.of(
                 figure,
-                "Bars: rise of the loss for a set per head, per layer, one shared set and a random "
-                "shared set, at each cut.",
-                "Rise of the loss by design of sharing.",
+                "Bars: rise of the loss for a set per head, per layer, one universal set and a "
+                "random universal set, at each cut.",
+                "Rise of the loss by scope.",
             )
         ],
         [
             PageTable(
-                "Designs of sharing",
-                ["one set per", "ranked by", "cut", "rise (nats)", "95% interval"],
+                "One index set per head, per layer, and for all",
+                ["scope", "ranked by", "cut", "rise (nats)", "95% interval"],
                 rows,
                 words=(1,),
             )
@@ -194,10 +215,10 @@ def red_line_section(cmap: CoordinateMap, figure: Path) -> Section:
         "red-line",
         "The red line: what has to stay",
         [
-            f"To keep the loss within {line.margin:g} nats, {len(line.shared)} of {line.n_units} "
-            f"{cmap.units.kind}s must stay if all layers share one set, {len(line.per_layer[0])} "
-            f"if each layer has its own. The size was chosen on calibration text and "
-            f"judged on validation text: {judged}.",
+            f"To keep the loss within {line.margin:g} nats, {len(line.universal)} of "
+            f"{line.n_units} {cmap.units.kind}s must stay if all layers share one set, "
+            f"{len(line.per_layer[0])} if each layer has its own. The size was chosen on "
+            f"calibration text and judged on validation text: {judged}.",
             "A head uses a unit when it is in its loudest quarter. Patched alone means that the "
             "unit carries its calibration mean in every layer and head while all else stays. The "
             "gain at a position is relative to the unit's own mean over positions.",
@@ -205,19 +226,19 @@ def red_line_section(cmap: CoordinateMap, figure: Path) -> Section:
         [
             PageFigure.of(
                 figure,
-                "Heat map of how many key heads of each layer use each unit of the shared set; the "
-                "table below names the layers.",
-                "The shared set, loudest first, and the layers that use each unit.",
+                "Heat map of how many key heads of each layer use each unit of the universal set; "
+                "the table below names the layers.",
+                "The universal set, loudest first, and the layers that use each unit.",
             )
         ],
-        [PageTable("Units of the shared set, loudest first", head, rows, words=(2, 6))],
+        [PageTable("Units of the universal set, loudest first", head, rows, words=(2, 6))],
     )
 
 
 def red_line_table(
     details: Sequence[dict[str, Any]], n_heads: int, kind: str
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the shared set, with all that was measured of each unit."""
+    """Head and rows of the universal set, with all that was measured of each unit."""
     head = [
         f"{kind} (dims)",
         "wavelength (tokens)",
@@ -255,10 +276,10 @@ def red_line_table(
     return head, rows
 
 
-def _judged(design: str, verdict: Verdict) -> str:
+def _judged(scope: str, verdict: Verdict) -> str:
     low, high = verdict.interval
     return (
-        f"{design}, {verdict.status} ({verdict.estimate:+.3f} [{low:+.3f}, {high:+.3f}] nats, "
+        f"{scope}, {verdict.status} ({verdict.estimate:+.3f} [{low:+.3f}, {high:+.3f}] nats, "
         f"{verdict.n_documents} documents)"
     )
 

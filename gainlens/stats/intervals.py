@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -10,6 +11,10 @@ from jaxtyping import Float
 from scipy import stats
 
 from gainlens.errors import InputError
+
+RESAMPLES = 4000
+FEW = 6
+"""Documents below which one resample in a thousand is one document alone."""
 
 
 @lru_cache(maxsize=4096)
@@ -33,11 +38,8 @@ def t_interval(
     Raises:
         InputError: NaN or infinity among the differences, or a level outside 0..1.
     """
-    if not 0 < level < 1:
-        raise InputError(f"level={level!r} is outside 0..1")
-    values = np.asarray(differences, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise InputError("differences hold NaN or infinity, so no interval can be given")
+    _check_level(level)
+    values, _ = grouped(differences)
     if len(values) < 2:
         return -math.inf, math.inf
     spread = values.std(ddof=1) / math.sqrt(len(values))
@@ -50,7 +52,8 @@ def bootstrap_interval(
     differences: Float[np.ndarray, " document"],
     level: float = 0.95,
     *,
-    resamples: int = 4000,
+    groups: Sequence[Hashable] | np.ndarray | None = None,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
     """Bootstrap-t interval for the mean of paired differences: documents drawn with replacement.
@@ -62,90 +65,203 @@ def bootstrap_interval(
     Args:
         differences: one per document, in nats.
         level: coverage, above 0 and below 1.
+        groups: a label per document; documents with one label depend on each other (windows of
+            one text) and are drawn together. By default each document stands alone.
         resamples: number of bootstrap resamples, at least 100.
         seed: of the draws; the same on every machine.
 
     Returns:
-        (low, high); both infinite with fewer than two documents.
+        (low, high); both infinite with fewer than two documents or groups, and an end is where
+        documents agree so closely that resamples without spread decide it. With fewer than
+        ``FEW`` documents or groups it is Student's.
 
     Raises:
-        InputError: as for ``t_interval``, or too few resamples.
+        InputError: as for ``t_interval``, too few resamples, or labels that are not one per
+            document.
     """
-    if not 0 < level < 1:
-        raise InputError(f"level={level!r} is outside 0..1")
+    _check_level(level)
+    sums, sizes = grouped(differences, groups)
+    error = (1 - level) / 2
+    low, high = bootstrap_ends(sums[None], sizes, (error, error), resamples=resamples, seed=seed)
+    return float(low[0]), float(high[0])
+
+
+def bootstrap_ends(
+    sums: Float[np.ndarray, "draw group"],
+    sizes: Float[np.ndarray, " group"],
+    errors: tuple[float, float],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[Float[np.ndarray, " draw"], Float[np.ndarray, " draw"]]:
+    """Ends of the bootstrap-t interval, for many samples of one size at once.
+
+    Args:
+        sums: the total of each group of documents (of single documents, their values).
+        sizes: how many documents each group has.
+        errors: chances that the mean is below the lower end and above the upper one.
+        resamples, seed: see ``bootstrap_interval``.
+
+    Raises:
+        InputError: too few resamples.
+    """
     if resamples < 100:
         raise InputError(f"resamples={resamples!r}: expected at least 100")
+    n = len(sizes)
+    if n < 2:
+        return np.full(len(sums), -np.inf), np.full(len(sums), np.inf)
+    mean, spread = _mean_and_spread(sums, sizes)
+    if n < FEW:
+        quantiles = [t_quantile(1 - 2 * error, n - 1) for error in errors]
+        return mean - quantiles[0] * spread, mean + quantiles[1] * spread
+    ratios = _studentised(sums, sizes, resamples, seed)
+    # Whole order statistics, the outer ones: between -inf and a number nothing can be had.
+    last = resamples - 1
+    places = math.floor(errors[1] * last), math.ceil((1 - errors[0]) * last)
+    ratios.partition(places, axis=1)
+    low, high = ratios[:, places[0]], ratios[:, places[1]]
+    with np.errstate(invalid="ignore"):
+        ends = mean - high * spread, mean - low * spread
+    still = spread == 0
+    return np.where(still, mean, ends[0]), np.where(still, mean, ends[1])
+
+
+def bootstrap_chances(
+    differences: Float[np.ndarray, " document"],
+    margin: float,
+    *,
+    groups: Sequence[Hashable] | np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """One-sided p-values that belong to the ends of ``bootstrap_interval``.
+
+    Returns:
+        Of a mean at the margin or above, and of a mean at the margin or below: an end of the
+        interval lies beyond the margin about when the chance is below that end's error.
+    """
+    sums, sizes = grouped(differences, groups)
+    if len(sizes) < 2:
+        return 1.0, 1.0
+    mean, spread = (float(x[0]) for x in _mean_and_spread(sums[None], sizes))
+    if spread == 0:
+        return float(mean >= margin), float(mean <= margin)
+    at = (mean - margin) / spread
+    if len(sizes) < FEW:
+        below = float(stats.t.cdf(at, len(sizes) - 1))
+        return below, 1 - below
+    ratios = _studentised(sums[None], sizes, resamples, seed)[0]
+    below, above = int((ratios <= at).sum()), int((ratios >= at).sum())
+    return (below + 1) / (resamples + 1), (above + 1) / (resamples + 1)
+
+
+def grouped(
+    differences: Float[np.ndarray, " document"],
+    groups: Sequence[Hashable] | np.ndarray | None = None,
+) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, " group"]]:
+    """Total and number of documents of each group, in order of first appearance.
+
+    Raises:
+        InputError: NaN or infinity among the differences, or not one label per document.
+    """
     values = np.asarray(differences, dtype=np.float64)
     if not np.isfinite(values).all():
         raise InputError("differences hold NaN or infinity, so no interval can be given")
-    n = len(values)
-    if n < 2:
-        return -math.inf, math.inf
-    mean, spread = values.mean(), values.std(ddof=1) / math.sqrt(n)
-    if spread == 0:
-        return float(mean), float(mean)
-    drawn = values[np.random.default_rng(seed).integers(0, n, (resamples, n))]
-    spreads = drawn.std(1, ddof=1) / math.sqrt(n)
-    usable = spreads > 1e-9 * spread  # a resample of one document alone has no spread
-    ratios = (drawn.mean(1)[usable] - mean) / spreads[usable]
-    if len(ratios) < 100:
-        return t_interval(values, level)
-    low, high = np.quantile(ratios, [0.5 - level / 2, 0.5 + level / 2])
-    return float(mean - high * spread), float(mean - low * spread)
+    if groups is None:
+        return values, np.ones(len(values))
+    if len(groups) != len(values):
+        raise InputError(
+            f"groups has {len(groups)} labels for {len(values)} documents: expected one each"
+        )
+    numbers: dict[Hashable, int] = {}
+    places = np.array([numbers.setdefault(label, len(numbers)) for label in groups], dtype=int)
+    sizes = np.bincount(places, minlength=len(numbers)).astype(np.float64)
+    return np.bincount(places, values, len(numbers)), sizes
 
 
-def documents_to_decide(
-    differences: Float[np.ndarray, " document"], margin: float, level: float = 0.95
-) -> int | None:
-    """How many more documents would decide a claim, if mean and spread stay what they are.
+def _mean_and_spread(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over documents and its standard error over groups, as a ratio of two totals."""
+    n, total = len(sizes), sizes.sum()
+    mean = sums.sum(1) / total
+    residuals = sums - mean[:, None] * sizes
+    spread = np.sqrt((residuals**2).sum(1) * n / (n - 1)) / total
+    # Equal documents differ from their own mean by rounding.
+    same = spread <= 1e-12 * np.abs(sums).max(1, initial=0.0)
+    return mean, np.where(same, 0.0, spread)
 
-    Args:
-        differences: one per document, in nats.
-        margin: the bound set beforehand.
-        level: coverage of the two-sided interval.
 
-    Returns:
-        Zero when it is decided; None with fewer than two documents, or when the mean sits on the
-        margin so closely that a million would not do.
+def _studentised(sums: np.ndarray, sizes: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """(Mean of a resample less the mean) / its own standard error, ``[draw, resample]``.
+
+    Counts of how often each group was drawn turn all means and spreads into matrix products. A
+    resample without spread is infinitely far from the mean: leaving it out would hide that nine
+    documents without harm and one with are often drawn as ten without.
     """
-    values = np.asarray(differences, dtype=np.float64)
-    n = len(values)
-    if n < 2:
-        return None
-    gap, spread = abs(float(values.mean()) - margin), float(values.std(ddof=1))
+    n = len(sizes)
+    mean, spread = _mean_and_spread(sums, sizes)
+    centred = sums - mean[:, None] * sizes
+    ratios = np.empty((len(sums), resamples))
+    alike, start = bool((sizes == sizes[0]).all()), 0
+    for counts in _drawn(n, resamples, seed):
+        total = counts @ sizes
+        shift = centred @ counts.T / total
+        # Of equal groups the middle term needs no product of its own.
+        cross = sizes[0] * shift * total if alike else (centred * sizes) @ counts.T
+        squares = centred**2 @ counts.T - 2 * shift * cross + shift**2 * (counts @ sizes**2)
+        spreads = np.sqrt(np.maximum(squares, 0.0) * n / (n - 1)) / total
+        flat = spreads <= 1e-6 * spread[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            part = shift / spreads
+        far = np.where(np.abs(shift) > 1e-9 * spread[:, None], np.copysign(np.inf, shift), 0.0)
+        ratios[:, start : start + len(counts)] = np.where(flat, far, part)
+        start += len(counts)
+    return ratios
 
-    def decided(count: int) -> bool:
-        return t_quantile(level, count - 1) * spread / math.sqrt(count) < gap
 
-    if decided(n):
-        return 0
-    low, high = n, 2 * n
-    while not decided(high):
-        low, high = high, 2 * high
-        if high > 1_000_000:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if decided(middle) else (middle, high)
-    return high - n
+def _drawn(n: int, resamples: int, seed: int) -> Iterable[np.ndarray]:
+    """How often each of ``n`` is drawn in every resample, ``[resample, n]``, in parts."""
+    return _kept_draws(n, resamples, seed) if n * resamples <= 2**21 else _draw(n, resamples, seed)
+
+
+def _draw(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    rng, step = np.random.default_rng(seed), max(1, 2**20 // n)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        places = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
+        counts = np.bincount(places.ravel(), minlength=rows * n)
+        yield counts.reshape(rows, n).astype(np.float64)
+
+
+@lru_cache(maxsize=4)
+def _kept_draws(n: int, resamples: int, seed: int) -> tuple[np.ndarray, ...]:
+    return tuple(_draw(n, resamples, seed))
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise InputError(f"level={level!r} is outside 0..1")
 
 
 def documents_by_scaling(
     interval: tuple[float, float], estimate: float, margin: float, n_documents: int
 ) -> int | None:
-    """As ``documents_to_decide`` for an undecided claim and an interval of any kind.
+    """How many more documents would bring the interval clear of the margin.
 
-    Its ends are taken to close in on the estimate as 1/sqrt(n).
+    Mean and spread are taken to stay what they are, so that the ends of the interval close in on
+    the estimate as 1/sqrt(n).
 
     Args:
-        interval: around the estimate, holding the margin.
+        interval: around the estimate.
         estimate: mean so far, in nats.
         margin: the bound set beforehand.
         n_documents: that gave the interval.
 
     Returns:
-        One or more; None where it can't be said, or a million would not do.
+        Zero where the interval is clear of it; None where it can't be said, or a million would
+        not do.
     """
+    if interval[1] < margin or interval[0] > margin:
+        return 0
     gap = abs(estimate - margin)
     reach = interval[1] - estimate if estimate < margin else estimate - interval[0]
     if gap == 0 or not math.isfinite(reach):

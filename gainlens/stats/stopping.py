@@ -1,41 +1,47 @@
 """Stop a point early once its claim is decided, with the error of all looks together controlled.
 
 Looking at the running interval after every batch and stopping when it clears the margin would
-call "holds" too often. Here the error is shared out over the looks beforehand (Bonferroni
-spending): of that of "holds" a twentieth goes equally to the looks before the last, of that of
-"fails" half, the rest to the last look. Gross damage stops a point soon, and one that runs to its
-end is judged almost as by the plain test. By the union bound the chance
-that a claim whose true damage is the margin (or more) is ever called "holds" is at most
-(1 - level) / 2, however the looks depend on each other, and the same for "fails" - as far as the
-interval at each look keeps its promise. That interval is Student's, widened by Johnson's (1978)
-correction on the side to which the differences are skewed: a few documents that suffer much are
-the usual case, and make Student's own upper end too low. Documents are taken to be independent.
-No interval of the mean sees a harm that has not shown yet: where one document in five suffers
-much, four documents show none of it in 41% of all draws, and agree closely. So "holds" is called
-early only after half of the documents and 16 of them; "fails" as soon as it is clear.
+call "holds" too often. Here the error is shared out over the looks beforehand (Bonferroni): by the
+union bound the chance that a claim whose true damage is the margin (or more) is ever called
+"holds" is at most (1 - level) / 2, however the looks depend on each other, and the same for
+"fails" - as far as the interval at each look keeps its promise.
 
-Simulated chances of a false "holds", the true damage being the margin (2.5% by construction;
-tests/analysis/test_statistics.py): 32 documents in 8 looks give 2% with normal differences, 4 to
-5% with exponential ones (skewness 2), 4% where one document in five suffers. The interval promises
-less where documents are few and skewed: 7% with 8 exponential ones, as without any early look.
+"Holds" has the one rule of ``gainlens.stats.verdicts``: a bootstrap-t interval, at no look before
+``ENOUGH`` documents but the last, and then with the reserve that so few documents deserve. So that
+little is lost, such looks are few: at ``ENOUGH`` documents, at twice as many, four times …, and
+the last. "Fails" needs no such guard, since a harm that has not shown yet only adds to it: from
+``MIN_DOCUMENTS`` on every look may spend some of half its error, and the last spends the rest.
+Early looks have too few documents for resampling; theirs is Student's interval, widened by
+Johnson's (1978) correction on the side to which the differences are skewed.
+
+``benchmarks/verdict_simulation.py`` records how often the rule errs.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
 
 from gainlens.errors import InputError
-from gainlens.stats.intervals import t_interval, t_quantile
-from gainlens.stats.verdicts import Status
+from gainlens.stats.intervals import bootstrap_interval, grouped, t_interval, t_quantile
+from gainlens.stats.verdicts import (
+    ENOUGH,
+    LEVEL,
+    Context,
+    Status,
+    Verdict,
+    non_inferiority,
+    resamples_for,
+    status_of,
+    with_more,
+)
 
 MIN_DOCUMENTS = 4
-EARLY_HOLDS, EARLY_FAILS = 0.05, 0.5
-HOLDS_AFTER, HOLDS_DOCUMENTS = 0.5, 16
-"""Share and number of documents before which no point is said to hold."""
+EARLY_FAILS = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class StoppingRule:
 
     margin: float
     looks: tuple[int, ...]
-    level: float = 0.95
+    level: float = LEVEL
 
     def __post_init__(self) -> None:
         if not self.margin > 0 or not math.isfinite(self.margin):
@@ -64,70 +70,157 @@ class StoppingRule:
             raise InputError(f"looks={self.looks!r}: expected rising numbers of documents")
 
     @classmethod
-    def after_batches(cls, sizes: list[int], margin: float, level: float = 0.95) -> StoppingRule:
+    def after_batches(cls, sizes: list[int], margin: float, level: float = LEVEL) -> StoppingRule:
         """Look after every batch that brings the total to ``MIN_DOCUMENTS`` or more."""
         ends = [int(n) for n in np.cumsum(sizes)]
         looks = (*(n for n in ends[:-1] if n >= MIN_DOCUMENTS), ends[-1])
         return cls(margin, looks, level)
 
-    def errors(self, n_documents: int) -> tuple[float, float] | None:
-        """Chances of a false "fails" and of a false "holds" that a look may spend, if there is one.
+    @property
+    def holds_looks(self) -> tuple[int, ...]:
+        """Looks at which a point may be said to hold."""
+        found, wanted = [], ENOUGH
+        for n in self.looks[:-1]:
+            if n >= wanted:
+                found.append(n)
+                wanted = ENOUGH * 2 ** math.floor(math.log2(n / ENOUGH) + 1)
+        return (*found, self.looks[-1])
 
-        The look is the one after ``n_documents``.
+    def errors(self, n_documents: int) -> tuple[float, float]:
+        """Chances of a false "fails" and of a false "holds" that a look may spend.
+
+        Args:
+            n_documents: after which the look is taken; none is spent where there is no look.
         """
+        error, early, last = (1 - self.level) / 2, len(self.looks) - 1, self.looks[-1]
+        holds = error / len(self.holds_looks) if n_documents in self.holds_looks else 0.0
         if n_documents not in self.looks:
-            return None
-        error, early = (1 - self.level) / 2, len(self.looks) - 1
+            return 0.0, 0.0
         if not early:
-            return error, error
-        last = n_documents == self.looks[-1]
-        fails, holds = (
-            error * (1 - share if last else share / early) for share in (EARLY_FAILS, EARLY_HOLDS)
-        )
-        return fails, holds
+            return error, holds
+        share = 1 - EARLY_FAILS if n_documents == last else EARLY_FAILS / early
+        return error * share, holds
 
     def status(
-        self, differences: Float[np.ndarray, " document"], margin: float | None = None
+        self,
+        differences: Float[np.ndarray, " document"],
+        margin: float | None = None,
+        *,
+        groups: Sequence[Hashable] | np.ndarray | None = None,
     ) -> Status:
         """Decide at the present look; ``undecided`` also between looks.
 
         Args:
             differences: rise of the loss per document so far, nats per token.
             margin: another than the rule's; the interval keeps its promise for any.
+            groups: a label per document, see ``gainlens.stats.verdicts.judge``.
         """
         n = len(differences)
         if n not in self.looks:
             return "undecided"
         margin = self.margin if margin is None else margin
-        low, high = self.interval(differences)
-        if low > margin:
-            return "fails"
-        return "holds" if high < margin and n >= self.holds_from else "undecided"
+        n_groups = len(grouped(differences, groups)[0])
+        if n == self.looks[-1] or (n in self.holds_looks and n_groups >= ENOUGH):
+            return status_of(self.interval(differences, groups=groups), margin, n_groups)
+        return "fails" if self._lower_end(differences, groups) > margin else "undecided"
 
-    @property
-    def holds_from(self) -> int:
-        """After how many documents a point may be said to hold."""
-        return min(self.looks[-1], max(HOLDS_DOCUMENTS, math.ceil(HOLDS_AFTER * self.looks[-1])))
+    def judge(
+        self,
+        claim: str,
+        differences: Float[np.ndarray, " document"],
+        margin: float | None = None,
+        *,
+        groups: Sequence[Hashable] | np.ndarray | None = None,
+        domain: Sequence[str] = (),
+        context: Context | None = None,
+        early: bool = False,
+    ) -> Verdict:
+        """The verdict at the look that stopped the point; ``early`` says that documents were left.
 
-    def interval(self, differences: Float[np.ndarray, " document"]) -> tuple[float, float]:
-        """The interval at the look that stopped the point; its ends spend different errors."""
+        Other arguments as for ``gainlens.stats.verdicts.judge``.
+        """
+        margin = self.margin if margin is None else margin
+        sums, sizes = grouped(differences, groups)
+        n, interval = len(sizes), self.interval(differences, groups=groups)
+        note = f"{'stopped early' if early else 'run to the end'}; interval over "
+        note += f"{len(self.looks)} planned looks"
+        mean = float(sums.sum() / sizes.sum()) if n else math.nan
+        plain = non_inferiority(claim, mean, interval, margin, n, domain=domain, context=context)
+        status, more = self.status(differences, margin, groups=groups), plain.more_documents
+        if status == "undecided" and interval[1] < margin:
+            later = (look for look in self.holds_looks if look > len(differences))
+            more = max(1, next(later, ENOUGH) - len(differences), ENOUGH - n)
+        note = with_more(note, status, more)
+        return replace(plain, status=status, note=note, more_documents=more)
+
+    def interval(
+        self,
+        differences: Float[np.ndarray, " document"],
+        *,
+        groups: Sequence[Hashable] | np.ndarray | None = None,
+    ) -> tuple[float, float]:
+        """The interval at the look that stopped the point; its ends spend different errors.
+
+        An end for which the look spends nothing is that of the plain interval at ``level``.
+
+        Args:
+            differences: rise of the loss per document so far, nats per token.
+            groups: a label per document, see ``gainlens.stats.verdicts.judge``.
+        """
         either = (1 - self.level) / 2
-        fails, holds = self.errors(len(differences)) or (either, either)
-        return (
-            skew_interval(differences, 1 - 2 * fails)[0],
-            skew_interval(differences, 1 - 2 * holds)[1],
-        )
+        holds = self.errors(len(differences))[1] or either
+        upper = _bootstrap(differences, holds, groups)[1]
+        return self._lower_end(differences, groups), upper
+
+    def _lower_end(
+        self,
+        differences: Float[np.ndarray, " document"],
+        groups: Sequence[Hashable] | np.ndarray | None,
+    ) -> float:
+        fails = self.errors(len(differences))[0] or (1 - self.level) / 2
+        if len(differences) >= self.looks[-1]:
+            return _bootstrap(differences, fails, groups)[0]
+        sums, sizes = grouped(differences, groups)
+        return skew_interval(sums / sizes, 1 - 2 * fails)[0]
+
+
+def _bootstrap(
+    differences: Float[np.ndarray, " document"],
+    error: float,
+    groups: Sequence[Hashable] | np.ndarray | None,
+) -> tuple[float, float]:
+    level = 1 - 2 * error
+    return bootstrap_interval(differences, level, groups=groups, resamples=resamples_for(2 * error))
 
 
 def skew_interval(differences: Float[np.ndarray, " document"], level: float) -> tuple[float, float]:
-    """Student's interval, its end on the skewed side moved out by Johnson's correction."""
-    low, high = t_interval(differences, level)
+    """Student's interval, its end on the skewed side moved out by Johnson's correction.
+
+    Args:
+        differences: one per document, in nats.
+        level: coverage, above 0 and below 1.
+
+    Raises:
+        InputError: as for ``t_interval``.
+    """
+    plain = t_interval(differences, level)
     n = len(differences)
-    if n < 3 or differences.std() == 0:
-        return low, high
+    if n < 3 or np.std(differences) == 0:
+        return plain
+    low, high = skew_ends(np.asarray(differences, dtype=np.float64)[None], level)
+    return float(low[0]), float(high[0])
+
+
+def skew_ends(
+    values: Float[np.ndarray, "draw document"], level: float
+) -> tuple[Float[np.ndarray, " draw"], Float[np.ndarray, " draw"]]:
+    """``skew_interval`` of many samples of three documents or more, none of them constant."""
+    n = values.shape[1]
     quantile = t_quantile(level, n - 1)
-    centred = differences - differences.mean()
-    raw = float((centred**3).mean()) / float((centred**2).mean()) ** 1.5
+    mean, spread = values.mean(1), values.std(1, ddof=1)
+    centred = values - mean[:, None]
+    raw = (centred**3).mean(1) / (centred**2).mean(1) ** 1.5
     skewness = raw * math.sqrt(n * (n - 1)) / (n - 2)
-    shift = float(differences.std(ddof=1)) * (1 + 2 * quantile**2) / (6 * n) * skewness
-    return low + min(shift, 0.0), high + max(shift, 0.0)
+    shift = spread * (1 + 2 * quantile**2) / (6 * n) * skewness
+    half = quantile * spread / math.sqrt(n)
+    return mean - half + np.minimum(shift, 0.0), mean + half + np.maximum(shift, 0.0)

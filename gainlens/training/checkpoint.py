@@ -8,11 +8,37 @@ from typing import Any
 
 import torch
 
-from gainlens.errors import FileFormatError, InputError
+from gainlens.errors import InputError
 from gainlens.files import load_tensors, save_tensors
+from gainlens.files.schema import (
+    Mismatch,
+    check_names,
+    check_tensor,
+    checking,
+    listing,
+    number,
+    record,
+    text,
+    whole,
+)
+from gainlens.files.schema import facts as facts_
 from gainlens.training.slices import Slice
 
 KIND = "training"
+RANDOM = "random"
+CHECKPOINT = record(
+    header=facts_,
+    progress=record(
+        step=whole(1),
+        curve=listing(facts_, least=1),
+        tokens=whole(1),
+        seconds=number(0),
+        stopped=text("steps", "margin"),
+        bytes=facts_,
+    ),
+    optimizer=facts_,
+)
+"""What the header of a checkpoint holds."""
 
 
 def save_checkpoint(
@@ -39,7 +65,7 @@ def save_checkpoint(
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
                 plain.setdefault(str(index), {})[key] = value
-    tensors["random"] = torch.get_rng_state()
+    tensors[RANDOM] = torch.get_rng_state()
     facts = {"header": dict(header), "progress": dict(progress), "optimizer": plain}
     save_tensors(path, KIND, tensors, facts)
 
@@ -50,36 +76,56 @@ def load_checkpoint(
     """Restore a run; returns its progress.
 
     Raises:
-        FileFormatError: damaged, or no checkpoint.
+        FileFormatError: damaged, no checkpoint, or one whose numbers are not finite.
         InputError: of another model, plan, text, seed or setting; says which is different.
     """
     tensors, facts = load_tensors(path, KIND)
-    try:
-        then, progress, plain = facts["header"], facts["progress"], facts["optimizer"]
-        for key, value in header.items():
-            if then.get(key) != value:
-                raise InputError(
-                    f"checkpoint {str(path)!r} is of a run with other {key} "
-                    f"({_short(then.get(key))}): this one has {_short(value)}; expected the same, "
-                    "or a new file"
-                )
-        state: dict[int, dict[str, Any]] = {int(i): dict(row) for i, row in plain.items()}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                state.setdefault(int(index), {})[key] = tensor.clone()
-        for part in slices:
-            if part.leaf is not None:
-                with torch.no_grad():
-                    part.leaf.copy_(tensors[f"active.{part.name}"])
-        whole = optimizer.state_dict()
-        optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
-        torch.set_rng_state(tensors["random"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise FileFormatError(f"{path} is not a whole checkpoint: {error!r}") from None
+    with checking(str(path), "checkpoint"):
+        CHECKPOINT(facts, "facts")
+    for key, value in header.items():
+        then = facts["header"].get(key)
+        if then != value:
+            raise InputError(
+                f"checkpoint {str(path)!r} is of a run with other {key} ({_short(then)}): this one "
+                f"has {_short(value)}; expected the same, or a new file"
+            )
+    with checking(str(path), "checkpoint"):
+        progress: dict[str, Any] = facts["progress"]
+        if not progress["curve"] or progress["curve"][-1]["step"] != progress["step"]:
+            raise Mismatch("its curve does not end with its last step")
+        leaves = {f"active.{p.name}": p.leaf for p in slices if p.leaf is not None}
+        state = _optimizer_state(tensors, facts["optimizer"], list(leaves.values()))
+        kept = [name for name in tensors if not name.startswith("optimizer.")]
+        check_names(dict.fromkeys(kept), [*leaves, RANDOM])
+        for name, leaf in leaves.items():
+            check_tensor(tensors[name], name, leaf.dtype, leaf.shape)
+        whole_state = optimizer.state_dict()
+        torch.Generator().set_state(tensors[RANDOM])
+    # All is checked: only now does anything of the run change.
+    for name, leaf in leaves.items():
+        with torch.no_grad():
+            leaf.copy_(tensors[name])
+    optimizer.load_state_dict({"state": state, "param_groups": whole_state["param_groups"]})
+    torch.set_rng_state(tensors[RANDOM])
     return dict(progress)
+
+
+def _optimizer_state(
+    tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any], leaves: list[torch.Tensor]
+) -> dict[int, dict[str, Any]]:
+    """State of each leaf by its number; a tensor is a number, or shaped like its leaf."""
+    state: dict[int, dict[str, Any]] = {int(i): dict(row) for i, row in plain.items()}
+    shapes = sorted({tuple(leaf.shape) for leaf in leaves})
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            if tuple(tensor.shape) not in ((), (1,), *shapes):
+                raise Mismatch(f"{name} has shape {tuple(tensor.shape)}, which no leaf has")
+            check_tensor(tensor, name, tensor.dtype, tensor.shape)
+            state.setdefault(int(index), {})[key] = tensor.clone()
+    if odd := [i for i in state if not 0 <= i < len(leaves)]:
+        raise Mismatch(f"its optimiser has state of leaf {odd[0]}, of {len(leaves)} leaves")
+    return state
 
 
 def _short(value: Any) -> str:

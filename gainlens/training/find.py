@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from transformers.pytorch_utils import Conv1D
 
 from gainlens.errors import InputError, UnsupportedModelError
-from gainlens.export.building import parameters_on_meta
+from gainlens.export.building import without_weights
 from gainlens.export.families import SlimFamily
 from gainlens.export.plan import SlicePlan
 from gainlens.training.slices import Layout, Place, Slice, from_rows, module_at, places_of, to_rows
@@ -65,9 +65,8 @@ def find_slices(
     by_parameter: dict[int, list[tuple[int, Part]]] = {}
     outputs: set[int] = set()
     done = _added_biases(root, family, config) if kind == "hooked" else set()
-    n_heads = int(config.num_attention_heads)
     for layer in range(plan.shape[0]):
-        for part in _parts(root, kind, family, layer, n_heads, plan.shape):
+        for part in _parts(root, kind, family, layer, config, plan.shape):
             if id(part.parameter) in done:
                 continue
             by_parameter.setdefault(id(part.parameter), []).append((layer, part))
@@ -180,27 +179,22 @@ def _parts(
     kind: str,
     family: SlimFamily,
     layer: int,
-    n_heads: int,
+    config: Any,
     shape: tuple[int, int, int],
 ) -> Iterator[Part]:
     _, n_kv, d = shape
+    n_heads = int(config.num_attention_heads)
     sizes = {"q": n_heads, "k": n_kv, "v": n_kv}
     if kind == "huggingface":
         module = root.get_submodule(family.attention.format(layer))
-        if family.key_site in ("query_key_value", "c_attn"):
-            fused = module.get_submodule(family.key_site)
-            every = torch.arange(3 * n_heads * d)
-            by_head = family.key_site == "query_key_value"
-            grid = every.reshape(n_heads, 3, d) if by_head else every.reshape(3, n_heads, d)
-            parts = grid.unbind(1 if by_head else 0)
-            for letter, rows in zip("qkv", parts, strict=True):
-                for parameter in fused.parameters():
-                    yield Part(letter, parameter, "rows" if by_head else "columns", rows)
-            return
-        owners = {letter: module.get_submodule(f"{letter}_proj") for letter in "qkv"}
-    elif kind == "bridge":
+        where = family.layout
+        for letter, rows in where.rows(config).items():
+            for parameter in module.get_submodule(where.part(letter)).parameters():
+                yield Part(letter, parameter, "columns" if where.columns else "rows", rows)
+        return
+    if kind == "bridge":
         attention = root.blocks[layer].attn
-        owners = {letter: module_at(attention, letter) for letter in "qkv"}
+        owners: dict[str, Any] = {letter: module_at(attention, letter) for letter in "qkv"}
     else:
         attention = root.blocks[layer].attn
         for letter, heads in sizes.items():
@@ -230,13 +224,12 @@ def _added_biases(root: Any, family: SlimFamily, config: Any) -> set[int]:
 
     Trained, they would make a model that no checkpoint of the family holds.
     """
-    with parameters_on_meta():
-        whole = getattr(transformers, family.model_class)(config)
+    whole = without_weights(lambda: getattr(transformers, family.model_class)(config))
     held = [name for name, _ in whole.named_parameters() if name.endswith("bias")]
     attention = family.attention.format(0)
     own = {letter: f"{attention}.{letter}_proj.bias" for letter in "qkv"}
     own["o"] = f"{attention}.{family.output}.bias"
-    joint = f"{attention}.{family.key_site}.bias" in held
+    joint = f"{attention}.{family.layout.parts[0]}.bias" in held and family.layout.joint
     missing = {f"attn.b_{n.upper()}" for n, name in own.items() if name not in held}
     if joint:
         missing -= {f"attn.b_{n}" for n in "QKV"}

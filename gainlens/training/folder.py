@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gainlens.environment import environment
-from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
+from gainlens.errors import FileFormatError, UnsupportedModelError
+from gainlens.export.building import without_weights
 from gainlens.export.plan import SlicePlan
 from gainlens.export.sources import open_source
-from gainlens.files import check_free, check_writable, write_json
+from gainlens.files import opened, read_json, sealed, write_json, written_folder
 
 PLAN, FACTS = "plan.json", "training.json"
+KIND = "training-facts"
 
 
 def save_folder(
@@ -41,30 +40,17 @@ def save_folder(
         InputError: the folder holds something or can't be written, the disk is full.
         UnsupportedModelError: a model whose weights lie in no transformers layout.
     """
-    target = check_free(folder)
     whole = transformers_model(model)
-    check_writable(target.parent)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    about = sealed(KIND, {**facts, **environment()})  # refuses NaN before anything is written
+    with written_folder(folder) as beside:
         whole.save_pretrained(beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         plan.save(beside / PLAN)
-        write_json(beside / FACTS, {**facts, **environment()})
+        write_json(beside / FACTS, about)
         for name, file in (files or {}).items():
             shutil.copyfile(file, beside / name)
-        beside.chmod(0o755)
-        for file in beside.iterdir():  # safetensors makes files that only their owner reads
-            file.chmod(0o644)
-        os.replace(beside, target)
-    except Exception as error:
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise InputError(f"folder {str(target)!r} can't be written: {reason}") from error
-        raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return target
+    return Path(folder)
 
 
 def transformers_model(model: Any) -> Any:
@@ -80,16 +66,13 @@ def transformers_model(model: Any) -> Any:
         return model
     source = open_source(model)
     tensors = getattr(source, "tensors", None)
-    if tensors is None or source.family.key_site in ("query_key_value", "c_attn"):
+    if tensors is None or source.family.layout.joint:
         raise UnsupportedModelError(
             f"{type(model).__name__} of {source.architecture} keeps its weights in a layout of its "
             "own: train the transformers model itself, or write gainlens.slim(model, run.plan) "
             "with gainlens.export_model"
         )
-    from gainlens.export.building import parameters_on_meta
-
-    with parameters_on_meta():
-        whole = type(model.original_model)(source.config)
+    whole = without_weights(lambda: type(model.original_model)(source.config))
     wanted = whole.state_dict()
     buffers = dict(whole.named_buffers())
     state = {name: tensors.get(name, buffers.get(name)) for name in wanted}
@@ -108,9 +91,7 @@ def healed_from(folder: str | Path) -> str | None:
     file = Path(folder) / FACTS
     if not file.is_file():
         return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        name = found.get("model")
-    except (OSError, ValueError, AttributeError) as error:
-        raise FileFormatError(f"{file} can't be read: {error}") from None
-    return str(name) if name else None
+    name = opened(read_json(file), KIND, str(file)).get("model")
+    if name is not None and not isinstance(name, str):
+        raise FileFormatError(f"{file}: model is {name!r}, expected the name of a model")
+    return name or None

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gainlens.data.batches import Tokens, as_documents
+from gainlens.data.batches import Tokens
+from gainlens.model.tokens import model_documents
 from gainlens.probes import KeyGains, probe_gains
 
 
@@ -108,7 +109,7 @@ def gather_gains(model: Any, tokens: Tokens, scores: Sequence[str], **kwargs: An
         The gains of all documents, added in the order of the processes.
     """
     processes = Processes.here()
-    documents = as_documents(tokens, int(model.cfg.d_vocab))
+    documents = model_documents(model, tokens)
     mine = processes.share(documents)
     part = probe_gains(model, mine, tuple(scores), **kwargs) if mine else None
     parts: list[KeyGains] = [g for g in processes.gathered(part) if g is not None]

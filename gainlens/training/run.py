@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from jaxtyping import Float, Int
 
 from gainlens.data.batches import Tokens, batches
 from gainlens.data.document_identity import row_hash
+from gainlens.data.overlap import check_overlap
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.frames import data_frame
-from gainlens.stats.intervals import documents_by_scaling
-from gainlens.stats.stopping import skew_interval
-from gainlens.stats.verdicts import Verdict, non_inferiority
+from gainlens.stats.loss_rise import rise_verdict
+from gainlens.stats.verdicts import MARGIN, Verdict
 from gainlens.training.folder import save_folder
 from gainlens.training.student import Student
 
@@ -35,6 +35,7 @@ class TrainingRun:
             ``interval``.
         facts: settings, text, bytes, seconds.
         trained_on: digests of the documents that trained the model or said when to stop.
+        identities: of the same documents, see ``gainlens.data.overlap``.
     """
 
     student: Student = field(repr=False)
@@ -42,6 +43,7 @@ class TrainingRun:
     curve: list[dict[str, Any]] = field(repr=False)
     facts: dict[str, Any] = field(repr=False)
     trained_on: set[str] = field(repr=False)
+    identities: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def model(self) -> Any:
@@ -65,16 +67,15 @@ class TrainingRun:
         """
         return self.student.document_losses(tokens, intact=intact)
 
-    def judge(self, tokens: Tokens, margin: float = 0.02, level: float = 0.95) -> Verdict:
+    def judge(self, tokens: Tokens, margin: float = MARGIN) -> Verdict:
         """Whether the loss of the cut and trained model rose by less than ``margin``.
 
         Args:
             tokens: documents that neither trained the model nor said when to stop.
             margin: nats per token that still count as no rise.
-            level: coverage of the interval over documents, paired with the intact model.
 
         Raises:
-            InputError: documents of the training, a margin of zero or below.
+            InputError: documents of the training or parts of them, a margin of zero or below.
         """
         documents = [row for batch in batches(tokens, self.student.vocabulary) for row in batch]
         shared = row_digests(documents) & self.trained_on
@@ -83,8 +84,10 @@ class TrainingRun:
                 f"tokens share {len(shared)} documents with the training: text that trained a "
                 "model can't judge it (split='validation' gives other documents)"
             )
+        tokenizer = getattr(self.model, "tokenizer", None)
+        check_overlap(documents, self.identities, tokenizer=tokenizer, did="trained a model")
         rise = self.losses(documents) - self.losses(documents, intact=True)
-        return rise_verdict(rise, 1 - self.plan.fraction_kept, margin, level)
+        return rise_verdict(rise, 1 - self.plan.fraction_kept, margin)
 
     def save(
         self,
@@ -141,32 +144,6 @@ class TrainingRun:
         from gainlens.plots.notebook import figure_html
 
         return figure_html(self, "Rise of the loss against training tokens")
-
-
-def rise_verdict(
-    rise: Float[np.ndarray, " document"],
-    fraction: float,
-    margin: float,
-    level: float = 0.95,
-    *,
-    trained: bool = True,
-) -> Verdict:
-    """The verdict on paired differences of the loss, one per document."""
-    how = " and the rest trained" if trained else ""
-    mean, interval = float(rise.mean()), skew_interval(rise, level)
-    verdict = non_inferiority(
-        f"with {fraction:.0%} of the key dimensions cut{how}, the loss rises by less than "
-        f"{margin:g} nats",
-        mean,
-        interval,
-        margin,
-        len(rise),
-        note="paired by document with the intact model",
-        more_documents=0,
-    )
-    if verdict.status != "undecided":
-        return verdict
-    return replace(verdict, more_documents=documents_by_scaling(interval, mean, margin, len(rise)))
 
 
 def row_digests(rows: Iterable[Int[torch.Tensor, " pos"]]) -> set[str]:

@@ -176,18 +176,6 @@ def frozen(root: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def evaluating(root: torch.nn.Module) -> Iterator[None]:
-    """No module trains (drops out) inside the ``with``; after it each is as it was."""
-    training = [module for module in root.modules() if module.training]
-    root.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def shown(slices: list[Slice]) -> list[Slice]:
     """Those that stand in for their parameters, without the ones that others are made of."""
     below = {id(part.below) for part in slices}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +15,7 @@ from gainlens.ablation.hooks import ablation_hooks
 from gainlens.ablation.key_mask import KeyMask
 from gainlens.data.batches import Tokens, batches
 from gainlens.errors import InputError, SilentSiteError
+from gainlens.export.adapters import check_no_adapters
 from gainlens.export.plan import SlicePlan
 from gainlens.export.slim_model import check_maps
 from gainlens.export.sources import open_source
@@ -23,13 +23,14 @@ from gainlens.model.fast_copy import FastCopy, build_fast_copy
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.forward import _hooked_head, cross_entropy
 from gainlens.model.hooks import Hook, attached
-from gainlens.model.rotation import rotate
+from gainlens.model.recorder import query_key_hooks
+from gainlens.model.running import evaluating
+from gainlens.model.sites import Stage
 from gainlens.training.find import find_slices
 from gainlens.training.processes import Processes
 from gainlens.training.sharding import Shards, check_whole, sharded
 from gainlens.training.slices import (
     Slice,
-    evaluating,
     frozen,
     leaves,
     shown,
@@ -79,6 +80,7 @@ class Student:
         if precision not in PRECISIONS:
             raise InputError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
         check_whole(model)
+        check_no_adapters(model, "trained at virtual width")
         source = open_source(model)
         check_plan(plan)
         plan.check_model(source.shape, source.fingerprint, source.architecture)
@@ -99,7 +101,7 @@ class Student:
         elif not self.family.rotary_dim(self.config):
             self._longest = int(self.config.max_position_embeddings)
         # A bridge trains its own parts of a joint matrix, which a fast copy does not run.
-        joint = bridge and source.family.key_site in ("query_key_value", "c_attn")
+        joint = bridge and source.family.layout.joint
         self.fast_copy = (
             None if joint or (lens and not bridge) else self._verified_fast_copy(bridge)
         )
@@ -306,24 +308,15 @@ class Student:
 
     def _recorders(self, seen: QueriesKeys) -> list[Hook]:
         sites = key_sites(self.model)
-        stage = sites.hook_stage("rotated")
         found: dict[int, torch.Tensor] = {}
 
-        def record(x: torch.Tensor, hook: Any, *, what: str, layer: int) -> None:
-            turned = x
-            if stage == "projected":
-                turned = rotate(x, sites.frequencies[layer], sites.pairing)
-            if what == "q":
-                found[layer] = turned
+        def record(letter: str, layer: int, stage: Stage, x: torch.Tensor) -> None:
+            if letter == "q":
+                found[layer] = x
             else:
-                seen.append((found[layer], turned))
+                seen.append((found[layer], x))
 
-        hooks: list[Hook] = []
-        for layer in range(sites.n_layers):
-            for what, name in (("q", sites.query_hook), ("k", sites.key_hook)):
-                fn = partial(record, what=what, layer=layer)
-                hooks.append((name(layer, stage), fn))
-        return hooks
+        return query_key_hooks(sites, record, detach=False)
 
 
 def check_plan(plan: SlicePlan) -> None:

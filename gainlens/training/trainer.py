@@ -107,6 +107,7 @@ class Trainer:
             **self.bytes,
         }
 
+    @torch.enable_grad()  # a notebook may have turned gradients off for good
     def run(self, checkpoint: Path | None, save_every: int, progress: bool) -> None:
         """From the last checkpoint, or the start, to the end."""
         first = 0

@@ -10,9 +10,10 @@ from typing import Any
 
 from gainlens.ablation.cut import Cut
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
+from gainlens.data.overlap import document_identities
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
-from gainlens.files import check_writable
+from gainlens.files import check_writable, locked
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.training.rounds import (
     Round,
@@ -96,7 +97,8 @@ def train_virtual_width(
         InputError: nothing active, a document shorter than two tokens or longer than the model
             reads, ids that it does not know, ``stop_margin`` without ``monitor``, documents that
             are monitored and trained on, a setting out of range, a plan of another model or not
-            inside the one before, a checkpoint of another run, a folder that can't be written.
+            inside the one before, a checkpoint of another run or one that another process is
+            writing, a folder that can't be written.
         UnsupportedModelError: a family that can't be made slim.
         TrainingError: a loss or a gradient that is not finite; names the step.
     """
@@ -138,7 +140,10 @@ def train_virtual_width(
         with student.running(), ExitStack() as stack:
             if divided:
                 stack.enter_context(student.sharded(trainer.processes))
-            trainer.run(round_file(checkpoint, number, len(plans)), save_every, progress)
+            file = round_file(checkpoint, number, len(plans))
+            if file is not None and trainer.processes.first:
+                stack.enter_context(locked(file))
+            trainer.run(file, save_every, progress)
         done.append(Round(round_plan, part, trainer.curve, trainer.facts()))
         del trainer  # its optimiser state is not needed while the next round runs
     student.write()
@@ -154,4 +159,5 @@ def train_virtual_width(
         joined_curve(done),
         joined_facts(done, chosen),
         row_digests(documents) | row_digests([row for batch in watched for row in batch]),
+        document_identities([*documents, *watched], getattr(model, "tokenizer", None)),
     )

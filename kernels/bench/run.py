@@ -1,6 +1,6 @@
 """Measure the table and write the ledger: ``python kernels/bench/run.py [--quick]``.
 
-Writes ``docs/ledgers/kernels_<device>.json`` and the table beside it. Rows already in a ledger
+Writes ``docs/results/kernels_<device>.json`` and the table beside it. Rows already in a ledger
 of the same machine and versions are kept, so that a run cut short by ``--minutes`` goes on where
 it stopped; ``--fresh`` starts over. On a CPU the ceilings are measured again in
 each row, in turns with it.
@@ -173,7 +173,7 @@ def main() -> int:
     )
     parser.add_argument("--flex", choices=("all", "some", "none"), help="all on a GPU, else some")
     parser.add_argument("--fresh", action="store_true", help="forget rows measured before")
-    parser.add_argument("--out", type=Path, default=Path("docs/ledgers"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     started = time.monotonic()

@@ -1,6 +1,6 @@
 """What the ledger says about the numbers that were asked, and the ledger as a table.
 
-``python kernels/bench/summary.py docs/ledgers/kernels_cpu.json`` writes the page of a recorded
+``python kernels/bench/summary.py docs/results/kernels_cpu.json`` writes the page of a recorded
 ledger anew and measures nothing.
 """
 

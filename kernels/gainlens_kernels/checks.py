@@ -99,6 +99,44 @@ def check_bounds(name: str, bounds: torch.Tensor | None, q: torch.Tensor) -> Non
         raise SlicedAttentionError(f"{name} is on {bounds.device}, expected {q.device} like q")
 
 
+def check_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    lengths: torch.Tensor | None,
+    starts: torch.Tensor | None,
+) -> float:
+    """All that can be checked without reading values; the scale as a float.
+
+    Shapes as for ``check_tensors``; ``lengths`` and ``starts`` are ``[batch]``.
+    """
+    check_tensors(q, k, v)
+    if lengths is not None or starts is not None:
+        check_bounds("lengths", lengths, q)
+        check_bounds("starts", starts, q)
+    return check_scale(scale)
+
+
+def check_gradient(grad: torch.Tensor, q: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise unless ``grad`` has the output's shape ``[batch, heads, tq, d_v]`` and device."""
+    expected = [*q.shape[:3], v.shape[3]]
+    if list(grad.shape) != expected or grad.device != q.device:
+        raise SlicedAttentionError(
+            f"grad has shape {_shape(grad)} on {grad.device}, expected {expected} on {q.device}"
+        )
+
+
+def own_bounds(bounds: torch.Tensor | None) -> torch.Tensor | None:
+    """A copy as contiguous int64 that nobody else writes, for ``[batch]`` integers on the CPU.
+
+    What is checked is then what is used, also where another thread changes them.
+    """
+    if bounds is None:
+        return None
+    return bounds.resolve_neg().to(torch.int64, copy=True).contiguous()
+
+
 def check_bound_values(name: str, bounds: torch.Tensor | None, tk: int) -> None:
     """Raise unless every value lies in [0, tk]; reads the values, so for the CPU only."""
     if bounds is None:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from gainlens_kernels.checks import SlicedAttentionError, check_bound_values
+from gainlens_kernels.checks import SlicedAttentionError, check_bound_values, own_bounds
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -75,14 +75,6 @@ def warn_once() -> None:
         )
 
 
-def _bounds(values: torch.Tensor | None) -> torch.Tensor | None:
-    if values is None or (
-        values.dtype == torch.int64 and values.is_contiguous() and not values.is_neg()
-    ):
-        return values
-    return values.resolve_neg().to(torch.int64).contiguous()
-
-
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -103,7 +95,7 @@ def attend(
             f"sliced_attention: no memory for the output {list(out_shape)} that the shapes of q "
             "and v ask for"
         ) from error
-    lengths, starts = _bounds(lengths), _bounds(starts)
+    lengths, starts = own_bounds(lengths), own_bounds(starts)
     addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr())
     if not all(addresses) and out.numel():
         name = "qkv"[addresses.index(0)]

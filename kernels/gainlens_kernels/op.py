@@ -12,10 +12,12 @@ from torch.autograd import forward_ad
 from gainlens_kernels import cpu
 from gainlens_kernels.backward import attention_backward
 from gainlens_kernels.checks import (
+    check_arguments,
     check_bound_values,
     check_bounds,
-    check_scale,
+    check_gradient,
     check_tensors,
+    own_bounds,
 )
 from gainlens_kernels.reference import compute_reference
 
@@ -39,6 +41,8 @@ def _forward(
     lengths: torch.Tensor | None,
     starts: torch.Tensor | None,
 ) -> torch.Tensor:
+    """What the operator computes; called as ``torch.ops…``, nothing has been checked before."""
+    scale = check_arguments(q, k, v, scale, lengths, starts)
     if cpu.supports(q):
         return cpu.attend(q, k, v, scale, causal, lengths, starts)
     if q.is_cuda and _on_gpu(q):
@@ -48,6 +52,8 @@ def _forward(
     if q.device.type == "cpu":
         if cpu.native is None:
             cpu.warn_once()
+        # Read once: another thread may write them while the reference runs.
+        lengths, starts = own_bounds(lengths), own_bounds(starts)
         check_bound_values("lengths", lengths, k.shape[2])
         check_bound_values("starts", starts, k.shape[2])
     return compute_reference(q, k, v, scale, causal, lengths, starts)
@@ -59,24 +65,65 @@ _operator = torch.library.custom_op(
     mutates_args=(),
     schema=f"({_ARGUMENTS}) -> Tensor",
 )
+
+
+def _backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    lengths: torch.Tensor | None,
+    starts: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scale = check_arguments(q, k, v, scale, lengths, starts)
+    check_gradient(grad, q, v)
+    if q.device.type == "cpu":
+        lengths, starts = own_bounds(lengths), own_bounds(starts)
+        check_bound_values("lengths", lengths, k.shape[2])
+        check_bound_values("starts", starts, k.shape[2])
+    return attention_backward(grad, q, k, v, scale, causal, lengths, starts)
+
+
 _backward_operator = torch.library.custom_op(
     "gainlens_kernels::sliced_attention_backward",
-    attention_backward,
+    _backward,
     mutates_args=(),
     schema=f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @_operator.register_fake
-def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
+def _fake_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    lengths: torch.Tensor | None,
+    starts: torch.Tensor | None,
+) -> torch.Tensor:
     check_tensors(q, k, v)
+    check_bounds("lengths", lengths, q)
+    check_bounds("starts", starts, q)
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
 
 @_backward_operator.register_fake
 def _fake_backward(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    lengths: torch.Tensor | None,
+    starts: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_tensors(q, k, v)
+    check_bounds("lengths", lengths, q)
+    check_bounds("starts", starts, q)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -221,11 +268,7 @@ def sliced_attention(
         SlicedAttentionError: An argument cannot be used; the message names it. On a GPU the
             values of ``lengths`` and ``starts`` are not looked at: they are clamped to [0, tk].
     """
-    check_tensors(q, k, v)
-    scale = check_scale(scale)
-    if lengths is not None or starts is not None:
-        check_bounds("lengths", lengths, q)
-        check_bounds("starts", starts, q)
+    scale = check_arguments(q, k, v, scale, lengths, starts)
     if torch.compiler.is_compiling():
         return _dispatch(q, k, v, scale, bool(causal), lengths, starts)
     plain = (

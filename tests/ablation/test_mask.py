@@ -40,7 +40,14 @@ def test_every_mask_cuts_the_share_asked_for(shape, fraction, scope, unit, pairi
     cut = (~keep).sum(group)
     size = int(np.prod([shape[i] for i in group]))
     # The nearest that whole units allow: a unit is at most two dimensions.
-    assert float((cut - fraction * size).abs().max()) <= 1 + 1e-6
+    target = torch.full(cut.shape, fraction * size)
+    if scope in ("layer", "model") and fraction < 1:  # every head keeps its best unit
+        width = torch.where(partner == torch.arange(d_head), 1, 2) if unit == "pair" else 1
+        best = values.argmax(-1)
+        kept = (torch.as_tensor(width).expand(d_head)[best]).sum(group[:-1])
+        target = torch.minimum(target, size - kept)
+        assert keep.any(-1).all()
+    assert float((cut - target).abs().max()) <= 1 + 1e-6
     if scope == "universal":
         assert (keep == keep[:1, :1]).all()
     elif scope == "head":
@@ -49,15 +56,20 @@ def test_every_mask_cuts_the_share_asked_for(shape, fraction, scope, unit, pairi
             if len(kept) and len(gone) and (partner != torch.arange(d_head)).all():
                 assert gone.max() <= kept.min()
     elif scope == "model" and unit == "dim" and 0 < keep.sum() < keep.numel():
-        assert values[~keep].max() <= values[keep].min()
+        spared = torch.zeros_like(keep).scatter(-1, values.argmax(-1, keepdim=True), True)
+        rest = keep & ~spared
+        assert not rest.any() or values[~keep].max() <= values[rest].min()
 
 
 def test_quietest_and_loudest_are_each_others_opposite(tiny_gains):
     for scope in SCOPES:
         quiet = gl.KeyMask.quietest(tiny_gains, 0.5, scope=scope)
         loud = gl.KeyMask.loudest(tiny_gains, 0.5, scope=scope)
-        assert torch.equal(quiet.keep, ~loud.keep), scope
-        assert quiet.fraction_kept == 0.5
+        # Under a wide scope either order leaves every head the unit that would go last.
+        spared = 2 * tiny_gains.shape[1] * (tiny_gains.shape[0] if scope == "model" else 1)
+        allowed = 0 if scope in ("head", "universal") else spared
+        assert int((quiet.keep == loud.keep).sum()) <= 2 * allowed, scope
+        assert quiet.fraction_kept == loud.fraction_kept == 0.5
 
 
 def test_random_depends_on_the_seed_only(tiny_gains):
@@ -91,19 +103,19 @@ def test_masks_from_arrays(unchecked):
     assert gl.KeyMask(np.ones((1, 2, 4))).fraction_kept == 1
     assert gl.KeyMask([[[1, 0]]]).fraction_kept == 0.5
     for bad in (np.ones((2, 4)), np.full((1, 1, 2), 0.5), np.ones((0, 1, 2)), "x"):
-        with pytest.raises(gl.InputError, match="keep"):
+        with pytest.raises(gl.errors.InputError, match="keep"):
             gl.KeyMask(bad)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan"), True, "0.5", None])
 def test_bad_fractions(unchecked, tiny_gains, fraction):
-    with pytest.raises(gl.InputError, match=r"outside 0\.\.1"):
+    with pytest.raises(gl.errors.InputError, match=r"outside 0\.\.1"):
         gl.KeyMask.quietest(tiny_gains, fraction)
 
 
 def test_bad_choices(unchecked, tiny_gains):
     for bad in ({"scope": "x"}, {"unit": "x"}, {"score": "x"}, {"stage": "x"}):
-        with pytest.raises(gl.InputError, match="'x'"):
+        with pytest.raises(gl.errors.InputError, match="'x'"):
             gl.KeyMask.quietest(tiny_gains, 0.5, **bad)
 
 
@@ -114,7 +126,7 @@ def test_save_and_load(tiny_gains, tmp_path):
     assert again == mask
     assert again.facts == mask.facts
     (tmp_path / "m").write_bytes(b"no")
-    with pytest.raises(gl.FileFormatError):
+    with pytest.raises(gl.errors.FileFormatError):
         gl.KeyMask.load(tmp_path / "m")
 
 
@@ -135,7 +147,7 @@ def one_head(gains):
 
 def test_one_head_in_all_has_no_matched_control(tiny_gains):
     """It would be given its own cut: the quietest, under the name of a control."""
-    with pytest.raises(gl.InputError, match="one key head"):
+    with pytest.raises(gl.errors.InputError, match="one key head"):
         gl.KeyMask.matched(one_head(tiny_gains), 0.5)
 
 

@@ -19,7 +19,7 @@ def logits(model, tokens, hooks=()):
 
 
 def random_mask(model, seed=0):
-    shape = gl.key_sites(model).shape
+    shape = gl.model.key_sites(model).shape
     return gl.KeyMask(torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5)
 
 
@@ -43,7 +43,7 @@ def by_hand(model, tokens, mask, donors):
 def test_patch_puts_in_the_other_run(name):
     model, tokens, other = bridge(name), family_tokens(), family_tokens(seed=5)
     mask = random_mask(model)
-    cache = gl.KeyCache.run(model, other)
+    cache = gl.ablation.KeyCache.run(model, other)
     got = logits(model, tokens, gl.ablation_hooks(model, mask, "patch", cache=cache))
     wanted = by_hand(model, tokens, mask, other)
     assert torch.allclose(got, wanted, atol=1e-5)
@@ -54,7 +54,7 @@ def test_patch_puts_in_the_other_run(name):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_resample_puts_in_another_document(name, seed):
     model, tokens = bridge(name), family_tokens()
-    mask, cache = random_mask(model), gl.KeyCache.run(model, tokens)
+    mask, cache = random_mask(model), gl.ablation.KeyCache.run(model, tokens)
     got = logits(model, tokens, gl.ablation_hooks(model, mask, "resample", cache=cache, seed=seed))
     wanted = by_hand(model, tokens, mask, tokens.roll(-(1 + seed), 0))
     assert torch.allclose(got, wanted, atol=1e-5)
@@ -64,7 +64,7 @@ def test_resample_puts_in_another_document(name, seed):
 def test_own_cache_changes_nothing(name):
     """In every family, those that fire no hook after the rotation included."""
     model, tokens = bridge(name), family_tokens()
-    cache = gl.KeyCache.run(model, tokens)
+    cache = gl.ablation.KeyCache.run(model, tokens)
     hooks = gl.ablation_hooks(model, random_mask(model), "patch", cache=cache)
     assert torch.allclose(logits(model, tokens, hooks), logits(model, tokens), atol=2e-4)
     hooks.check_fired()
@@ -74,10 +74,10 @@ def test_no_document_gives_to_itself():
     from gainlens.ablation.modes import Context, get_mode
 
     model = bridge("LlamaForCausalLM")
-    sites = gl.key_sites(model)
+    sites = gl.model.key_sites(model)
     for n in (2, 3, 5):
         keys = torch.arange(n).float()[:, None, None, None].expand(n, 4, 2, 16)
-        cache = gl.KeyCache([keys] * 2)
+        cache = gl.ablation.KeyCache([keys] * 2)
         for seed in range(7):
             mode = get_mode("resample").replacement(Context(sites, "rotated", None, cache, seed))
             given = mode(keys, 0)
@@ -104,27 +104,27 @@ def test_surgery_takes_resample_and_both_ways_agree(tiny, tiny_validation, tiny_
         tiny, tiny_validation, tiny_gains, fractions=(0.5,), orders=("quietest",), progress=False
     )
     assert abs(curves[0].losses - zero.losses).max() > 1e-3
-    with pytest.raises(gl.InputError, match="patch_keys"):
+    with pytest.raises(gl.errors.InputError, match="patch_keys"):
         gl.surgery(tiny, tiny_validation, tiny_gains, mode="patch", progress=False)
 
 
 def test_bad_caches(tiny, tiny_calibration):
     mask = random_mask(tiny)
     for mode in ("resample", "patch"):
-        with pytest.raises(gl.InputError, match="cache"):
+        with pytest.raises(gl.errors.InputError, match="cache"):
             gl.ablation_hooks(tiny, mask, mode)
-    longer = gl.KeyCache.run(tiny, tiny_calibration[:2, :20])
+    longer = gl.ablation.KeyCache.run(tiny, tiny_calibration[:2, :20])
     hooks = gl.ablation_hooks(tiny, mask, "patch", cache=longer)
-    with pytest.raises(gl.InputError, match="same length"):
+    with pytest.raises(gl.errors.InputError, match="same length"):
         logits(tiny, tiny_calibration[:2, :16], hooks)
     hooks = gl.ablation_hooks(tiny, mask, "resample", cache=longer)
-    with pytest.raises(gl.InputError, match="positions"):
+    with pytest.raises(gl.errors.InputError, match="positions"):
         logits(tiny, tiny_calibration[:2, :24], hooks)
-    one = gl.KeyCache.run(tiny, tiny_calibration[:1, :16])
-    with pytest.raises(gl.InputError, match="two documents"):
+    one = gl.ablation.KeyCache.run(tiny, tiny_calibration[:1, :16])
+    with pytest.raises(gl.errors.InputError, match="two documents"):
         gl.ablation_hooks(tiny, mask, "resample", cache=one)
-    projected = gl.KeyCache.run(tiny, tiny_calibration[:2, :16], stage="projected")
-    with pytest.raises(gl.InputError, match="stage"):
+    projected = gl.ablation.KeyCache.run(tiny, tiny_calibration[:2, :16], stage="projected")
+    with pytest.raises(gl.errors.InputError, match="stage"):
         gl.ablation_hooks(tiny, mask, "patch", cache=projected)
 
 
@@ -151,20 +151,20 @@ def test_a_document_alone_in_its_batch_is_given_keys_too(
 
 def test_a_document_that_nobody_can_give_to(tiny, tiny_validation, tiny_gains):
     tokens = [tiny_validation[0, :20], tiny_validation[1, :40]]
-    with pytest.raises(gl.InputError, match="no other document"):
+    with pytest.raises(gl.errors.InputError, match="no other document"):
         gl.surgery(tiny, tokens, tiny_gains, (0.5,), mode="resample", progress=False)
     # Before anything is run, not in the middle of a sweep.
-    with pytest.raises(gl.InputError, match="'x'"):
+    with pytest.raises(gl.errors.InputError, match="'x'"):
         gl.surgery(tiny, tokens, tiny_gains, (0.5,), mode="x", progress=False)
 
 
 @pytest.mark.parametrize("mode", ["patch", "resample"])
 def test_a_cache_of_another_model(mode, tiny, tiny_calibration):
-    cache = gl.KeyCache.run(bridge("LlamaForCausalLM"), family_tokens())
-    with pytest.raises(gl.InputError, match="another model"):
+    cache = gl.ablation.KeyCache.run(bridge("LlamaForCausalLM"), family_tokens())
+    with pytest.raises(gl.errors.InputError, match="another model"):
         gl.ablation_hooks(tiny, random_mask(tiny), mode, cache=cache)
-    own = gl.KeyCache.run(tiny, tiny_calibration[:2, :12])
-    with pytest.raises(gl.InputError, match="another model"):
-        gl.ablation_hooks(tiny, random_mask(tiny), mode, cache=gl.KeyCache(own.keys[:2]))
-    with pytest.raises(gl.InputError, match="12 to 16 tokens"):
-        gl.KeyCache.run(tiny, [tiny_calibration[0, :12], tiny_calibration[1, :16]])
+    own = gl.ablation.KeyCache.run(tiny, tiny_calibration[:2, :12])
+    with pytest.raises(gl.errors.InputError, match="another model"):
+        gl.ablation_hooks(tiny, random_mask(tiny), mode, cache=gl.ablation.KeyCache(own.keys[:2]))
+    with pytest.raises(gl.errors.InputError, match="12 to 16 tokens"):
+        gl.ablation.KeyCache.run(tiny, [tiny_calibration[0, :12], tiny_calibration[1, :16]])

@@ -19,6 +19,8 @@ from gainlens.ablation.slot_choice import (
     overlaps,
 )
 from gainlens.analysis.sweep.evaluator import Evaluator
+from gainlens.files import save_tensors
+from gainlens.model.hooks import attached
 
 
 def test_overlap_is_what_the_best_turn_and_scale_leave():
@@ -108,7 +110,7 @@ ROTATING = [
 def test_edit_is_maps_and_then_the_slots_rotation(name):
     """In complex numbers, where turning pair s at position p is a product with exp(i·f·p)."""
     model = bridge(name)
-    sites = gl.key_sites(model)
+    sites = gl.model.key_sites(model)
     cut = hand_made(sites)
     generator = torch.Generator().manual_seed(2)
     plain = torch.randn(2, 5, sites.n_heads, sites.d_head, generator=generator)
@@ -134,9 +136,38 @@ def test_edit_is_maps_and_then_the_slots_rotation(name):
 
 
 @pytest.mark.parametrize("name", ROTATING)
+def test_hooks_follow_a_cache(name):
+    """Slots turn at the positions of the pass, also where the model rotates after the hook."""
+    model = bridge(name)
+    cut = hand_made(gl.model.key_sites(model))
+    tokens = family_tokens(2, 10)
+    with torch.inference_mode(), attached(model, cut.hooks(model)):
+        whole = model.original_model(tokens).logits
+        first = model.original_model(tokens[:, :7], use_cache=True)
+        rest = model.original_model(tokens[:, 7:], past_key_values=first.past_key_values).logits
+    assert torch.allclose(rest, whole[:, 7:], atol=1e-4 * float(whole.abs().max()))
+
+
+def test_files_with_a_field_that_is_no_slots(tiny_slots, tmp_path):
+    tensors, path = tiny_slots.tensors(), tmp_path / "cut.safetensors"
+    for name, bad, words in (
+        ("assigned", tensors["assigned"] + 99, "assigned names a pair outside"),
+        ("own", tensors["own"].float(), "own is torch.float32"),
+        ("frequencies", tensors["frequencies"][:, :, :-1].contiguous(), "frequencies is"),
+    ):
+        save_tensors(path, "slots", {**tensors, name: bad}, tiny_slots.all_facts)
+        with pytest.raises(gl.errors.FileFormatError, match=words):
+            gl.load_cut(path)
+    del tensors["assigned"]
+    save_tensors(path, "slots", tensors, tiny_slots.all_facts)
+    with pytest.raises(gl.errors.FileFormatError, match="lack 'assigned'"):
+        gl.load_cut(path)
+
+
+@pytest.mark.parametrize("name", ROTATING)
 def test_hooks_and_edit_agree(name):
     model, tokens = bridge(name), family_tokens()
-    cut = hand_made(gl.key_sites(model))
+    cut = hand_made(gl.model.key_sites(model))
     fast, slow = (Evaluator(model, fast=f).tokens(tokens, cut) for f in (True, False))
     assert torch.allclose(fast, slow, atol=1e-4)
     assert (fast - Evaluator(model).tokens(tokens)).abs().max() > 1e-3
@@ -144,8 +175,10 @@ def test_hooks_and_edit_agree(name):
 
 def test_slots_at_the_kept_pairs_own_frequencies_are_the_refit(tiny, tiny_calibration, tiny_gains):
     mask = gl.KeyMask.quietest(tiny_gains, 0.5)
-    cut = gl.refit(tiny, tiny_calibration[:2], mask, rounds=1, iterations=2, progress=False)
-    own = gl.key_sites(tiny).frequencies
+    cut = gl.ablation.refit(
+        tiny, tiny_calibration[:2], mask, rounds=1, iterations=2, progress=False
+    )
+    own = gl.model.key_sites(tiny).frequencies
     same = own[:, None].expand(-1, mask.shape[1], -1)
     slots = SlotCut(mask, cut.query_maps, cut.key_maps, same, own)
     evaluator = Evaluator(tiny)
@@ -174,13 +207,13 @@ def test_fitted_slots(tiny, tiny_slots, tiny_calibration, tiny_gains, tmp_path):
     assert isinstance(again, SlotCut)
     assert again.digest() == cut.digest()
     assert again.all_facts == cut.all_facts
-    with pytest.raises(gl.InputError, match="chose a cut"):
+    with pytest.raises(gl.errors.InputError, match="chose a cut"):
         gl.surgery(tiny, tiny_calibration, tiny_gains, (), cuts={"x": cut}, progress=False)
 
 
 def test_start_is_the_assignment(tiny, tiny_calibration, tiny_gains):
     """Keeping all pairs at their own frequencies must start, and stay, at the intact model."""
-    sites = gl.key_sites(tiny)
+    sites = gl.model.key_sites(tiny)
     from gainlens.ablation.slot_fit import start_maps
 
     n = sites.frequencies.shape[1]
@@ -216,7 +249,7 @@ def test_scopes_and_grid(tiny, tiny_calibration, tiny_gains, scope):
     assert not torch.equal(used[0], used[1])
     assert torch.equal(used[0, 0], used[0, 1]) == (scope == "layer")
     grid = fit_slots(tiny, tiny_calibration, tiny_gains, 0.75, grid=True, **settings)
-    own = gl.key_sites(tiny).frequencies[0]
+    own = gl.model.key_sites(tiny).frequencies[0]
     assert torch.allclose(grid.frequencies[0, 0, :4], own[::4], rtol=1e-4)
     assert grid.facts["explained"] < cut.facts["explained"]
 
@@ -247,25 +280,25 @@ def test_bad_input(tiny, tiny_calibration, tiny_gains, tiny_slots):
         ({"context": 65}, "context=65: .* 64 tokens"),
         ({"context": 1}, "context=1"),
     ):
-        with pytest.raises(gl.InputError, match=words):
+        with pytest.raises(gl.errors.InputError, match=words):
             fit_slots(tiny, tiny_calibration, tiny_gains, **{"score": "qk", **bad})
     parts = (tiny_slots.mask, tiny_slots.query_maps, tiny_slots.key_maps)
     own, f = tiny_slots.own, tiny_slots.frequencies
     for wrong in (-f, f * float("nan"), f * float("inf")):
-        with pytest.raises(gl.InputError, match=r"frequencies hold .* 0 or above"):
+        with pytest.raises(gl.errors.InputError, match=r"frequencies hold .* 0 or above"):
             SlotCut(*parts, wrong, own)
     more = torch.ones(*f.shape[:2], 17, dtype=torch.float64)
-    with pytest.raises(gl.InputError, match="at most 16 pairs"):
+    with pytest.raises(gl.errors.InputError, match="at most 16 pairs"):
         SlotCut(*parts, more, torch.ones(len(own), 17, dtype=torch.float64))
-    with pytest.raises(gl.InputError, match="which the mask cuts"):
+    with pytest.raises(gl.errors.InputError, match="which its mask cuts"):
         SlotCut(parts[0], torch.ones_like(parts[1]), parts[2], f, own)
     other = SlotCut(*parts, f, own * 1.5)
-    with pytest.raises(gl.InputError, match=r"radians per token .* same model"):
+    with pytest.raises(gl.errors.InputError, match=r"radians per token .* same model"):
         other.hooks(tiny)
-    with pytest.raises(gl.InputError, match="shape"):
+    with pytest.raises(gl.errors.InputError, match="shape"):
         tiny_slots.hooks(bridge("LlamaForCausalLM"))
     neox = bridge("GPTNeoXForCausalLM")
     gains = gl.probe_gains(neox, family_tokens(), progress=False)
-    if gl.key_sites(neox).rotary_dim < gl.key_sites(neox).d_head:
-        with pytest.raises(gl.UnsupportedModelError, match="slots need all"):
+    if gl.model.key_sites(neox).rotary_dim < gl.model.key_sites(neox).d_head:
+        with pytest.raises(gl.errors.UnsupportedModelError, match="slots need all"):
             fit_slots(neox, family_tokens(), gains, score="qk")

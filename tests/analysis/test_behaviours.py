@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 
 import pytest
 import torch
 
 import gainlens as gl
+from gainlens.analysis import behaviour_curves as module
 from gainlens.analysis.sweep.evaluator import Evaluator
-
-module = importlib.import_module("gainlens.analysis.behaviour_curves")
 
 
 def test_copying_prompts_hold_what_they_say():
@@ -88,9 +86,9 @@ def test_the_intact_model_agrees_with_itself(result, tiny, tiny_validation, tiny
 
 @pytest.mark.parametrize("bad", [{"distances": (1,)}, {"repeat": 1}, {"n_sequences": 1}])
 def test_bad_input(tiny, tiny_validation, tiny_gains, bad):
-    with pytest.raises(gl.InputError):
+    with pytest.raises(gl.errors.InputError):
         gl.behaviours(tiny, tiny_validation[:2], tiny_gains, progress=False, **bad)
-    with pytest.raises(gl.InputError, match="cuts everything"):
+    with pytest.raises(gl.errors.InputError, match="cuts everything"):
         gl.behaviours(tiny, tiny_validation[:2], tiny_gains, (1,), progress=False)
 
 
@@ -109,8 +107,8 @@ def test_the_loss_stands_beside_them(result, tiny, tiny_validation, tiny_gains):
 
 
 def test_gains_and_text_are_checked(tiny, tiny_calibration, tiny_validation, tiny_gains):
-    with pytest.raises(gl.InputError, match="chose a cut"):
+    with pytest.raises(gl.errors.InputError, match="chose a cut"):
         gl.behaviours(tiny, tiny_calibration[:2], tiny_gains, progress=False)
     other = replace(tiny_gains, model=replace(tiny_gains.model, fingerprint="0" * 64))
-    with pytest.raises(gl.InputError, match="other weights"):
+    with pytest.raises(gl.errors.InputError, match="other weights"):
         gl.behaviours(tiny, tiny_validation[:2], other, progress=False)

@@ -46,7 +46,7 @@ def test_nothing_cut_costs_nothing(tiny, tiny_validation):
 
 def test_bad_input(tiny, tiny_validation):
     keep = gl.KeyMask(torch.ones(4, 2, 32, dtype=torch.bool))
-    with pytest.raises(gl.InputError, match="by='unit'"):
+    with pytest.raises(gl.errors.InputError, match="by='unit'"):
         damage_by_head(tiny, tiny_validation, keep, by="unit")
-    with pytest.raises(gl.InputError, match="mask has shape"):
+    with pytest.raises(gl.errors.InputError, match="cut has shape"):
         damage_by_head(tiny, tiny_validation, gl.KeyMask(keep.keep[:2]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +10,7 @@ import transformer_lens.patching as theirs
 from families import FAMILIES, bridge, family_tokens
 
 import gainlens as gl
+from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.model.hooks import attached, hook_point
 
 
@@ -58,12 +57,12 @@ def test_every_family(name):
     model = bridge(name)
     clean, corrupted = prompts(family_tokens())
     got = gl.patch_keys(model, clean, corrupted, metric=metric, layers=[1], progress=False)
-    sites = gl.key_sites(model)
+    sites = gl.model.key_sites(model)
     dims = sorted({2, int(sites.partner[2])})
     unit = got.dims.index(dims[0])
     keep = torch.ones(sites.shape, dtype=torch.bool)
     keep[1, 0, dims] = False
-    cache = gl.KeyCache.run(model, clean)
+    cache = gl.ablation.KeyCache.run(model, clean)
     hooks = gl.ablation_hooks(model, gl.KeyMask(keep), "patch", cache=cache)
     with torch.inference_mode(), attached(model, hooks):
         wanted = float(metric(model(corrupted, return_type="logits")))
@@ -106,15 +105,17 @@ def test_layers_below_are_not_run_again(monkeypatch, tiny, tiny_calibration):
 def test_attribution_is_the_first_order_of_the_exact_effect(any_tiny, tiny_calibration):
     clean, corrupted = prompts(tiny_calibration)
     exact = gl.patch_keys(any_tiny, clean, corrupted, metric=metric, progress=False)
-    estimate = gl.attribution_patching(any_tiny, clean, corrupted, metric=metric)
+    estimate = gl.analysis.attribution_patching(any_tiny, clean, corrupted, metric=metric)
     assert exact.correlation(estimate) > 0.8
     assert estimate.corrupted == pytest.approx(exact.corrupted, abs=1e-4)
     # For a small step the two are the same: clean keys a thousandth of the way off.
-    base = gl.KeyCache.run(any_tiny, corrupted)
-    far = gl.KeyCache.run(any_tiny, clean)
-    near = gl.KeyCache([b + 0.01 * (f - b) for b, f in zip(base.keys, far.keys, strict=True)])
+    base = gl.ablation.KeyCache.run(any_tiny, corrupted)
+    far = gl.ablation.KeyCache.run(any_tiny, clean)
+    near = gl.ablation.KeyCache(
+        [b + 0.01 * (f - b) for b, f in zip(base.keys, far.keys, strict=True)]
+    )
     exact = gl.patch_keys(any_tiny, near, corrupted, metric=metric, progress=False)
-    estimate = gl.attribution_patching(any_tiny, near, corrupted, metric=metric)
+    estimate = gl.analysis.attribution_patching(any_tiny, near, corrupted, metric=metric)
     assert exact.correlation(estimate) > 0.99
 
 
@@ -123,41 +124,39 @@ def test_patching_the_same_prompt_changes_nothing(tiny, tiny_calibration):
     got = gl.patch_keys(tiny, clean, clean, metric=metric, unit="dim", layers=[0], progress=False)
     assert got.effect.shape == (4, 2, 32)
     assert np.nanmax(np.abs(got.effect)) < 1e-5
-    with pytest.raises(gl.InputError, match="gap"):
+    with pytest.raises(gl.errors.InputError, match="gap"):
         got.normalised
 
 
 def test_bad_input(tiny, tiny_calibration):
     clean, corrupted = prompts(tiny_calibration)
     for bad in (lambda x: torch.tensor(float("nan")), lambda x: x, lambda x: None):
-        with pytest.raises(gl.InputError, match="metric"):
+        with pytest.raises(gl.errors.InputError, match="metric"):
             gl.patch_keys(tiny, clean, corrupted, metric=bad, progress=False)
-    for other in (clean[:, :10], gl.KeyCache.run(tiny, clean[:, :10])):
-        with pytest.raises(gl.InputError, match="positions match"):
+    for other in (clean[:, :10], gl.ablation.KeyCache.run(tiny, clean[:, :10])):
+        with pytest.raises(gl.errors.InputError, match="positions match"):
             gl.patch_keys(tiny, other, corrupted, metric=metric, progress=False)
-    with pytest.raises(gl.InputError, match="units"):
+    with pytest.raises(gl.errors.InputError, match="unit='head'"):
         gl.patch_keys(tiny, clean, corrupted, metric=metric, unit="head")
-    with pytest.raises(gl.InputError, match="layers"):
+    with pytest.raises(gl.errors.InputError, match="layers"):
         gl.patch_keys(tiny, clean, corrupted, metric=metric, layers=[4])
-    with pytest.raises(gl.InputError, match="differentiable"):
-        gl.attribution_patching(tiny, clean, corrupted, metric=lambda x: 1.0)
+    with pytest.raises(gl.errors.InputError, match="differentiable"):
+        gl.analysis.attribution_patching(tiny, clean, corrupted, metric=lambda x: 1.0)
     assert not any(point.fwd_hooks for point in tiny.hook_dict.values())
 
 
 @pytest.mark.parametrize("name", ["GPTJForCausalLM", "FalconForCausalLM", "LlamaForCausalLM"])
 def test_blocks_below_are_skipped_where_no_fast_copy_can_be_made(name, monkeypatch):
     """GPT-J and Falcon keep attention to themselves; bfloat16 copies are not equal to the bit."""
-    import gainlens.analysis.patching as patching
-
     if name not in FAMILIES:
         pytest.skip("refused on this transformer-lens")
     model = bridge(name)
     clean, corrupted = prompts(family_tokens())
-    gl.key_sites(model)  # measured once; not part of what is counted
+    gl.model.key_sites(model)  # measured once; not part of what is counted
     settings = {"metric": metric, "layers": [1], "progress": False}
     if name == "LlamaForCausalLM":
         usual = gl.patch_keys(model, clean, corrupted, **settings)
-        monkeypatch.setattr(patching, "Evaluator", lambda model: SimpleNamespace(fast_copy=None))
+        settings["evaluator"] = Evaluator(model, fast=False)
     runs = [0, 0]
 
     def counter(layer):
@@ -189,21 +188,26 @@ def test_a_gradient_that_is_not_finite(tiny, tiny_calibration):
     def root(logits):
         return (logits[:, -1, 7].mean() * 0).sqrt()
 
-    with pytest.raises(gl.InputError, match="root.*no finite gradient"):
-        gl.attribution_patching(tiny, clean, corrupted, metric=root)
+    with pytest.raises(gl.errors.InputError, match="root.*no finite gradient"):
+        gl.analysis.attribution_patching(tiny, clean, corrupted, metric=root)
 
 
 def test_prompts_of_unequal_length_and_a_clean_run_without_its_metric(tiny, tiny_calibration):
     clean, corrupted = prompts(tiny_calibration)
     ragged = [clean[0], clean[1, :8]]
     for pair in ((ragged, corrupted), (clean, ragged)):
-        for call in (gl.patch_keys, gl.attribution_patching):
-            with pytest.raises(gl.InputError, match="8 to 12 tokens"):
+        for call in (gl.patch_keys, gl.analysis.attribution_patching):
+            with pytest.raises(gl.errors.InputError, match="8 to 12 tokens"):
                 call(tiny, *pair, metric=metric)
     got = gl.patch_keys(
-        tiny, gl.KeyCache.run(tiny, clean), corrupted, metric=metric, layers=[3], progress=False
+        tiny,
+        gl.ablation.KeyCache.run(tiny, clean),
+        corrupted,
+        metric=metric,
+        layers=[3],
+        progress=False,
     )
-    with pytest.raises(gl.InputError, match="KeyCache"):
+    with pytest.raises(gl.errors.InputError, match="KeyCache"):
         got.normalised
     # Lists of lists are documents too.
     same = gl.patch_keys(
@@ -220,11 +224,11 @@ def test_hooks_of_the_user_act_once(any_tiny, tiny_calibration):
     def louder(residual, hook):
         return residual * 1.5
 
-    keep = torch.ones(gl.key_sites(any_tiny).shape, dtype=torch.bool)
+    keep = torch.ones(gl.model.key_sites(any_tiny).shape, dtype=torch.bool)
     keep[2, 1, [3, 19]] = False
     with attached(any_tiny, [("blocks.2.hook_resid_pre", louder)]):
         got = gl.patch_keys(any_tiny, clean, corrupted, metric=metric, layers=[2], progress=False)
-        cache = gl.KeyCache.run(any_tiny, clean)
+        cache = gl.ablation.KeyCache.run(any_tiny, clean)
         hooks = gl.ablation_hooks(any_tiny, gl.KeyMask(keep), "patch", cache=cache)
         with torch.inference_mode(), attached(any_tiny, hooks):
             wanted = float(metric(any_tiny(corrupted, return_type="logits")))

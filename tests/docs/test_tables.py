@@ -90,13 +90,13 @@ def test_gain(name, tmp_path):
 def test_mode(name):
     model, tokens = bridge("LlamaForCausalLM"), family_tokens()
     gains = gl.probe_gains(model, tokens, progress=False)
-    context = {"gains": gains, "cache": gl.KeyCache.run(model, tokens.flip(0)), "seed": 1}
+    context = {"gains": gains, "cache": gl.ablation.KeyCache.run(model, tokens.flip(0)), "seed": 1}
     mask = gl.KeyMask.quietest(gains, 0.5)
     nothing = gl.KeyMask(torch.ones(gains.shape, dtype=torch.bool))
 
     def run(mask, stage="rotated"):
         if stage == "projected":
-            here = context | {"cache": gl.KeyCache.run(model, tokens.flip(0), stage)}
+            here = context | {"cache": gl.ablation.KeyCache.run(model, tokens.flip(0), stage)}
         else:
             here = context
         with torch.inference_mode(), gl.ablate(model, mask, name, stage=stage, **here):

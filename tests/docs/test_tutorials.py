@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "docs"))
+sys.path.insert(0, str(ROOT / "tools/docs"))
 
 import render_tutorials as site
 
@@ -35,7 +35,7 @@ def test_runs_on_the_small_model(path, monkeypatch, tmp_path):
 def test_its_page_is_current_and_of_the_real_model(path):
     kept = json.loads(site.KEPT.read_text(encoding="utf-8"))
     made = (site.PAGES / f"{path.stem}.md").read_text(encoding="utf-8")
-    assert made == site.page(path, kept), "python docs/render_tutorials.py"
+    assert made == site.page(path, kept), "python tools/docs/render_tutorials.py"
     assert kept[path.stem]["model"] == "smollm2"
     current = {cell.key for cell in site.cells(path) if cell.kind == "code"}
     assert current == set(kept[path.stem]["cells"]), "cells changed since the run: --run"

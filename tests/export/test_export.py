@@ -189,8 +189,9 @@ def test_plans_that_an_engine_can_not_take(originals, engine, tmp_path):
     ragged = slim(hf, SlicePlan(random_keep((3, 2, 16), 16)))
     with pytest.raises(EngineLimitError, match="one set of rotary pairs") as caught:
         export_model(ragged, tmp_path / "out", engine)
-    wide_values = slim(hf, shared_plan(hf, 8, values=False))
-    with pytest.raises(EngineLimitError, match=r"32, 64|values as wide as keys"):
+    plan = shared_plan(hf, 8, values=False).with_values([16, 16, 8])
+    wide_values = slim(hf, plan, TOKENS)
+    with pytest.raises(EngineLimitError, match=r"32, 64|values of one width in all layers"):
         export_model(wide_values, tmp_path / "out", engine)
     if engine == "vllm":
         assert caught.value.nearest is None  # no head size up to 16 is one of vLLM's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 
@@ -10,10 +11,14 @@ import torch
 import transformers
 from slim_families import SMALL
 
-from gainlens.errors import InputError
+from gainlens.errors import FileFormatError, GainlensError, InputError
 from gainlens.export import ENGINES, EngineLimitError, SlicePlan, export_model, load_slim, slim
 from gainlens.export.engines.llama_cpp import llama_from_gguf
+from gainlens.export.modeling import plan_of
 from gainlens.export.writing import check_plan
+from gainlens.files import check_sums
+from gainlens.files.folders import SUMS
+from gainlens.model import load_model
 
 pytestmark = pytest.mark.one_env
 TOKENS = torch.randint(3, 96, (3, 40), generator=torch.Generator().manual_seed(5))
@@ -46,15 +51,18 @@ def logits(model):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs permissions of files")
 @pytest.mark.parametrize("engine", ["gainlens", "transformers", "llama.cpp"])
-def test_an_empty_folder_is_filled_where_it_is(thin, engine, tmp_path):
-    """A mounted disk can't be replaced, and may be all that a user can write to."""
+@pytest.mark.parametrize("mounted", [False, True])
+def test_an_empty_folder_is_filled(thin, engine, mounted, tmp_path, monkeypatch):
+    """In one step; where it is, if it is a mounted disk, which can't be replaced."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: mounted)
     folder = tmp_path / "mine"
     folder.mkdir(mode=0o750)
     before = folder.stat()
     export_model(thin, folder, engine)
     after = folder.stat()
-    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
-    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+    assert after.st_mode == before.st_mode
+    assert (after.st_ino == before.st_ino) == mounted
+    assert not [p for p in [*folder.iterdir(), *tmp_path.iterdir()] if p.name.startswith(".")]
     torch.testing.assert_close(
         logits(ENGINES[engine].read_back(folder)), logits(thin), atol=1e-4, rtol=0
     )
@@ -62,6 +70,7 @@ def test_an_empty_folder_is_filled_where_it_is(thin, engine, tmp_path):
 
 @pytest.mark.parametrize("when", ["writing", "moving"])
 def test_an_empty_folder_is_empty_again_when_it_fails(thin, when, tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
     if when == "writing":
         monkeypatch.setattr(type(thin), "save_pretrained", _fail)
     else:
@@ -177,3 +186,78 @@ def test_a_plan_is_refused_before_anything_is_cut(originals):
     neox = originals["neox"]
     with pytest.raises(EngineLimitError, match="GPTNeoXForCausalLM is not one"):
         check_plan(neox, SlicePlan.identity(neox), "transformers")
+
+
+def exported(thin, folder):
+    export_model(thin, folder)
+    return folder
+
+
+def reweighted(folder, change):
+    """Other weights in an exported folder, as if somebody had written them so."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / SUMS).unlink()
+
+
+def test_the_plan_is_inside_when_the_folder_appears(thin, tmp_path):
+    folder = exported(thin, tmp_path / "out")
+    assert SlicePlan.load(folder / "slice_plan.json") == plan_of(thin.config)
+    check_sums(folder)
+
+
+def test_a_slim_folder_with_a_flipped_bit(thin, tmp_path):
+    folder = exported(thin, tmp_path / "out")
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-11] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(FileFormatError, match="is not what was written"):
+        load_slim(folder)
+
+
+def test_a_slim_folder_with_weights_that_are_not_finite(thin, tmp_path):
+    folder = exported(thin, tmp_path / "out")
+    reweighted(folder, lambda t: t["model.norm.weight"].fill_(float("nan")))
+    with pytest.raises(FileFormatError, match="'model.norm.weight' holds NaN"):
+        load_slim(folder)
+
+
+def test_a_slim_folder_whose_weights_were_cut_by_another_plan(thin, tmp_path):
+    """As wide, other pairs: every shape fits, and every angle would be wrong."""
+    folder = exported(thin, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    plan = plan_of(thin.config)
+    other = SlicePlan(plan.keep.roll(1, -1), plan.value_widths)
+    config["gainlens"]["plan"] = other.to_json()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / SUMS).unlink()
+    with pytest.raises(FileFormatError, match="layer 0 keep other rotary pairs than its plan"):
+        load_slim(folder)
+
+
+def test_a_slim_folder_with_a_plan_of_another_shape(thin, tmp_path):
+    folder = exported(thin, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    config["gainlens"]["plan"] = SlicePlan(plan_of(thin.config).keep[:2]).to_json()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / SUMS).unlink()
+    with pytest.raises(FileFormatError, match=r"shape \(2, 2, 8\), its config of \(3, 2, 8\)"):
+        load_slim(folder)
+
+
+def test_nobody_is_advised_to_run_the_code_of_a_file(thin, tmp_path):
+    import pickle
+
+    folder = exported(thin, tmp_path / "out")
+    (folder / SUMS).unlink()
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": print}))
+    for load in (load_slim, load_model):
+        with pytest.raises(GainlensError) as caught:
+            load(folder)
+        assert "weights_only" not in str(caught.value)
+        assert "two options" not in str(caught.value)

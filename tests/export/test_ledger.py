@@ -6,13 +6,21 @@ import json
 
 import pytest
 import torch
+from slim_families import CONFIGS, random_keep, shape_of
 from transformers import DynamicCache
 
 import gainlens as gl
 from gainlens.ablation import KeyMask
 from gainlens.export import SlicePlan, slim
 from gainlens.export.attention import ATTENTION
-from gainlens.export.speed_ledger import ledger, predict_decode, sizes, verdict_on_doubling
+from gainlens.export.modeling import SlimAttention
+from gainlens.export.speed_ledger import (
+    Sizes,
+    ledger,
+    predict_decode,
+    sizes,
+    verdict_on_doubling,
+)
 from gainlens.model.loading import load_hf
 
 pytestmark = pytest.mark.one_env
@@ -113,6 +121,64 @@ def test_where_it_doubles_is_where_the_prediction_does(tiny_gains, tiny_calibrat
     assert context == 0 or predict_decode(full, thin, context - 1) < 2
 
 
+@pytest.mark.parametrize("name", ["gemma3", "mistral"])
+def test_windows_stop_growing(originals, name):
+    """Counted against the caches themselves and against the masks that the models use."""
+    hf = originals[name]
+    full = slim(hf, SlicePlan.identity(hf))
+    thin = slim(hf, SlicePlan(random_keep(shape_of(hf), CONFIGS[name][1])))
+    for model in (full, thin):
+        found = sizes(model)
+        attention = [m for m in model.modules() if isinstance(m, SlimAttention)]
+        for context in (1, 5, 6, 7, 20):
+            cache = DynamicCache(config=model.config)
+            with torch.no_grad():
+                model(torch.ones(1, context - 1 or 1, dtype=torch.long), past_key_values=cache)
+            held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            new = sum(4 * m.n_kv_heads * (m.head_dim + m.value_dim) for m in attention)
+            wanted = held + new if context > 1 else held
+            assert found.cache_bytes(context) == wanted  # with the token that is decoded
+            seen = sum(
+                min(p + 1, m.sliding_window or context) * 2 * m.n_heads * (m.head_dim + m.value_dim)
+                for m in attention
+                for p in range(context)
+            )
+            exact = found.prefill_flops(context) - found.flops
+            assert exact * context == pytest.approx(seen, rel=1.2 / context)
+    ratio = predict_decode(full, thin, 10_000)
+    assert ratio == sum_read(full, 10_000) / sum_read(thin, 10_000)
+
+
+def sum_read(model, context):
+    attention = [m for m in model.modules() if isinstance(m, SlimAttention)]
+    return sizes(model).weight_bytes + sum(
+        4 * m.n_kv_heads * (m.head_dim + m.value_dim) * min(context, m.sliding_window or context)
+        for m in attention
+    )
+
+
+@pytest.mark.parametrize(
+    "windows", [(), ((6, 8, 8, 1),), ((6, 16, 16, 1),), ((4, 3, 5, 1), (9, 5, 6, 1))]
+)
+@pytest.mark.parametrize("weights", [(10, 8), (400, 390), (1000, 400)])
+@pytest.mark.parametrize("share", [2, 4])
+def test_doubling_with_windows_by_trying_every_context(windows, weights, share):
+    before = Sizes(1, weights[0], 16, 16, 1, 1, windows)
+    rest = tuple((w, k // share, v // share, f) for w, k, v, f in windows)
+    after = Sizes(1, weights[1], 16 // share, 16 // share, 1, 1, rest)
+    found = verdict_on_doubling(before, after, 1)["from_context"]
+    far = 3000
+
+    def doubles(c):
+        return before.weight_bytes + before.cache_bytes(c) >= 2 * (
+            after.weight_bytes + after.cache_bytes(c)
+        )
+
+    holds = [doubles(c) for c in range(far)]
+    tried = None if not holds[-1] else max((c + 1 for c in range(far) if not holds[c]), default=0)
+    assert found == tried
+
+
 def test_a_model_that_is_not_slim():
-    with pytest.raises(gl.InputError, match="is no slim model"):
+    with pytest.raises(gl.errors.InputError, match="is no slim model"):
         sizes(load_hf("tiny"))

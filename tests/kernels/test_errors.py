@@ -137,3 +137,49 @@ def test_nothing_of_gainlens_is_imported():
 
     code = "import gainlens_kernels, sys; assert 'gainlens' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("message", sorted(BAD.keys() - {"scale is True"}))  # there it is 1.0
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_raw_operator_checks_what_the_function_checks(message, backward):
+    """Called as ``torch.ops…`` it would read memory that is not there."""
+    a = {**good(), "lengths": None, "starts": None, **BAD[message]}
+    given = (a["q"], a["k"], a["v"], a["scale"], True, a["lengths"], a["starts"])
+    ops = torch.ops.gainlens_kernels
+    refused = (SlicedAttentionError, RuntimeError, NotImplementedError, TypeError, OverflowError)
+    with pytest.raises(refused):  # the dispatcher refuses what is no tensor, and mixed devices
+        if backward:
+            ops.sliced_attention_backward(torch.randn(2, 4, 3, 6), *given)
+        else:
+            ops.sliced_attention(*given)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 5), (2, 4, 3), (1, 4, 3, 6)])
+def test_the_raw_gradient_checks_the_gradient(shape):
+    a = good()
+    with pytest.raises(SlicedAttentionError, match="grad has shape"):
+        torch.ops.gainlens_kernels.sliced_attention_backward(
+            torch.randn(shape), a["q"], a["k"], a["v"], 0.5, True, None, None
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lengths_are_read_once(dtype, monkeypatch):
+    """What was checked is what is used, also where another thread changes them in between."""
+    from gainlens_kernels import checks, op
+
+    a = {name: x.to(dtype) if name != "scale" else x for name, x in good().items()}
+    lengths = torch.tensor([5, 3])
+    wanted = sliced_attention(**a, lengths=lengths.clone())
+    real = checks.own_bounds
+
+    def then_changed(bounds):
+        mine = real(bounds)
+        if bounds is not None:
+            bounds.fill_(10**9)
+        return mine
+
+    monkeypatch.setattr(cpu, "own_bounds", then_changed)
+    monkeypatch.setattr(op, "own_bounds", then_changed)
+    torch.testing.assert_close(sliced_attention(**a, lengths=lengths), wanted)
+    assert int(lengths[0]) == 10**9

@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, MISROTATED, ROTARY, bridge, family_tokens, hugging_face
+from oracle_rotation import rotate
 
 import gainlens as gl
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.hooks import attached, hook_point
-from gainlens.model.rotation import rotate
 from gainlens.model.sites import pair_partners
 from gainlens.model.verify import find_pairing, pairing_residual
 
@@ -102,7 +102,7 @@ def test_a_model_that_rotates_wrongly_is_refused():
         with torch.inference_mode():
             error = (bridge(name)(family_tokens()) - original(family_tokens()).logits).abs().max()
         assert error > 0.1
-        with pytest.raises(gl.UnsupportedModelError, match="declared 'adjacent'"):
+        with pytest.raises(gl.errors.UnsupportedModelError, match="declared 'adjacent'"):
             key_sites(bridge(name))
 
 
@@ -133,7 +133,7 @@ def test_wrong_pairing_does_not_keep_norms(pairing):
     assert pairing_residual(keys, pairing, 16) < 1e-4
     assert pairing_residual(keys, other, 16) > 1e-1
     assert find_pairing(keys, None, "x", 1e-3) == (pairing, 16)
-    with pytest.raises(gl.UnsupportedModelError, match="declared"):
+    with pytest.raises(gl.errors.UnsupportedModelError, match="declared"):
         find_pairing(keys, other, "x", 1e-3)
 
 
@@ -155,13 +155,13 @@ def test_refusals_say_why():
         intermediate_size=64,
     )
     model = transformers.BertForMaskedLM(config).eval()
-    with pytest.raises(gl.UnsupportedModelError, match="not causal"):
+    with pytest.raises(gl.errors.UnsupportedModelError, match="not causal"):
         key_sites(build_bridge_from_module(model, "BertForMaskedLM", hf_config=config))
     config = transformers.MambaConfig(vocab_size=64, hidden_size=48, num_hidden_layers=2)
     model = transformers.MambaForCausalLM(config).eval()
-    with pytest.raises(gl.UnsupportedModelError, match="attention layer"):
+    with pytest.raises(gl.errors.UnsupportedModelError, match="attention layer"):
         key_sites(build_bridge_from_module(model, "MambaForCausalLM", hf_config=config))
-    with pytest.raises(gl.InputError, match="not a TransformerLens model"):
+    with pytest.raises(gl.errors.InputError, match="not a TransformerLens model"):
         key_sites(torch.nn.Linear(2, 2))
 
 
@@ -172,7 +172,7 @@ def test_nan_weights_are_refused():
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.weight[0, 0] = float("nan")
     broken = build_bridge_from_module(model, "LlamaForCausalLM", hf_config=model.config)
-    with pytest.raises(gl.InputError, match="NaN"):
+    with pytest.raises(gl.errors.InputError, match="NaN"):
         key_sites(broken)
 
 
@@ -182,7 +182,7 @@ def test_factored_basis_is_refused():
     model = hugging_face("GPT2LMHeadModel")
     folded = build_bridge_from_module(model, "GPT2LMHeadModel", hf_config=model.config)
     folded.enable_compatibility_mode(refactor_factored_attn_matrices=True, disable_warnings=True)
-    with pytest.raises(gl.UnsupportedModelError, match="factored basis"):
+    with pytest.raises(gl.errors.UnsupportedModelError, match="factored basis"):
         key_sites(folded)
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 import gainlens as gl
+from gainlens.analysis.behaviour_curves import BehaviourRow
 from gainlens.analysis.sweep.curve import SurgeryCurve
 from gainlens.analysis.sweep.points import Point
-from gainlens.report import plots_surgery
+from gainlens.plots import curves
 
-Behaviours = gl.Behaviours
-# By name: the package's attribute is the function.
-BehaviourRow = importlib.import_module("gainlens.analysis.behaviour_curves").BehaviourRow
+Behaviours = gl.analysis.Behaviours
 
 
 @pytest.fixture
@@ -50,17 +47,17 @@ def test_curve(curve):
 
 
 def test_table_of_scores(curve):
-    ax = plots_surgery.plot_scores(curve)
+    ax = curves.plot_scores(curve)
     assert [t.get_text() for t in ax.texts] == ["0.150", "0.400", "0.300", "1.000"]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["qk, head", "rms, head"]
 
 
 def test_heat_maps():
     damage = np.array([[0.1, -0.2], [0.3, np.nan]])
-    image = plots_surgery.plot_damage(damage).images[0]
+    image = curves.plot_damage(damage).images[0]
     assert image.get_array()[1, 0] == 0.3
     effect = np.arange(12.0).reshape(2, 2, 3)
-    effects = gl.PatchEffects(effect, 1.0, 0.0, (0, 1, 2), "pair", "exact")
+    effects = gl.analysis.PatchEffects(effect, 1.0, 0.0, (0, 1, 2), "pair", "exact")
     assert np.array_equal(effects.plot().images[0].get_array(), effect.reshape(4, 3))
     assert effects.largest(1) == [(1, 1, 2, 11.0)]
     assert np.array_equal(effects.normalised, effect)

@@ -39,7 +39,7 @@ def results(tiny_gains):
     losses = 3 + np.linspace(0.01, 2, 24).reshape(8, 3)
     curve = SurgeryCurve(points, losses, np.full(3, 3.0), tiny_gains.model, "text", 100)
     mask = gl.KeyMask.quietest(tiny_gains, 0.5)
-    layers, heads, d_head = tiny_gains.shape
+    _, heads, d_head = tiny_gains.shape
     maps = torch.eye(d_head)
     effect = np.arange(12.0).reshape(2, 2, 3)
     row = sys.modules["gainlens.analysis.behaviour_curves"].BehaviourRow
@@ -55,15 +55,15 @@ def results(tiny_gains):
         "map": gl.coordinate_map(tiny_gains, n_permutations=99),
         "mask": mask,
         "plan": gl.SlicePlan.from_mask(mask, values=0.5),
-        "refit": gl.RefitCut(
+        "refit": gl.ablation.RefitCut(
             mask,
-            maps.expand(layers, tiny_gains.model.n_heads, d_head, d_head),
-            maps.expand(layers, heads, d_head, d_head),
+            maps * mask.keep.repeat_interleave(tiny_gains.model.n_heads // heads, 1)[..., None],
+            maps * mask.keep[..., None],
         ),
         "verdict": curve.verdict(0.25, 0.02),
         "no number": gl.Verdict("undecided", "a <claim> & more", nan, (nan, nan), nan, 0),
-        "patching": gl.PatchEffects(effect, 1.0, 0.0, (0, 1, 2), "pair", "exact"),
-        "behaviours": gl.Behaviours(rows, {}),
+        "patching": gl.analysis.PatchEffects(effect, 1.0, 0.0, (0, 1, 2), "pair", "exact"),
+        "behaviours": gl.analysis.Behaviours(rows, {}),
     }
 
 
@@ -130,19 +130,19 @@ def test_layers_have_whole_numbers(results):
 def test_a_map_wants_four_axes_or_one(results):
     axes = plt.subplots(2, 2)[1]
     assert list(results["map"].plot(axes)) == list(axes.ravel())
-    with pytest.raises(gl.InputError, match="holds 3 axes: expected four, or one"):
+    with pytest.raises(gl.errors.InputError, match="holds 3 axes: expected four, or one"):
         results["map"].plot(plt.subplots(1, 3)[1])
 
 
 def test_parts_of_a_map_that_are_not_there(results):
-    with pytest.raises(gl.InputError, match="no price yet"):
-        results["map"].plot(part="price")
-    with pytest.raises(gl.InputError, match="part='prize' is not one of"):
+    with pytest.raises(gl.errors.InputError, match="no sharing_cost yet"):
+        results["map"].plot(part="sharing_cost")
+    with pytest.raises(gl.errors.InputError, match="part='prize' is not one of"):
         results["map"].plot(part="prize")
 
 
 def test_plot_of_a_gain_that_was_not_gathered(results):
-    with pytest.raises(gl.InputError, match="fisher"):
+    with pytest.raises(gl.errors.InputError, match="fisher"):
         results["gains"].plot(score="fisher")
     assert results["gains"].scores == ("rms", "std", "qk")
 
@@ -193,7 +193,7 @@ def test_tables_of_a_map(results):
     assert sorted(units.unit) == list(range(16))
     assert set(units.unit[units.universal]) == set(cmap.universal_units)
     assert cmap.to_dataframe("measures").to_dict("records") == cmap.table()
-    with pytest.raises(gl.InputError, match="rows='heads'"):
+    with pytest.raises(gl.errors.InputError, match="rows='heads'"):
         cmap.to_dataframe("heads")
 
 

@@ -139,12 +139,12 @@ def test_users_hooks_stay_and_ours_go(any_tiny, tiny_calibration):
 def test_a_silent_layer_is_named(any_tiny, tiny_calibration):
     probe = gl.KeyGainProbe(any_tiny)
     with (
-        pytest.raises(gl.SilentSiteError, match=r"\[2, 3\]"),
+        pytest.raises(gl.errors.SilentSiteError, match=r"\[2, 3\]"),
         torch.inference_mode(),
         probe,
     ):
         any_tiny.run_with_hooks(tiny_calibration, stop_at_layer=2)
-    with pytest.raises(gl.SilentSiteError):
+    with pytest.raises(gl.errors.SilentSiteError):
         gl.KeyGainProbe(any_tiny).gains()
 
 
@@ -168,16 +168,16 @@ def test_truncated_gains_are_refused(tiny_gains, tmp_path, keep):
     path = tmp_path / "gains.safetensors"
     tiny_gains.save(path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(gl.FileFormatError, match=r"gains\.safetensors"):
+    with pytest.raises(gl.errors.FileFormatError, match=r"gains\.safetensors"):
         gl.KeyGains.load(path)
 
 
 def test_foreign_and_doctored_files_are_refused(tiny_gains, tmp_path):
     path = tmp_path / "gains.safetensors"
     gl.KeyMask(torch.ones(1, 1, 2)).save(path)
-    with pytest.raises(gl.FileFormatError, match="kind"):
+    with pytest.raises(gl.errors.FileFormatError, match="kind"):
         gl.KeyGains.load(path)
-    with pytest.raises(gl.FileFormatError):
+    with pytest.raises(gl.errors.FileFormatError):
         gl.KeyGains.load(tmp_path / "nothing")
     tiny_gains.save(path)
     raw = path.read_bytes()
@@ -188,13 +188,13 @@ def test_foreign_and_doctored_files_are_refused(tiny_gains, tmp_path):
     header["__metadata__"]["facts"] = json.dumps(facts)
     new = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(new)) + new + raw[8 + size :])
-    with pytest.raises(gl.FileFormatError, match="expected float64"):
+    with pytest.raises(gl.errors.FileFormatError, match="checksum"):
         gl.KeyGains.load(path)
 
 
 def test_gains_of_different_models_do_not_mix(tiny_gains):
     other = gl.probe_gains(bridge("LlamaForCausalLM"), family_tokens(), progress=False)
-    with pytest.raises(gl.InputError, match="different models"):
+    with pytest.raises(gl.errors.InputError, match="different models"):
         tiny_gains + other
 
 
@@ -219,21 +219,21 @@ def test_both_classes_share_a_fingerprint(any_tiny, tiny_gains, tiny_calibration
     ],
 )
 def test_bad_tokens(unchecked, tiny, tokens, message):
-    with pytest.raises(gl.InputError, match=message) as caught:
+    with pytest.raises(gl.errors.InputError, match=message) as caught:
         gl.probe_gains(tiny, tokens, progress=False)
     assert "\n" not in str(caught.value)
 
 
 def test_bad_scores(unchecked, tiny, tiny_gains, tiny_calibration):
-    with pytest.raises(gl.InputError, match="loudness"):
+    with pytest.raises(gl.errors.InputError, match="loudness"):
         gl.probe_gains(tiny, tiny_calibration, scores=("loudness",))
-    with pytest.raises(gl.InputError, match="empty"):
+    with pytest.raises(gl.errors.InputError, match="empty"):
         gl.probe_gains(tiny, tiny_calibration, scores=())
     for bad in ({"name": "x"}, {"name": "rms", "stage": "x"}, {"name": "rms", "unit": "x"}):
-        with pytest.raises(gl.InputError, match="'x'"):
+        with pytest.raises(gl.errors.InputError, match="'x'"):
             tiny_gains.score(**bad)
     only_keys = gl.probe_gains(tiny, tiny_calibration, scores=("rms",), progress=False)
-    with pytest.raises(gl.InputError, match="qk"):
+    with pytest.raises(gl.errors.InputError, match="qk"):
         only_keys.score("qk")
 
 

@@ -15,7 +15,7 @@ ROTATED = [name for name, row in FAMILIES.items() if row[4]]
 
 def gate_gradients(model, document, layer, dims):
     """d(mean loss)/d(gate) for one key head after another, by an explicit gate."""
-    sites = gl.key_sites(model)
+    sites = gl.model.key_sites(model)
     gate = torch.ones(sites.n_kv_heads, requires_grad=True)
 
     def put(keys, hook):
@@ -47,7 +47,7 @@ def test_fisher_is_the_squared_gradient_of_a_gate(name):
         wanted = each.square().mean(0).sqrt().float()
         got = gains.score("fisher", unit="pair")[layer, :, dim]
         assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-8)
-        if gl.key_sites(model).rotated_fires or not gains.model.rotary_dim:
+        if gl.model.key_sites(model).rotated_fires or not gains.model.rotary_dim:
             each = torch.stack([gate_gradients(model, d, layer, [dim]) for d in tokens])
             wanted = each.square().mean(0).sqrt().float()
             got = gains.score("fisher")[layer, :, dim]
@@ -89,13 +89,13 @@ def test_fisher_without_a_backward_pass_says_so(tiny, tiny_calibration):
     probe = gl.KeyGainProbe(tiny, ("fisher",))
     with probe, torch.no_grad():
         tiny(tiny_calibration[:1])
-    with pytest.raises(gl.SilentSiteError, match="backward"):
+    with pytest.raises(gl.errors.SilentSiteError, match="backward"):
         probe.gains()
 
 
 def test_scores_that_were_not_asked_for(tiny_gains):
     for score in ("fisher", "logit_std"):
-        with pytest.raises(gl.InputError, match=score):
+        with pytest.raises(gl.errors.InputError, match=score):
             tiny_gains.score(score)
 
 
@@ -104,7 +104,7 @@ def test_logit_std_is_the_spread_of_the_share(name):
     """One query at a time, from the model's own pattern, as the definition says."""
     model, tokens = bridge(name), family_tokens(rows=2, length=7)
     gains = gl.probe_gains(model, tokens, ("logit_std",), progress=False)
-    sites = gl.key_sites(model)
+    sites = gl.model.key_sites(model)
     layer, seen = 1, {}
     prefix = f"blocks.{layer}.attn.hook_"
     hooks = [(prefix + n, lambda x, hook, n=n: seen.update({n: x.detach().double()}))
@@ -147,7 +147,9 @@ def test_silent_models_get_the_same_spread_from_a_computed_rotation():
 
 def test_a_stage_that_a_score_does_not_have_is_named(tiny, tiny_calibration):
     gains = gl.probe_gains(tiny, tiny_calibration[:1], ("logit_std",), progress=False)
-    with pytest.raises(gl.InputError, match="no stage='projected': expected stage='rotated'"):
+    with pytest.raises(
+        gl.errors.InputError, match="no stage='projected': expected stage='rotated'"
+    ):
         gains.score("logit_std", stage="projected")
 
 
@@ -205,11 +207,11 @@ def test_a_pattern_hook_that_stays_silent_is_an_error(tiny, tiny_calibration):
     from gainlens.model.hooks import hook_point
 
     with (
-        pytest.raises(gl.SilentSiteError, match="hook_pattern"),
+        pytest.raises(gl.errors.SilentSiteError, match="hook_pattern"),
         gl.KeyGainProbe(tiny, ("logit_std",)) as probe,
     ):
         hook_point(tiny, "blocks.1.attn.hook_pattern").remove_hooks()
         with torch.inference_mode():
             tiny(tiny_calibration[:1, :16])
-    with pytest.raises(gl.SilentSiteError, match="hook_pattern"):
+    with pytest.raises(gl.errors.SilentSiteError, match="hook_pattern"):
         probe.gains()

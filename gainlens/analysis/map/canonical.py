@@ -22,13 +22,16 @@ import torch
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError, SilentSiteError, UnsupportedModelError
+from gainlens.model.attention_layouts import lens_biases, lens_weights
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import forward_layers
 from gainlens.model.hooks import Hook, attached
+from gainlens.model.running import model_device
 from gainlens.model.sites import KeySites
+from gainlens.model.tokens import model_batches
 from gainlens.probes.gains import ModelCard
 from gainlens.probes.scores import get_score
 
@@ -111,24 +114,15 @@ def head_weights(
         UnsupportedModelError: the weights can't be read as ``[head, d_model, d_head]``.
     """
     block = model.blocks[layer]
+    centred = "LN" in str(getattr(model.cfg, "normalization_type", ""))
     found = []
-    for letter in ("Q", "K"):
-        try:
-            w = getattr(block.attn, f"W_{letter}").detach().double().cpu()
-            b = getattr(block.attn, f"b_{letter}", None)
-        except (AttributeError, NotImplementedError, RuntimeError) as error:
-            raise UnsupportedModelError(
-                f"layer {layer}: W_{letter} can't be read per head ({error})"
-            ) from None
-        if w.ndim != 3:
-            raise UnsupportedModelError(
-                f"layer {layer}: W_{letter} has shape {tuple(w.shape)}, expected "
-                "[head, d_model, d_head]"
-            )
-        bias = torch.zeros(w.shape[0], w.shape[2]) if b is None else b.detach().cpu()
-        centred = "LN" in str(getattr(model.cfg, "normalization_type", ""))
-        norm = getattr(block, "ln1", None)
-        found.append(_folded(w, bias.double().reshape(w.shape[0], 1, w.shape[2]), norm, centred))
+    biases = lens_biases(block.attn)
+    for weight, bias in zip(lens_weights(block.attn)[:2], biases[:2], strict=True):
+        w = weight.transpose(1, 2).double().cpu()
+        b = torch.zeros(w.shape[0], 1, w.shape[2], dtype=w.dtype)
+        if bias is not None:
+            b = bias.double().cpu().reshape(b.shape)
+        found.append(_folded(w, b, getattr(block, "ln1", None), centred))
     return found[0], found[1]
 
 
@@ -186,14 +180,15 @@ def canonical_gains(
             "heads: one key basis can't be canonical for several W_Q"
         )
     probe = _CanonicalProbe(model, sites)
+    fingerprint = model_fingerprint(model)
     n_documents = 0
     with ExitStack() as stack, tqdm(desc="probe", unit="doc", disable=not progress) as bar:
         stack.enter_context(attached(model, probe.hooks()))
-        for batch in batches(tokens, int(model.cfg.d_vocab), tokens_per_batch):
+        for batch in model_batches(model, tokens, tokens_per_batch):
             forward_layers(model, batch)
             n_documents += len(batch)
             bar.update(len(batch))
-    return probe.gains(model_fingerprint(model), n_documents)
+    return probe.gains(fingerprint, n_documents)
 
 
 class _CanonicalProbe:
@@ -205,7 +200,7 @@ class _CanonicalProbe:
         for layer in range(sites.n_layers):
             w_q, w_k = head_weights(model, layer)
             bases.append([canonical_basis(q, k) for q, k in zip(w_q, w_k, strict=True)])
-        device = next(model.parameters()).device
+        device = model_device(model)
         self.maps = {
             letter: [torch.stack([b[i] for b in row]).float().to(device) for row in bases]
             for i, letter in enumerate("qk")

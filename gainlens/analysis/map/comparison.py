@@ -10,20 +10,24 @@ from jaxtyping import Float
 from scipy.stats import hypergeom
 
 from gainlens.analysis.map.coordinates import CoordinateMap
+from gainlens.analysis.map.frequency_profile import FrequencyProfile
+from gainlens.analysis.map.nulls import TOLERANCE, shuffled_orders
 from gainlens.analysis.map.similarity import centred_rows, unit_length
 from gainlens.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
 class MapComparison:
-    """What two maps have in common. Nulls: units of the second map shuffled, layer by layer.
+    """What two maps have in common, beyond what both owe to frequency.
+
+    Null: the residuals of the second map shuffled, layer by layer; see ``frequency_profile``.
 
     Attributes:
         a, b: the maps.
         cosine, centred: of every layer of ``a`` with every layer of ``b``, ``[layer_a, layer_b]``.
         partner: for each layer of ``a`` the layer of ``b`` at the same relative depth.
-        same_depth: centred cosine at the same depth, ``[layer_a]``; for two checkpoints of one
-            model, how much each layer has stayed the same.
+        same_depth: correlation of residuals at the same depth, ``[layer_a]``; for two checkpoints
+            of one model, how much each layer has stayed the same.
         null_high: 95th percentile of the mean of ``same_depth`` over shuffles.
         p_value: one-sided, of that mean.
         common: units universal in both.
@@ -49,7 +53,7 @@ class MapComparison:
 
     def __repr__(self) -> str:
         return (
-            f"MapComparison({self.a.answer} → {self.b.answer}; centred cosine at equal depth "
+            f"MapComparison({self.a.answer} → {self.b.answer}; correlation at equal depth "
             f"{self.same_depth.mean():.3f} (95% of shuffles below {self.null_high:.3f}, p = "
             f"{self.p_value:.2g}); universal units: {len(self.common)} in both, "
             f"{len(self.gained)} gained, {len(self.lost)} lost)"
@@ -63,7 +67,7 @@ class MapComparison:
             "a": first,
             "b": second,
             "change": {k: second[k] - first[k] for k in first if k in second},
-            "same_depth_centred_cosine": float(self.same_depth.mean()),
+            "same_depth_correlation": float(self.same_depth.mean()),
             "null_high": self.null_high,
             "p_value": self.p_value,
             "common": list(self.common),
@@ -116,13 +120,14 @@ def compare_maps(
         raise InputError(f"n_permutations={n_permutations} is not above 0")
     n_a, n_b, n = len(a.cv), len(b.cv), len(a.units)
     partner = np.rint(np.linspace(0, n_b - 1, n_a)).astype(int)
-    rows_a, rows_b = centred_rows(a.profiles), centred_rows(b.profiles)
+    rows_a, rows_b = unit_length(a.residuals), unit_length(b.residuals)
     same = (rows_a * rows_b[partner]).sum(1)
-    rng = np.random.default_rng(seed)
-    draws = np.array(
+    profile = FrequencyProfile.of(b.units.layer_frequency, np.asarray(b.profiles.any(0)))
+    orders = shuffled_orders(n_permutations, profile.groups, seed)
+    draws = np.concatenate(
         [
-            (rows_a * rng.permuted(rows_b, axis=1)[partner]).sum(1).mean()
-            for _ in range(n_permutations)
+            (rows_a * unit_length(moved[:, :, 0])[:, partner]).sum(-1).mean(-1)
+            for moved in profile.shuffled(b.residuals[:, None], orders)
         ]
     )
     first, second = set(a.universal_units), set(b.universal_units)
@@ -131,11 +136,11 @@ def compare_maps(
         a=a,
         b=b,
         cosine=unit_length(a.profiles) @ unit_length(b.profiles).T,
-        centred=rows_a @ rows_b.T,
+        centred=centred_rows(a.profiles) @ centred_rows(b.profiles).T,
         partner=partner,
         same_depth=same,
         null_high=float(np.quantile(draws, 0.95)),
-        p_value=float((1 + (draws >= same.mean() - 1e-9).sum()) / (1 + n_permutations)),
+        p_value=float((1 + (draws >= same.mean() - TOLERANCE).sum()) / (1 + n_permutations)),
         common=tuple(sorted(common)),
         gained=tuple(sorted(second - first)),
         lost=tuple(sorted(first - second)),

@@ -1,4 +1,4 @@
-"""Fill a map with what only the model can tell: sinks, red line, price, stability."""
+"""Fill a map with what only the model can tell: sinks, red line, sharing cost, stability."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gainlens.analysis.map.across_texts import map_stability
 from gainlens.analysis.map.coordinates import CoordinateMap, coordinate_map
 from gainlens.analysis.map.observation import observe_keys
 from gainlens.analysis.map.red_line import find_red_line
-from gainlens.analysis.map.sharing_cost import price_of_universality
+from gainlens.analysis.map.sharing_cost import cost_of_sharing
 from gainlens.analysis.map.sinks import find_sinks
 from gainlens.analysis.map.units import Units, unit_gains
 from gainlens.analysis.sweep.evaluator import Evaluator, evaluator_of
@@ -18,44 +18,45 @@ from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
 from gainlens.probes.gains import KeyGains
 from gainlens.probes.scores import SCORES
+from gainlens.stats.verdicts import MARGIN
 
-PARTS = ("sinks", "red_line", "price", "stability")
+PARTS = ("sinks", "red_line", "sharing_cost", "stability")
 
 
 def with_evidence(
-    cmap: CoordinateMap,
     model: Any,
-    gains: KeyGains,
     calibration: Tokens,
     validation: Tokens,
+    cmap: CoordinateMap,
+    gains: KeyGains,
     *,
-    parts: Sequence[str] = ("sinks", "red_line", "price"),
+    parts: Sequence[str] = ("sinks", "red_line", "sharing_cost"),
     texts: Mapping[str, KeyGains] | None = None,
     score: str | Sequence[str] = "qk",
-    margin: float = 0.05,
+    margin: float = MARGIN,
     fractions: Sequence[float] = (0.25, 0.5),
     patch: Tokens | bool = False,
     seed: int = 0,
     evaluator: Evaluator | None = None,
     progress: bool = True,
 ) -> CoordinateMap:
-    """The same map with ``sinks``, ``red_line``, ``price`` and ``stability`` measured.
+    """The same map with ``sinks``, ``red_line``, ``sharing_cost`` and ``stability`` measured.
 
     Costs about 25 forward passes over a text for the default parts, and one more per unit with
     ``patch``: keep the texts small on a CPU.
 
     Args:
-        cmap: a map of ``gains`` in their pairs (or dimensions, where the model does not rotate).
         model: the model that the gains are of.
-        gains: as given to ``coordinate_map``.
         calibration: text that may choose: sinks are observed and the red line's size picked on it.
         validation: text that judges; other documents.
+        cmap: a map of ``gains`` in their pairs (or dimensions, where the model does not rotate).
+        gains: as given to ``coordinate_map``.
         parts: which to measure, of ``PARTS``.
         texts: gains on further texts, by name, for ``stability``.
-        score: what ranks the units of the red line and the price; of several, ``calibration``
-            picks.
+        score: what ranks the units of the red line and the sharing cost; of several,
+            ``calibration`` picks.
         margin: of the red line, nats per token.
-        fractions: cuts of the price.
+        fractions: shares cut for the sharing cost.
         patch: patch each unit of the red line alone as well: on these documents, or with True on
             ``validation``.
         seed: of random controls and permutations.
@@ -77,8 +78,8 @@ def with_evidence(
         observation = observe_keys(model, calibration, gains, units, progress=progress)
     if "sinks" in parts and observation is not None:
         found["sinks"] = find_sinks(observation, units, seed=seed)
-    if "price" in parts:
-        found["price"] = price_of_universality(
+    if "sharing_cost" in parts:
+        found["sharing_cost"] = cost_of_sharing(
             model,
             validation,
             gains,
@@ -92,9 +93,9 @@ def with_evidence(
     if "red_line" in parts:
         found["red_line"] = find_red_line(
             model,
-            gains,
             calibration,
             validation,
+            gains,
             margin=margin,
             score=score,
             observation=observation,

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gainlens.errors import FileFormatError
+from gainlens.analysis.map.fields import check_part
 from gainlens.files import FORMAT, load_tensors, save_tensors
+from gainlens.files.schema import Mismatch, checking
 
 if TYPE_CHECKING:
     from gainlens.analysis.map.coordinates import CoordinateMap
@@ -36,12 +37,11 @@ def load_map(path: str | Path, root: type, parts: Sequence[type]) -> Any:
         parts: the other classes that may be built from a file; no others ever are.
     """
     tensors, facts = load_tensors(path, "map")
-    try:
+    with checking(str(path), "map"):
         found = _unpack(facts["map"], tensors, {c.__name__: c for c in (root, *parts)})
         if not isinstance(found, root):
-            raise TypeError("its root is no map")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FileFormatError(f"{path} lacks or mislabels a field of a map: {error}") from None
+            raise Mismatch("its root is no map")
+        check_part(found)
     return found
 
 
@@ -96,37 +96,40 @@ def plain(value: Any) -> Any:
 def map_json(cmap: CoordinateMap) -> dict[str, Any]:
     """The numbers of a map for a report: matrices of layers in full, heads as their summary."""
     low, high = cmap.effect_interval
+    claims = ["shared", "shared by heads", "cosine"]
+    claims += [] if cmap.sinks is None else ["sinks"]
+    claims += [] if cmap.sharing_cost is None else ["sharing cost"]
     found: dict[str, Any] = {
         "format": FORMAT,
         "kind": "map",
         "answer": cmap.answer,
-        "effect": {"centred_cosine": cmap.effect, "interval": [low, high]},
+        "answer_by_head": cmap.answer_by_head,
+        "effect": {"residual_correlation": cmap.effect, "interval": [low, high]},
         "summary": cmap.summary(),
         "facts": cmap.facts,
         "n_documents": cmap.n_documents,
         "units": {**cmap.units.to_json(), "wavelength": cmap.units.wavelength},
         "measures": cmap.table(),
         "universal_units": cmap.universal_units,
+        "universal_units_by_head": cmap.universal_units_by_head,
         "units_beyond_chance": cmap.universal.beyond_chance,
-        "universal_beyond_frequency": cmap.universal.units_beyond_frequency,
         "universal": cmap.universal.table(),
+        "universal_by_head": cmap.universal_by_head.table(),
         "heads": cmap.heads.summary() if cmap.heads else None,
         "head_order": cmap.heads.order if cmap.heads else None,
         "cv": cmap.cv,
         "cosine": cmap.cosine,
         "centred_cosine": cmap.centred_cosine,
         "null_cosine": cmap.null_cosine,
-        "band_null_cosine": cmap.band_null_cosine,
+        "frequency_null_cosine": cmap.frequency_null_cosine,
+        "residual_correlation": cmap.residual_correlation,
+        "head_correlation": cmap.head_correlation,
         "p_values": cmap.p_values,
         "profiles": cmap.profiles,
-        "verdicts": [cmap.verdict().to_json(), cmap.verdict(claim="shared").to_json()],
+        "verdicts": [cmap.verdict(claim=claim).to_json() for claim in claims],
     }
-    for name in ("sinks", "red_line", "price", "stability"):
+    for name in ("sinks", "red_line", "sharing_cost", "stability"):
         part = getattr(cmap, name)
         found[name] = None if part is None else part.to_json()
-    if cmap.sinks is not None:
-        found["verdicts"].append(cmap.verdict(claim="sinks").to_json())
-    if cmap.price is not None:
-        found["verdicts"].append(cmap.verdict(claim="price").to_json())
     rounded: dict[str, Any] = plain(found)
     return rounded

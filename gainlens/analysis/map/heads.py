@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 
-from gainlens.analysis.map.nulls import TOLERANCE, Orders, shuffle
-from gainlens.analysis.map.similarity import centred_rows, rank_rows, unit_length
+from gainlens.analysis.map.frequency_profile import FrequencyProfile
+from gainlens.analysis.map.nulls import TOLERANCE, Orders
+from gainlens.analysis.map.similarity import unit_length
 
 BLOCK_ROWS = 128
 """Heads per matrix product: large enough for the processor, small enough for its cache."""
@@ -29,14 +30,15 @@ class HeadSimilarity:
     """Heads against heads; heads are numbered layer · n_heads + head.
 
     Attributes:
-        cosine, centred, spearman: ``[layer·head, layer·head]``, float32; 0 with a head that is
-            all zero.
-        p_raw: per null (``plain``, ``band``) the one-sided p-value of each pair's cosine,
+        cosine: ``[layer·head, layer·head]``, float32; 0 with a head that is all zero.
+        centred: the same of residuals: gains relative to each head's own profile over frequency
+            (its mean where nothing rotates).
+        p_raw: one-sided p-value of each pair's centred cosine under the null that decides,
             ``[layer·head, layer·head]``, float32; 1 within a layer, which the shuffle does not
             test.
-        p_corrected_cut: per null the centred cosine (for ``band``: centred within bands) from
-            which a pair is significant at 5% after correction for all pairs.
-        share_significant: per null the share of pairs of heads above that.
+        p_corrected_cut: the centred cosine from which a pair is significant at 5% after
+            correction for all pairs.
+        share_significant: the share of pairs of heads above that.
         matched: mean centred cosine of matched heads, ``[layer, layer]``.
         matched_null: its mean over shuffles, with the matching repeated.
         matched_p: one-sided p-value of the mean over pairs of layers; its resolution is
@@ -48,10 +50,9 @@ class HeadSimilarity:
 
     cosine: Float[np.ndarray, "flat_head flat_head2"]
     centred: Float[np.ndarray, "flat_head flat_head2"]
-    spearman: Float[np.ndarray, "flat_head flat_head2"]
-    p_raw: dict[str, np.ndarray]
-    p_corrected_cut: dict[str, float]
-    share_significant: dict[str, float]
+    p_raw: Float[np.ndarray, "flat_head flat_head2"]
+    p_corrected_cut: float
+    share_significant: float
     matched: Float[np.ndarray, "layer layer2"]
     matched_null: Float[np.ndarray, "layer layer2"]
     matched_p: float
@@ -67,11 +68,10 @@ class HeadSimilarity:
         return {
             "cosine": float(self.cosine[across].mean()),
             "centred_cosine": float(self.centred[across].mean()),
-            "spearman": float(self.spearman[across].mean()),
             "matched_centred_cosine": float(self.matched[above].mean()),
             "matched_null": float(self.matched_null[above].mean()),
             "matched_p": self.matched_p,
-            **{f"share_significant_{k}": v for k, v in self.share_significant.items()},
+            "share_significant": self.share_significant,
         }
 
 
@@ -83,41 +83,36 @@ def _across(n_layers: int, n_heads: int) -> Bool[np.ndarray, "flat_head flat_hea
 
 def head_similarity(
     x: Float[np.ndarray, "layer head unit"],
-    orders: dict[str, Orders],
-    bands: Int[np.ndarray, " unit"] | None,
+    residuals: Float[np.ndarray, "layer head unit"],
+    profile: FrequencyProfile,
+    orders: Orders,
     seed: int,
 ) -> HeadSimilarity:
     """Compare all heads, and layers by their matched heads.
 
     Args:
         x: gains per unit.
-        orders: shuffles per null, ``plain`` and, where units have bands, ``band``.
-        bands: of the units.
-        seed: of the pairs of layers drawn for the null of the matching.
+        residuals: what ``profile`` leaves of their logs.
+        profile: over frequency, of each layer.
+        orders: shuffles.
+        seed: of the shuffles drawn for the null of the matching.
     """
     n_layers, n_heads, n_units = x.shape
-    flat = x.reshape(-1, n_units)
-    centred = centred_rows(flat)
-    between = (centred @ centred.T).astype(np.float32)
-    ranked = centred_rows(rank_rows(flat)).astype(np.float32)
-    length = unit_length(flat).astype(np.float32)
-    tests: dict[str, tuple[np.ndarray, float, float]] = {}
-    for name, drawn in orders.items():
-        rows = centred if name == "plain" else centred_rows(flat, bands)
-        tests[name] = _shuffled_heads(rows.reshape(x.shape), drawn)
+    centred = unit_length(residuals)
+    flat = centred.reshape(-1, n_units)
+    between = (flat @ flat.T).astype(np.float32)
+    length = unit_length(x.reshape(-1, n_units)).astype(np.float32)
+    p_raw, cut, share = _shuffled_heads(centred, profile, orders)
     blocks = between.reshape(n_layers, n_heads, n_layers, n_heads).transpose(0, 2, 1, 3)
-    matched, null, p_matched, used = _matching(
-        blocks, centred.reshape(x.shape), orders["plain"], seed
-    )
+    matched, null, p_matched, used = _matching(blocks, residuals, profile, orders, seed)
     reference = int(matched.sum(1).argmax())
     order = np.stack([_assign(blocks[reference, layer])[1] for layer in range(n_layers)])
     return HeadSimilarity(
         cosine=length @ length.T,
         centred=between,
-        spearman=ranked @ ranked.T,
-        p_raw={name: t[0] for name, t in tests.items()},
-        p_corrected_cut={name: t[1] for name, t in tests.items()},
-        share_significant={name: t[2] for name, t in tests.items()},
+        p_raw=p_raw,
+        p_corrected_cut=cut,
+        share_significant=share,
         matched=matched,
         matched_null=null,
         matched_p=p_matched,
@@ -128,12 +123,11 @@ def head_similarity(
 
 
 def _shuffled_heads(
-    rows: Float[np.ndarray, "layer head unit"], orders: Orders
+    rows: Float[np.ndarray, "layer head unit"], profile: FrequencyProfile, orders: Orders
 ) -> tuple[np.ndarray, float, float]:
     """Raw p-values, the 5% cut of the largest over all pairs, and the share of pairs above it.
 
-    For a fixed pair cosine, centred cosine and band-centred cosine differ by constants under the
-    shuffle, so one count serves all. Only blocks above the diagonal are computed.
+    Only blocks above the diagonal are computed.
     """
     n_layers, n_heads, n_units = rows.shape
     n = n_layers * n_heads
@@ -153,7 +147,7 @@ def _shuffled_heads(
         work.append((torch.empty_like(block), torch.empty_like(block)))
     largest = np.empty(len(orders))
     for i in range(len(orders)):
-        moved = torch.from_numpy(shuffle(small, orders[i : i + 1]).reshape(n, n_units))
+        moved = torch.from_numpy(_null_rows(small, profile, orders[i : i + 1]).reshape(n, n_units))
         top = -1.0
         for k, (a, b, c) in enumerate(spans):
             product, hit = work[k]
@@ -177,6 +171,13 @@ def _shuffled_heads(
     return np.minimum(p, p.T), cut, above / max(pairs, 1)
 
 
+def _null_rows(
+    rows: Float[np.ndarray, "layer head unit"], profile: FrequencyProfile, order: Orders
+) -> Float[np.ndarray, "layer head unit"]:
+    """Rows of length 1 as one shuffle has them."""
+    return unit_length(next(profile.shuffled(rows, order))[0])
+
+
 def _assign(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows, columns = linear_sum_assignment(block, maximize=True)
     return rows, columns
@@ -185,6 +186,7 @@ def _assign(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _matching(
     blocks: Float[np.ndarray, "layer layer2 head head2"],
     rows: Float[np.ndarray, "layer head unit"],
+    profile: FrequencyProfile,
     orders: Orders,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray, float, int]:
@@ -203,7 +205,7 @@ def _matching(
         matched[a, b] = matched[b, a] = blocks[a, b][_assign(blocks[a, b])].mean()
     flat = rows.astype(np.float32)
     for row, number in enumerate(chosen):
-        moved = shuffle(flat, orders[number : number + 1])[0]
+        moved = _null_rows(flat, profile, orders[number : number + 1])
         every = moved.reshape(-1, moved.shape[-1])
         products = (every @ every.T).reshape(n_layers, rows.shape[1], n_layers, rows.shape[1])
         for column, (a, b) in enumerate(zip(i, j, strict=True)):

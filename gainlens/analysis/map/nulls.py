@@ -5,8 +5,9 @@ layer read the same residual stream and are not independent; shuffling each head
 take "the heads of one layer agree" for "the layers agree". A null with one order per layer is
 valid either way, so the layer is the exchangeable unit here.
 
-*Two nulls.* ``plain`` moves a unit anywhere; ``band`` only within its band of neighbouring rotary
-frequencies, so a profile that merely follows frequency does not beat it.
+*Two nulls.* ``plain`` moves the gains of a layer anywhere. ``frequency`` keeps each layer's smooth
+profile over rotary frequency and moves only what is left (``frequency_profile``); it decides
+wherever units rotate.
 
 *Correction.* A pair's p-value counts shuffles that reach its correlation. The corrected one counts
 shuffles in which the largest z over all pairs reaches it (the max-statistic of Westfall and Young,
@@ -15,19 +16,13 @@ shuffles in which the largest z over all pairs reaches it (the max-statistic of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from gainlens.analysis.map.similarity import (
-    centred_rows,
-    loudest,
-    rank_rows,
-    shuffle_moments,
-    unit_length,
-)
+from gainlens.analysis.map.similarity import centred_rows, loudest, rank_rows, unit_length
 
 Orders = Int[np.ndarray, "permutation layer unit"]
 TOLERANCE = 1e-5
@@ -35,24 +30,20 @@ TOLERANCE = 1e-5
 
 
 def shuffled_orders(
-    n_permutations: int,
-    n_layers: int,
-    bands: Int[np.ndarray, " unit"] | None,
-    n_units: int,
-    seed: int,
+    n_permutations: int, groups: Int[np.ndarray, "layer unit"], seed: int
 ) -> Orders:
     """Independent random orders of the units for every permutation and layer.
 
     Args:
-        bands: units move only within their band; None lets them move anywhere.
+        n_permutations: how many.
+        groups: units move only to places of their own group.
+        seed: of the draws.
     """
     rng = np.random.default_rng(seed)
-    noise = rng.random((n_permutations, n_layers, n_units), dtype=np.float32)
-    if bands is None:
-        return noise.argsort(-1)
-    places = np.argsort(bands, kind="stable")
+    noise = rng.random((n_permutations, *groups.shape))
+    places = np.broadcast_to(np.argsort(groups, axis=-1, kind="stable"), noise.shape)
     orders = np.empty(noise.shape, dtype=np.int64)
-    orders[..., places] = (noise.astype(np.float64) + bands).argsort(-1)
+    np.put_along_axis(orders, places, (noise + groups).argsort(-1), -1)
     return orders
 
 
@@ -63,8 +54,8 @@ def in_chunks(orders: Orders, size: int = 100) -> Iterator[Orders]:
 
 
 def shuffle(
-    x: Float[np.ndarray, "layer *row unit"], orders: Orders
-) -> Float[np.ndarray, "permutation layer *row unit"]:
+    x: Float[np.ndarray, "layer *place unit"], orders: Orders
+) -> Float[np.ndarray, "permutation layer *place unit"]:
     """``x`` with the units of each layer in the given orders, float32, one copy each."""
     rows = x.astype(np.float32, copy=False)
     layers = np.arange(len(x))
@@ -81,7 +72,7 @@ class PairTest:
     """One measure between layers against one null; all ``[layer, layer]``, diagonal included.
 
     Attributes:
-        null_mean: exact mean of the measure over all shuffles.
+        null_mean: mean of the measure over shuffles, exact under the plain null.
         null_high: 95th percentile over the shuffles drawn.
         p_raw: one-sided p-value of each pair.
         p_corrected: for the number of pairs.
@@ -99,30 +90,28 @@ class PairTest:
 
 def pair_test(
     rows: Float[np.ndarray, "layer unit"],
-    orders: Orders,
-    bands: Int[np.ndarray, " unit"] | None,
+    null: Iterable[Float[np.ndarray, "permutation layer unit"]],
     alive: Int[np.ndarray, " living"],
+    moments: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> PairTest:
-    """Test inner products of ``rows`` (see ``gainlens.analysis.map.similarity``) against shuffles.
+    """Test inner products of ``rows`` (see ``gainlens.analysis.map.similarity``) against a null.
 
     Args:
         rows: one per layer.
-        orders: from ``shuffled_orders`` with the same ``bands``.
+        null: the same rows as the null has them, a few permutations at a time.
         alive: layers that carry anything; others get a p-value of 1 and enter no mean.
+        moments: exact mean and standard deviation ``[layer, layer]`` under the null, where known.
     """
     observed = rows @ rows.T
-    mean, spread = shuffle_moments(rows, bands)
     i, j = np.triu_indices(len(alive), 1)
     i, j = alive[i], alive[j]
-    values = np.concatenate(
-        [
-            (moved @ moved.transpose(0, 2, 1))[:, i, j]
-            for chunk in in_chunks(orders)
-            for moved in [shuffle(rows, chunk)]
-        ]
-    )
+    values = np.concatenate([(m @ m.transpose(0, 2, 1))[:, i, j] for m in null]).astype(np.float64)
     n = len(values)
-    seen, middle, width = observed[i, j], mean[i, j], spread[i, j]
+    seen = observed[i, j]
+    if moments is None:
+        middle, width = values.mean(0), values.std(0)
+    else:
+        middle, width = moments[0][i, j], moments[1][i, j]
     raw = (1 + (values >= seen - TOLERANCE).sum(0)) / (1 + n)
     usable = width > 1e-9
     z_seen = np.where(usable, (seen - middle) / np.where(usable, width, 1), 0.0)
@@ -131,11 +120,13 @@ def pair_test(
     corrected = (1 + (largest[:, None] >= z_seen - TOLERANCE).sum(0)) / (1 + n)
     corrected = np.where(usable, np.maximum(corrected, raw), 1.0)
     p_mean = (1 + int((values.mean(1) >= seen.mean() - TOLERANCE).sum())) / (1 + n)
+    diagonal, ones = np.diag(observed), np.ones(len(rows))
+    mean = _square(middle, i, j, diagonal) if moments is None else moments[0]
     return PairTest(
         null_mean=mean,
-        null_high=_square(np.quantile(values, 0.95, axis=0), i, j, np.diag(observed)),
-        p_raw=_square(np.where(usable, raw, 1.0), i, j, np.ones(len(rows)), 1.0),
-        p_corrected=_square(corrected, i, j, np.ones(len(rows)), 1.0),
+        null_high=_square(np.quantile(values, 0.95, axis=0), i, j, diagonal),
+        p_raw=_square(np.where(usable, raw, 1.0), i, j, ones, 1.0),
+        p_corrected=_square(corrected, i, j, ones, 1.0),
         p_mean=float(p_mean),
         excess=float((seen - middle).mean()),
     )

@@ -19,14 +19,15 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from gainlens.analysis.map.units import Units
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.data.document_identity import TextHasher
 from gainlens.errors import SilentSiteError, UnsupportedModelError
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.forward import forward_layers
 from gainlens.model.hooks import Hook, attached, hook_point
-from gainlens.model.rotation import rotate
-from gainlens.model.sites import KeySites
+from gainlens.model.recorder import query_key_hooks
+from gainlens.model.sites import KeySites, Stage
+from gainlens.model.tokens import model_batches
 from gainlens.probes.gains import KeyGains
 
 FIRST = 4
@@ -97,7 +98,7 @@ def observe_keys(
     hasher = TextHasher()
     with ExitStack() as stack, tqdm(desc="observe", unit="doc", disable=not progress) as bar:
         stack.enter_context(attached(model, observer.hooks()))
-        for batch in batches(tokens, int(model.cfg.d_vocab), tokens_per_batch):
+        for batch in model_batches(model, tokens, tokens_per_batch):
             hasher.update(batch)
             observer.start(batch)
             forward_layers(model, batch)
@@ -116,7 +117,6 @@ class _Observer:
         rms = gains.score("rms", unit="pair" if units.kind == "pair" else "dim")
         first = [dims[0] for dims in units.dims]
         self.mean_square = rms[..., first].double().square().clamp_min(1e-30)
-        self.scale = _logit_scale(model.cfg, d)
         bins = 2 + int(getattr(model.cfg, "n_ctx", 1 << 20)).bit_length()
         self.k_sq = torch.zeros(layers, bins, heads, d, dtype=torch.float64)
         self.k_first = torch.zeros(layers, heads, d, dtype=torch.float64)
@@ -132,17 +132,12 @@ class _Observer:
         self.seen = [0] * layers
 
     def hooks(self) -> list[Hook]:
-        stage = self.sites.hook_stage("rotated")
-        found: list[Hook] = []
+        found = query_key_hooks(self.sites, self._hold)
         for layer in range(self.sites.n_layers):
             pattern = f"blocks.{layer}.attn.hook_pattern"
             if hook_point(self.model, pattern) is None:
                 raise UnsupportedModelError(f"{pattern} does not exist on this model")
-            found += [
-                (self.sites.query_hook(layer, stage), partial(self._hold, letter="q")),
-                (self.sites.key_hook(layer, stage), partial(self._hold, letter="k")),
-                (pattern, partial(self._add, layer=layer)),
-            ]
+            found.append((pattern, partial(self._add, layer=layer)))
         return found
 
     def start(self, batch: Int[torch.Tensor, "document pos"]) -> None:
@@ -156,22 +151,20 @@ class _Observer:
         self.even += len(batch) * float((1 / (1 + positions[1:].double())).sum())
         self.queries += len(batch) * (n_pos - 1)
 
-    def _hold(self, x: torch.Tensor, hook: Any, *, letter: str) -> None:
-        self.held[letter] = x.detach()
+    def _hold(self, letter: str, layer: int, stage: Stage, x: torch.Tensor) -> None:
+        self.held[letter] = x
 
     def _add(self, pattern: torch.Tensor, hook: Any, *, layer: int) -> None:
         if set(self.held) != {"q", "k"}:
             raise SilentSiteError(f"the key or query hook of layer {layer} stayed silent")
         q, k = self.held.pop("q").float(), self.held.pop("k").float()
         self.seen[layer] += 1
-        if self.sites.hook_stage("rotated") == "projected":
-            q, k = (rotate(x, self.sites.frequencies[layer], self.sites.pairing) for x in (q, k))
         square = k.square().sum(0).double().cpu()
         self.k_sq[layer].index_add_(0, self.bin, square)
         self.k_first[layer] += k[:, 0].sum(0).double().cpu()
         first = pattern.detach()[:, :, 1:, :FIRST].double().sum((0, 2)).cpu()
         self.mass[layer, :, : first.shape[-1]] += first
-        self.advantage[layer] += self._preference(q, k)
+        self.advantage[layer] += self._preference(q, k) * self.sites.logit_scale[layer]
         energy = self._of_units(k.square().double().cpu()) / self._dims()
         self.relative += (energy / self.mean_square[layer]).mean(2)
 
@@ -181,7 +174,7 @@ class _Observer:
         seen = torch.arange(1, s, device=k.device, dtype=k.dtype)[None, :, None, None]
         others = k[:, 1:].cumsum(1) / seen
         grouped = q[:, 1:].reshape(b, s - 1, heads, -1, d).mean(3)
-        return ((grouped * (k[:, :1] - others)).sum((0, 1)) * self.scale).double().cpu()
+        return ((grouped * (k[:, :1] - others)).sum((0, 1))).double().cpu()
 
     def _of_units(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the dimensions of each unit."""
@@ -240,14 +233,6 @@ class _Observer:
             n_tokens=self.n_tokens,
             text=text,
         )
-
-
-def _logit_scale(cfg: Any, d_head: int) -> float:
-    """What q·k is multiplied by; TransformerLens writes -1 for the usual 1 / sqrt(d_head)."""
-    if getattr(cfg, "use_attn_scale", True) is False:
-        return 1.0
-    scale = float(getattr(cfg, "attn_scale", None) or -1.0)
-    return 1 / scale if scale > 0 else float(d_head**-0.5)
 
 
 def _spelled(entry: dict[str, Any], decode: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The red line: the smallest set of units that keeps the loss within a margin.
 
-Once for one set that all layers and heads share, and once with a set per layer (shared by its
+Once as one universal set for all layers and heads, and once with a set per layer (the same for its
 heads, equally large in every layer). The size is found by bisection on a text that may choose; the
 sets found are then judged on another.
 """
@@ -24,30 +24,30 @@ from gainlens.analysis.sweep.judging_text import text_that_chooses, text_that_ju
 from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
 from gainlens.probes.gains import KeyGains
-from gainlens.stats.intervals import t_interval
-from gainlens.stats.verdicts import Verdict, non_inferiority
+from gainlens.stats.intervals import bootstrap_interval, t_interval
+from gainlens.stats.verdicts import LEVEL, MARGIN, Verdict, non_inferiority
 
-DESIGNS = {"shared": "model", "per layer": "layer"}
+SCOPES = ("universal", "layer")
 
 
 @dataclass(frozen=True, eq=False)
 class RedLine:
-    """The sets, what they cost on the judging text, and what each shared unit is.
+    """The sets, what they cost on the judging text, and what each universal unit is.
 
     Attributes:
         margin: nats per token that the loss may rise by.
-        scores: per design the gain that ranked its units: the one that needed the fewest.
-        shared: the shared set, loudest first.
+        scores: per scope the gain that ranked its units: the one that needed the fewest.
+        universal: the set for all layers and heads, loudest first.
         per_layer: a set for each layer, loudest first.
-        judged: per design the rise on the judging text, its interval and the verdict.
+        judged: per scope the rise on the judging text, its interval and the verdict.
         steps: every bisection step on the choosing text.
-        details: per unit of the shared set what a person needs to study it.
+        details: per unit of the universal set what a person needs to study it.
         n_units: units per head.
     """
 
     margin: float
     scores: dict[str, str]
-    shared: tuple[int, ...]
+    universal: tuple[int, ...]
     per_layer: tuple[tuple[int, ...], ...]
     judged: dict[str, dict[str, Any]]
     steps: list[dict[str, Any]]
@@ -56,22 +56,22 @@ class RedLine:
 
     def __repr__(self) -> str:
         return (
-            f"RedLine({self.margin:g} nats: {len(self.shared)} of {self.n_units} units if all "
+            f"RedLine({self.margin:g} nats: {len(self.universal)} of {self.n_units} units if all "
             f"layers share them, {len(self.per_layer[0])} if each layer has its own)"
         )
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per unit of the shared set, loudest first."""
+        """One row per unit of the universal set, loudest first."""
         return self.details
 
-    def verdict(self, design: str = "shared") -> Verdict:
-        """Whether the set of a design keeps the loss within the margin on the judging text."""
-        if design not in self.judged:
-            raise InputError(f"design={design!r} is not one of {', '.join(self.judged)}")
-        row = self.judged[design]
+    def verdict(self, scope: str = "universal") -> Verdict:
+        """Whether the set of a scope keeps the loss within the margin on the judging text."""
+        if scope not in self.judged:
+            raise InputError(f"scope={scope!r} is not one of {', '.join(self.judged)}")
+        row = self.judged[scope]
         low, high = row["interval"]
         return non_inferiority(
-            f"{row['kept']} of {self.n_units} units ({design}) keep the loss within "
+            f"{row['kept']} of {self.n_units} units ({scope}) keep the loss within "
             f"{self.margin:g} nats",
             row["rise"], (low, high), self.margin, row["n_documents"],
         )  # fmt: skip
@@ -82,7 +82,7 @@ class RedLine:
             "margin": self.margin,
             "scores": self.scores,
             "n_units": self.n_units,
-            "shared": list(self.shared),
+            "universal": list(self.universal),
             "per_layer": [list(units) for units in self.per_layer],
             "judged": self.judged,
             "verdicts": {name: self.verdict(name).to_json() for name in self.judged},
@@ -93,11 +93,11 @@ class RedLine:
 
 def find_red_line(
     model: Any,
-    gains: KeyGains,
     choose: Tokens,
     judge: Tokens,
+    gains: KeyGains,
     *,
-    margin: float = 0.05,
+    margin: float = MARGIN,
     score: str | Sequence[str] = "qk",
     mode: str = "zero",
     observation: KeyObservation | None = None,
@@ -106,7 +106,7 @@ def find_red_line(
     evaluator: Evaluator | None = None,
     progress: bool = True,
 ) -> RedLine:
-    """Find the sets by bisection, judge them, and describe every unit of the shared one.
+    """Find the sets by bisection, judge them, and describe every unit of the universal one.
 
     The bisection takes it that a larger set of louder units never hurts; every step is in
     ``steps``. Costs about 2·log2(units) forward passes over ``choose`` per score, three over
@@ -114,14 +114,14 @@ def find_red_line(
 
     Args:
         model: the model.
-        gains: what ranks the units.
         choose: text that picks the size: calibration or training documents.
         judge: validation text.
+        gains: what ranks the units.
         margin: rise of the loss in nats per token, above 0.
         score: which gain ranks; of several, that with the smallest set on ``choose``.
         mode: of the cut.
         observation: from ``observe_keys``, for gain by position and tokens.
-        patch: text on which each unit of the shared set is patched alone, in all layers and
+        patch: text on which each unit of the universal set is patched alone, in all layers and
             heads; None skips that.
         patch_mode: what such a unit carries instead; ``mean`` takes away only what it says about
             a position.
@@ -147,35 +147,35 @@ def find_red_line(
     sets: dict[str, np.ndarray] = {}
     scores: dict[str, str] = {}
     with tqdm(total=total, desc="red line", unit="run", disable=not progress) as bar:
-        for design, sharing in DESIGNS.items():
+        for scope in SCOPES:
             needed = {}
             for name, x in values.items():
                 low, high = 0, len(units)  # `low` is not enough, `high` is
                 while high - low > 1:
                     kept = (low + high) // 2
-                    mask = shared_mask(x, units, d_head, kept, sharing)
+                    mask = shared_mask(x, units, d_head, kept, scope)
                     rise = float(chooser.rise(mask.in_mode(mode, gains=gains)).mean())
-                    steps.append({"design": design, "score": name, "kept": kept, "rise": rise})
+                    steps.append({"scope": scope, "score": name, "kept": kept, "rise": rise})
                     low, high = (low, kept) if rise <= margin else (kept, high)
                     bar.update()
                 needed[name] = high
             best = min(names, key=lambda name: needed[name])
             x, high = values[best], needed[best]
-            scores[design] = best
-            sets[design] = ranked_units(x, sharing)[:, 0, :high]
-            chosen = shared_mask(x, units, d_head, high, sharing)
+            scores[scope] = best
+            sets[scope] = ranked_units(x, scope)[:, 0, :high]
+            chosen = shared_mask(x, units, d_head, high, scope)
             found = judger.rise(chosen.in_mode(mode, gains=gains))
             bar.update()
-            judged[design] = {
+            judged[scope] = {
                 "score": best,
                 "kept": high,
                 "rise": float(found.mean()),
-                "interval": list(t_interval(found)),
+                "interval": list(bootstrap_interval(found, LEVEL)),
                 "n_documents": len(found),
             }
-        x = values[scores["shared"]]
-        shared = tuple(int(u) for u in sets["shared"][0])
-        details = _describe(shared, x, units, observation)
+        x = values[scores["universal"]]
+        universal = tuple(int(u) for u in sets["universal"][0])
+        details = _describe(universal, x, units, observation)
         if patch is not None:
             patcher = text_that_judges(evaluator, patch, gains)
             for row in details:
@@ -192,8 +192,8 @@ def find_red_line(
     return RedLine(
         margin=margin,
         scores=scores,
-        shared=shared,
-        per_layer=tuple(tuple(int(u) for u in row) for row in sets["per layer"]),
+        universal=universal,
+        per_layer=tuple(tuple(int(u) for u in row) for row in sets["layer"]),
         judged=judged,
         steps=steps,
         details=details,
@@ -202,7 +202,7 @@ def find_red_line(
 
 
 def _describe(
-    shared: tuple[int, ...],
+    universal: tuple[int, ...],
     x: Float[np.ndarray, "layer head unit"],
     units: Units,
     observation: KeyObservation | None,
@@ -211,7 +211,7 @@ def _describe(
     top = max(1, len(units) // 4)
     marks = loudest(x.reshape(-1, len(units)), top).reshape(x.shape)
     rows = []
-    for rank, u in enumerate(shared):
+    for rank, u in enumerate(universal):
         used = np.argwhere(marks[..., u] > 0.5)
         row: dict[str, Any] = {
             "rank": rank,

@@ -1,10 +1,10 @@
-"""The price of universality: the loss at equal cut with one index set for the whole model, with
-one per layer, with one per head.
+"""The cost of sharing: the loss at equal cuts with one index set for all layers and heads, with one
+per layer, with one per head.
 
-Every design keeps the same number of units in every head, chosen by gains: of a head its own, or
+Every scope keeps the same number of units in every head, chosen by gains: of a head its own, or
 of a layer or the whole model the mean of its heads' shares. Which gain ranks best depends on the
-design (a unit that few heads need dearly is lost in a mean), so several can be tried, and a text
-that does not judge picks one for each design and cut.
+scope (a unit that few heads need dearly is lost in a mean), so several can be tried, and a text
+that does not judge picks one for each scope and fraction.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
 from gainlens.probes.gains import KeyGains
 from gainlens.stats.intervals import t_interval
-from gainlens.stats.verdicts import Verdict, non_inferiority
+from gainlens.stats.verdicts import MARGIN, Verdict, judge
 
-SHARING = ("model", "layer", "head")
+SCOPES = ("universal", "layer", "head")
 
 
 def ranked_units(
-    x: Float[np.ndarray, "layer head unit"], sharing: str
+    x: Float[np.ndarray, "layer head unit"], scope: str
 ) -> Int[np.ndarray, "layer head unit"]:
-    """Units from loudest to quietest as each head sees them under a design of sharing."""
+    """Units from loudest to quietest as each head sees them under a scope."""
     total = x.sum(-1, keepdims=True)
     share = np.divide(x, total, out=np.zeros_like(x), where=total > 0)
-    if sharing == "model":
+    if scope == "universal":
         share = np.broadcast_to(share.mean((0, 1), keepdims=True), x.shape)
-    elif sharing == "layer":
+    elif scope == "layer":
         share = np.broadcast_to(share.mean(1, keepdims=True), x.shape)
-    elif sharing != "head":
-        raise InputError(f"sharing={sharing!r} is not one of {', '.join(SHARING)}")
+    elif scope != "head":
+        raise InputError(f"scope={scope!r} is not one of {', '.join(SCOPES)}")
     return np.argsort(-share, axis=-1, kind="stable")
 
 
@@ -57,21 +57,22 @@ def unit_mask(
 
 
 def shared_mask(
-    x: Float[np.ndarray, "layer head unit"], units: Units, d_head: int, kept: int, sharing: str
+    x: Float[np.ndarray, "layer head unit"], units: Units, d_head: int, kept: int, scope: str
 ) -> KeyMask:
-    """Keep the ``kept`` loudest units of every head under a design of sharing."""
+    """Keep the ``kept`` loudest units of every head under a scope."""
     keep = np.zeros(x.shape, dtype=bool)
-    np.put_along_axis(keep, ranked_units(x, sharing)[..., :kept], True, -1)
-    return unit_mask(keep, units, d_head, sharing=sharing, kept=kept)
+    np.put_along_axis(keep, ranked_units(x, scope)[..., :kept], True, -1)
+    return unit_mask(keep, units, d_head, scope=scope, kept=kept)
 
 
 @dataclass(frozen=True, eq=False)
-class Price:
-    """Losses of the three designs at equal cuts.
+class SharingCost:
+    """Losses of the three scopes at equal cuts.
 
     Attributes:
-        rows: per design (``model``, ``layer``, ``head``, ``random model``) and fraction the rise
-            of the loss in nats per token with its interval, and the score that ranked.
+        rows: per scope (``universal``, ``layer``, ``head``) and fraction the rise of the loss in
+            nats per token with its interval, and the score that ranked; and of ``order``
+            ``random`` that of universal sets drawn at random, the control.
         rises: rise per document, ``[row, document]``.
         intact: loss of each document without a cut.
         tried: rise on the choosing text of every score, where several were tried.
@@ -88,49 +89,65 @@ class Price:
     text: str
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{r['sharing']} {r['cut']:.0%}: {r['rise']:+.3f}" for r in self.rows)
-        return f"Price({shown}; nats, {len(self.intact)} documents)"
+        shown = ", ".join(
+            f"{'random ' if r['order'] == 'random' else ''}{r['scope']} {r['fraction']:.0%}: "
+            f"{r['rise']:+.3f}"
+            for r in self.rows
+        )
+        return f"SharingCost({shown}; nats, {len(self.intact)} documents)"
 
     @property
     def fractions(self) -> tuple[float, ...]:
-        """Cuts that were measured."""
-        return tuple(sorted({r["cut"] for r in self.rows}))
+        """Shares cut that were measured."""
+        return tuple(sorted({r["fraction"] for r in self.rows}))
+
+    def row(self, scope: str, fraction: float) -> int:
+        """The number of the row of a scope at a fraction.
+
+        Raises:
+            InputError: it was not measured.
+        """
+        for i, r in enumerate(self.rows):
+            if (r["scope"], r["order"], r["fraction"]) == (scope, "quietest", fraction):
+                return i
+        raise InputError(
+            f"scope={scope!r} at fraction={fraction!r} was not measured: expected of "
+            f"{', '.join(SCOPES)} at {self.fractions}"
+        )
 
     def difference(
-        self, cut: float, a: str = "model", b: str = "head"
+        self, fraction: float, a: str = "universal", b: str = "head"
     ) -> tuple[float, tuple[float, float]]:
-        """Mean and interval of the paired difference in loss of designs ``a`` and ``b``."""
-        found = []
-        for name in (a, b):
-            at = [i for i, r in enumerate(self.rows) if r["sharing"] == name and r["cut"] == cut]
-            if not at:
-                raise InputError(
-                    f"sharing={name!r} at cut={cut!r} was not measured; have {self.fractions}"
-                )
-            found.append(self.rises[at].mean(0))
-        difference = found[0] - found[1]
+        """Mean and 95% interval of the paired difference in loss of scopes ``a`` and ``b``."""
+        difference = self.differences(fraction, a, b)
         return float(difference.mean()), t_interval(difference)
 
-    def verdict(self, margin: float = 0.05, cut: float | None = None) -> Verdict:
+    def differences(
+        self, fraction: float, a: str = "universal", b: str = "head"
+    ) -> Float[np.ndarray, " document"]:
+        """Loss of scope ``a`` less that of scope ``b`` on each document, nats per token."""
+        found: Float[np.ndarray, " document"] = (
+            self.rises[self.row(a, fraction)] - self.rises[self.row(b, fraction)]
+        )
+        return found
+
+    def verdict(self, margin: float = MARGIN, fraction: float | None = None) -> Verdict:
         """ "One index set for all layers costs less than ``margin`` nats more than one per head".
 
         Args:
             margin: nats per token, above 0.
-            cut: a measured fraction; by default the one nearest to a half.
+            fraction: a measured share cut; by default the one nearest to a half.
         """
-        at = min(self.fractions, key=lambda f: abs(f - 0.5)) if cut is None else cut
-        mean, interval = self.difference(at)
-        own, shared = (
-            next(r for r in self.rows if r["sharing"] == name and r["cut"] == at)
-            for name in ("head", "model")
+        at = min(self.fractions, key=lambda f: abs(f - 0.5)) if fraction is None else fraction
+        own, universal = (self.rows[self.row(scope, at)] for scope in ("head", "universal"))
+        return judge(
+            f"at {at:.0%} cut one index set for all layers and heads costs less than {margin:g} "
+            "nats more than one per head",
+            self.differences(at),
+            margin,
+            note=f"per head {own['rise']:+.3f} nats (ranked by {own['score']}), universal "
+            f"{universal['rise']:+.3f} ({universal['score']})",
         )
-        return non_inferiority(
-            f"at {at:.0%} cut one index set for the whole model costs less than {margin:g} nats "
-            "more than one per head",
-            mean, interval, margin, len(self.intact),
-            f"per head {own['rise']:+.3f} nats (ranked by {own['score']}), shared "
-            f"{shared['rise']:+.3f} ({shared['score']})",
-        )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -143,15 +160,15 @@ class Price:
             "intact_loss": float(self.intact.mean()),
             "rows": self.rows,
             "differences": [
-                {"cut": cut, "a": a, "b": b, "mean": mean, "interval": list(interval)}
-                for cut in self.fractions
-                for a, b in (("model", "head"), ("model", "layer"), ("layer", "head"))
-                for mean, interval in [self.difference(cut, a, b)]
+                {"fraction": f, "a": a, "b": b, "mean": mean, "interval": list(interval)}
+                for f in self.fractions
+                for a, b in (("universal", "head"), ("universal", "layer"), ("layer", "head"))
+                for mean, interval in [self.difference(f, a, b)]
             ],
         }
 
 
-def price_of_universality(
+def cost_of_sharing(
     model: Any,
     tokens: Tokens,
     gains: KeyGains,
@@ -163,7 +180,7 @@ def price_of_universality(
     mode: str = "zero",
     evaluator: Evaluator | None = None,
     progress: bool = True,
-) -> Price:
+) -> SharingCost:
     """Cut the same number of units everywhere, with sets shared ever more widely.
 
     Args:
@@ -173,7 +190,7 @@ def price_of_universality(
         fractions: shares of the units to cut, between 0 and 1.
         score: which gain ranks, or several of which ``choose`` picks.
         choose: calibration or training text; needed with several scores.
-        seeds: of random shared sets, the control.
+        seeds: of random universal sets, the control.
         mode: of the ablation.
         evaluator: of this model, where several calls share one.
         progress: show a progress bar.
@@ -193,7 +210,7 @@ def price_of_universality(
     chooser = None
     if len(names) > 1 and choose is not None:
         chooser = text_that_chooses(evaluator, choose, judge)
-    runs = len(cuts) * (len(SHARING) * (1 + len(names) * (chooser is not None)) + len(seeds))
+    runs = len(cuts) * (len(SCOPES) * (1 + len(names) * (chooser is not None)) + len(seeds))
     rows: list[dict[str, Any]] = []
     rises, tried = [], []
 
@@ -203,18 +220,18 @@ def price_of_universality(
         rows.append(
             {
                 **facts,
-                "cut": float(fraction),
+                "fraction": float(fraction),
                 "kept": kept,
                 "rise": float(rise.mean()),
                 "interval": list(t_interval(rise)),
             }
         )
 
-    with tqdm(total=runs, desc="price", unit="run", disable=not progress) as bar:
+    with tqdm(total=runs, desc="sharing cost", unit="run", disable=not progress) as bar:
         for fraction, kept in cuts:
-            for sharing in SHARING:
+            for scope in SCOPES:
                 masks = {
-                    name: shared_mask(x, units, gains.shape[-1], kept, sharing)
+                    name: shared_mask(x, units, gains.shape[-1], kept, scope)
                     for name, x in values.items()
                 }
                 best = names[0]
@@ -224,16 +241,24 @@ def price_of_universality(
                         means[name] = float(chooser.rise(mask.in_mode(mode, gains=gains)).mean())
                         bar.update()
                     best = min(means, key=lambda name: means[name])
-                    tried.append({"sharing": sharing, "cut": float(fraction), "rises": means})
-                measure(masks[best], fraction, kept, sharing=sharing, score=best, seed=None)
+                    tried.append({"scope": scope, "fraction": float(fraction), "rises": means})
+                measure(
+                    masks[best], fraction, kept,
+                    scope=scope, order="quietest", score=best, seed=None,
+                )  # fmt: skip
                 bar.update()
             for seed in seeds:
                 noise = np.random.default_rng(seed).random(len(units))
                 drawn = np.broadcast_to(noise, values[names[0]].shape).copy()
-                mask = shared_mask(drawn, units, gains.shape[-1], kept, "model")
-                measure(mask, fraction, kept, sharing="random model", score="random", seed=seed)
+                mask = shared_mask(drawn, units, gains.shape[-1], kept, "universal")
+                measure(
+                    mask, fraction, kept,
+                    scope="universal", order="random", score="random", seed=seed,
+                )  # fmt: skip
                 bar.update()
-    return Price(rows, np.stack(rises), judge.intact, tried, len(units), judge.n_tokens, judge.text)
+    return SharingCost(
+        rows, np.stack(rises), judge.intact, tried, len(units), judge.n_tokens, judge.text
+    )
 
 
 def _kept(fraction: float, n_units: int) -> int:

@@ -8,24 +8,17 @@ of units is known exactly; see ``shuffle_moments``.
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.stats import rankdata
 
 
-def unit_length(x: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, "row unit"]:
+def unit_length(x: Float[np.ndarray, "*row unit"]) -> Float[np.ndarray, "*row unit"]:
     """Rows scaled to length 1; a row of (rounding of) zero stays zero."""
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
-    scaled: Float[np.ndarray, "row unit"] = np.divide(
+    norm = np.linalg.norm(x, axis=-1, keepdims=True)
+    scaled: Float[np.ndarray, "*row unit"] = np.divide(
         x, norm, out=np.zeros_like(x), where=norm > 1e-12
     )
     return scaled
-
-
-def cosine_matrix(x: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, "row row2"]:
-    """Cosine of every pair of rows; 0 where a row is all zero."""
-    rows = unit_length(x)
-    product: Float[np.ndarray, "row row2"] = rows @ rows.T
-    return product
 
 
 def variation(x: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, " row"]:
@@ -37,17 +30,14 @@ def variation(x: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, " row"]:
     return spread
 
 
-def centred_rows(
-    x: Float[np.ndarray, "row unit"], bands: Int[np.ndarray, " unit"] | None = None
-) -> Float[np.ndarray, "row unit"]:
-    """Rows less their mean (less the mean of each band, if given), scaled to length 1.
+def centred_rows(x: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, "row unit"]:
+    """Rows less their mean, scaled to length 1.
 
     Inner products of these are Pearson correlations. A row that is flat to rounding gives zero.
     """
     scale = np.abs(x).max(1, keepdims=True)
     y = np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)
-    for band in [slice(None)] if bands is None else [bands == b for b in np.unique(bands)]:
-        y[:, band] = y[:, band] - y[:, band].mean(1, keepdims=True)
+    y = y - y.mean(1, keepdims=True)
     y[np.abs(y) < 1e-12] = 0
     return unit_length(y)
 
@@ -92,22 +82,14 @@ def overlap_matrix(marks: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, "r
 
 
 def shuffle_moments(
-    x: Float[np.ndarray, "row unit"], bands: Int[np.ndarray, " unit"] | None = None
+    x: Float[np.ndarray, "row unit"],
 ) -> tuple[Float[np.ndarray, "row row2"], Float[np.ndarray, "row row2"]]:
-    """Exact mean and standard deviation of Σ_u x[i, u]·x[j, π(u)] over shuffles π.
+    """Exact mean and standard deviation of Σ_u x[i, u]·x[j, π(u)] over all shuffles π.
 
-    With bands the shuffle moves units within their band only. For one band of n units the mean
-    is n·x̄ᵢ·x̄ⱼ and the variance SSᵢ·SSⱼ/(n − 1), SS being the sum of squares about the mean;
-    bands are independent and add up.
+    The mean is n·x̄ᵢ·x̄ⱼ for n units and the variance SSᵢ·SSⱼ/(n − 1), SS being the sum of squares
+    about the mean.
     """
-    n_rows = len(x)
-    mean, variance = np.zeros((n_rows, n_rows)), np.zeros((n_rows, n_rows))
-    for band in [slice(None)] if bands is None else [bands == b for b in np.unique(bands)]:
-        part = x[:, band]
-        n = part.shape[1]
-        centre = part.mean(1)
-        mean += n * np.outer(centre, centre)
-        if n > 1:
-            squares = ((part - centre[:, None]) ** 2).sum(1)
-            variance += np.outer(squares, squares) / (n - 1)
-    return mean, np.sqrt(variance)
+    n = x.shape[1]
+    centre = x.mean(1)
+    squares = ((x - centre[:, None]) ** 2).sum(1)
+    return n * np.outer(centre, centre), np.sqrt(np.outer(squares, squares) / (n - 1))

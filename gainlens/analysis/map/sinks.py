@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from gainlens.analysis.map.nulls import shuffled_orders
 from gainlens.analysis.map.observation import KeyObservation
 from gainlens.analysis.map.units import Units
-from gainlens.analysis.map.verdicts import jackknife
+from gainlens.analysis.map.verdicts import check_threshold, jackknife
 from gainlens.errors import InputError
 from gainlens.stats.verdicts import Status, Verdict
 
@@ -27,6 +27,9 @@ MIN_MASS = 0.25
 CARRIED = 0.5
 """Share of the first key's advantage that the sink units of a head make up."""
 EVERY_DEPTH = 0.9
+BAND_SIZE = 4
+"""Neighbouring frequencies per band of the band null: few enough to follow a profile, enough that a
+shuffle inside a band (4! orders per layer) still moves something."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +98,7 @@ class Sinks:
                 "layer": int(layer),
                 "kv_head": int(head),
                 "unit": int(u),
-                "frequency": float(self.units.frequency[u]),
+                "frequency": float(self.units.layer_frequency[layer, u]),
                 "wavelength": wavelength[u],
                 "attention_to_first": float(self.mass[layer, head]),
                 "advantage_nats": float(self.advantage[layer, head, u]),
@@ -127,7 +130,11 @@ class Sinks:
 
         The estimate is the chance that a sink unit of one layer is one in another layer that has
         sinks, with a jackknife interval over layers.
+
+        Raises:
+            InputError: a threshold outside 0..1.
         """
+        check_threshold(threshold)
         marks = self.per_layer[list(self.layers)].astype(np.float64)
         claim = f"a sink unit is a sink at every depth (in {threshold:.0%} of layers with sinks)"
         if len(marks) < 3:
@@ -247,10 +254,27 @@ def _depth_nulls(
         return {}
     seen = _agreement(living)[0]
     found = {}
-    nulls = {"plain": None} if units.bands is None else {"plain": None, "band": units.bands}
-    for i, (name, bands) in enumerate(nulls.items()):
-        orders = shuffled_orders(n_permutations, len(living), bands, living.shape[1], seed + i)
+    bands = frequency_bands(units.frequency)
+    nulls = {"plain": np.zeros_like(bands)}
+    if (units.frequency > 0).any():
+        nulls["band"] = bands
+    for i, (name, groups) in enumerate(nulls.items()):
+        orders = shuffled_orders(n_permutations, np.tile(groups, (len(living), 1)), seed + i)
         draws = [_agreement(np.take_along_axis(living, order, 1))[0] for order in orders]
         p = (1 + int((np.array(draws) >= seen - 1e-9).sum())) / (1 + n_permutations)
         found[name] = {"chance": float(np.mean(draws)), "p": p}
     return found
+
+
+def frequency_bands(
+    frequency: Float[np.ndarray, " unit"], size: int = BAND_SIZE
+) -> Int[np.ndarray, " unit"]:
+    """Group units of neighbouring frequency; units that do not rotate form one band of their own.
+
+    Rotary frequencies form a geometric series, so bands of equal size are of equal width in log
+    frequency. Dimensions of one pair share a frequency and so a band.
+    """
+    distinct = np.unique(frequency[frequency > 0])[::-1]
+    n_bands = max(1, len(distinct) // size)
+    band_of = {f: min(i // size, n_bands - 1) for i, f in enumerate(distinct)}
+    return np.array([band_of.get(f, n_bands) for f in frequency], dtype=np.int64)

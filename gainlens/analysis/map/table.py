@@ -47,14 +47,15 @@ def measure_rows(cmap: CoordinateMap) -> list[dict[str, Any]]:
 
 def pair_rows(cmap: CoordinateMap) -> list[dict[str, Any]]:
     """One row per pair of living layers, every measure of likeness beside its null."""
-    band = cmap.band_null_cosine
+    kept = cmap.frequency_null_cosine
     return [
         {
             "layer": int(a),
             "layer2": int(b),
             "cosine": float(cmap.cosine[a, b]),
             "null_cosine": float(cmap.null_cosine[a, b]),
-            **({} if band is None else {"null_cosine_band": float(band[a, b])}),
+            **({} if kept is None else {"null_cosine_frequency": float(kept[a, b])}),
+            "residual_correlation": float(cmap.residual_correlation[a, b]),
             "p": float(cmap.p_values[a, b]),
             "centred_cosine": float(cmap.centred_cosine[a, b]),
             "spearman": float(cmap.spearman[a, b]),
@@ -67,10 +68,13 @@ def pair_rows(cmap: CoordinateMap) -> list[dict[str, Any]]:
 def unit_rows(cmap: CoordinateMap) -> list[dict[str, Any]]:
     """One row per unit, the most present first, with its dimensions and wavelength in tokens."""
     wave = cmap.units.wavelength
+    by_head = cmap.universal_by_head
     return [
         {
             **row,
             "universal": row["unit"] in cmap.universal_units,
+            "universal_by_head": row["unit"] in cmap.universal_units_by_head,
+            "presence_by_head": float(by_head.presence[row["unit"]]),
             "dims": list(cmap.units.dims[row["unit"]]),
             "wavelength": wave[row["unit"]],
         }
@@ -94,6 +98,8 @@ def _measure(cmap: CoordinateMap, name: str) -> np.ndarray:
         "cosine": cmap.cosine,
         "centred": cmap.centred_cosine,
         "spearman": cmap.spearman,
+        "layer": cmap.residual_correlation,
+        "head": cmap.head_correlation,
     }[name]
 
 

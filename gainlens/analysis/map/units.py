@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from gainlens.analysis.map.canonical import CanonicalGains
 from gainlens.errors import InputError
 from gainlens.probes.gains import UNITS, KeyGains
-
-BAND_SIZE = 4
-"""Neighbouring frequencies per band: few enough to follow the rotary profile closely, enough that a
-shuffle inside a band (4! orders per layer) still moves something."""
 
 Gains = KeyGains | CanonicalGains | torch.Tensor | np.ndarray
 
@@ -28,24 +24,39 @@ class Units:
     Attributes:
         kind: ``pair``, ``dim`` or, in a canonical basis, ``singular direction``.
         dims: the key dimensions of each unit.
-        frequency: radians per token of each unit, ``[unit]``; 0 where it does not rotate. The
-            mean over layers where layers rotate differently.
-        bands: frequency band of each unit, ``[unit]``, or None where nothing rotates and so no
-            frequency profile exists.
+        layer_frequency: radians per token of each unit in each layer, ``[layer, unit]``; 0 where
+            it does not rotate.
     """
 
     kind: str
     dims: tuple[tuple[int, ...], ...]
-    frequency: Float[np.ndarray, " unit"]
-    bands: Int[np.ndarray, " unit"] | None
+    layer_frequency: Float[np.ndarray, "layer unit"]
 
     def __len__(self) -> int:
         return len(self.dims)
 
     @property
+    def frequency(self) -> Float[np.ndarray, " unit"]:
+        """Radians per token of each unit; the mean over layers where they rotate differently."""
+        mean: Float[np.ndarray, " unit"] = self.layer_frequency.mean(0)
+        return mean
+
+    @property
     def wavelength(self) -> list[float | None]:
-        """Tokens per turn of each unit; None where it does not rotate."""
-        return [2 * np.pi / float(f) if f > 0 else None for f in self.frequency]
+        """Tokens per turn of each unit; None where it does not rotate, or not alike in all layers.
+
+        See ``layer_frequency`` for models with several rotary bases.
+        """
+        first = self.layer_frequency[0]
+        alike = np.isclose(self.layer_frequency, first, rtol=1e-3, atol=0).all(0)
+        return [
+            2 * np.pi / float(f) if f > 0 and same else None
+            for f, same in zip(first, alike, strict=True)
+        ]
+
+    def wavelengths(self, layer: int) -> list[float | None]:
+        """Tokens per turn of each unit in one layer; None where it does not rotate."""
+        return [2 * np.pi / float(f) if f > 0 else None for f in self.layer_frequency[layer]]
 
     def label(self, unit: int) -> str:
         """A name for tables and axes, e.g. ``pair 3 (dims 3, 35)``."""
@@ -60,38 +71,7 @@ class Units:
             "kind": self.kind,
             "dims": [list(d) for d in self.dims],
             "frequency": self.frequency.tolist(),
-            "bands": None if self.bands is None else self.bands.tolist(),
         }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Units:
-        """What ``to_json`` gave."""
-        bands = data["bands"]
-        return cls(
-            data["kind"],
-            tuple(tuple(int(i) for i in d) for d in data["dims"]),
-            np.array(data["frequency"], dtype=np.float64),
-            None if bands is None else np.array(bands, dtype=np.int64),
-        )
-
-
-def frequency_bands(
-    frequency: Float[np.ndarray, " unit"], size: int = BAND_SIZE
-) -> Int[np.ndarray, " unit"] | None:
-    """Group units of neighbouring frequency; units that do not rotate form bands of their own.
-
-    Rotary frequencies form a geometric series, so bands of equal size are of equal width in log
-    frequency. Dimensions of one pair share a frequency and so a band.
-
-    Returns:
-        Band numbers, or None where no unit rotates.
-    """
-    if not (frequency > 0).any():
-        return None
-    distinct = np.unique(frequency[frequency > 0])[::-1]
-    n_bands = max(1, len(distinct) // size)
-    band_of = {f: min(i // size, n_bands - 1) for i, f in enumerate(distinct)}
-    return np.array([band_of.get(f, n_bands) for f in frequency], dtype=np.int64)
 
 
 def unit_gains(
@@ -99,7 +79,7 @@ def unit_gains(
     score: str,
     stage: str,
     unit: str | None = None,
-    frequency: Sequence[float] | np.ndarray | None = None,
+    frequency: Sequence[float] | Sequence[Sequence[float]] | np.ndarray | None = None,
 ) -> tuple[Float[np.ndarray, "layer kv_head unit"], Units]:
     """Gains per unit, float64, and what the units are.
 
@@ -109,7 +89,7 @@ def unit_gains(
         unit: ``pair`` or ``dim``; by default pairs where the model rotates. Turning the two
             dimensions of a pair into each other, in W_Q and W_K alike, changes no logit, so only
             the pair means the same thing in two heads.
-        frequency: for an array, radians per token of its units, for the band-preserving null.
+        frequency: for an array, radians per token of its units, ``[unit]`` or ``[layer, unit]``.
 
     Raises:
         InputError: another number of axes, NaN, negative values, an unknown unit.
@@ -122,19 +102,20 @@ def unit_gains(
         x = gains.score(score).double().numpy()
         n = x.shape[-1]
         dims = tuple((i,) for i in range(n))
-        return _checked(x), Units("singular direction", dims, np.zeros(n), None)
+        return _checked(x), Units("singular direction", dims, np.zeros((len(x), n)))
     x = np.asarray(
         gains.detach().cpu().double() if isinstance(gains, torch.Tensor) else gains,
         dtype=np.float64,
     )
     x = _checked(x)
-    n = x.shape[-1]
+    layers, n = len(x), x.shape[-1]
     f = np.zeros(n) if frequency is None else np.asarray(frequency, dtype=np.float64)
-    if f.shape != (n,) or not np.isfinite(f).all() or (f < 0).any():
+    if f.shape not in ((n,), (layers, n)) or not np.isfinite(f).all() or (f < 0).any():
         raise InputError(
-            f"frequency has shape {f.shape}: expected {n} numbers of 0 or above, one per unit"
+            f"frequency has shape {f.shape}: expected {n} numbers of 0 or above, one per unit, or "
+            f"{layers} rows of them, one per layer"
         )
-    return x, Units("dim", tuple((i,) for i in range(n)), f, frequency_bands(f))
+    return x, Units("dim", tuple((i,) for i in range(n)), np.broadcast_to(f, (layers, n)).copy())
 
 
 def _of_key_gains(
@@ -145,20 +126,19 @@ def _of_key_gains(
     partner = card.partner.numpy()
     own = np.arange(card.d_head)
     values = gains.score(score, stage=stage, unit=kind).double().numpy()  # type: ignore[arg-type]
-    per_pair = gains.frequencies.double().mean(0).numpy() if card.rotary_dim else np.zeros(0)
-    frequency = np.zeros(card.d_head)
-    lower = own[own < partner]
-    frequency[lower] = per_pair[: len(lower)]
-    frequency[partner[lower]] = per_pair[: len(lower)]
+    frequency = np.zeros((card.n_layers, card.d_head))
+    if card.rotary_dim:
+        per_pair = gains.frequencies.double().numpy()
+        lower = own[own < partner]
+        frequency[:, lower] = frequency[:, partner[lower]] = per_pair[:, : len(lower)]
     if kind == "dim":
         singles = tuple((int(i),) for i in own)
-        return _checked(values), Units("dim", singles, frequency, frequency_bands(frequency))
+        return _checked(values), Units("dim", singles, frequency)
     first = own[own <= partner]
     dims: tuple[tuple[int, ...], ...] = tuple(
         (int(i),) if partner[i] == i else (int(i), int(partner[i])) for i in first
     )
-    frequency = frequency[first]
-    return _checked(values[..., first]), Units("pair", dims, frequency, frequency_bands(frequency))
+    return _checked(values[..., first]), Units("pair", dims, frequency[:, first])
 
 
 def _checked(x: np.ndarray) -> Float[np.ndarray, "layer kv_head unit"]:
@@ -174,3 +154,53 @@ def _checked(x: np.ndarray) -> Float[np.ndarray, "layer kv_head unit"]:
     if (x < 0).any():
         raise InputError("gains hold negative values: expected gains of zero or above")
     return x
+
+
+def layer_profiles(
+    x: Float[np.ndarray, "layer kv_head unit"],
+) -> Float[np.ndarray, "layer unit"]:
+    """Mean over living heads, each scaled to mean 1; an all-zero layer stays zero."""
+    mean = x.mean(-1, keepdims=True)
+    scaled = np.divide(x, mean, out=np.zeros_like(x), where=mean > 0)
+    living = (mean[..., 0] > 0).sum(1, keepdims=True)
+    profiles: Float[np.ndarray, "layer unit"] = scaled.sum(1) / np.maximum(living, 1)
+    return profiles
+
+
+def source_facts(gains: Gains, score: str, stage: str) -> dict[str, Any]:
+    """Where the gains come from and what makes index i comparable between heads."""
+    if isinstance(gains, KeyGains):
+        rotates = bool(gains.model.rotary_dim)
+        return {
+            "score": score,
+            "stage": stage,
+            "model": asdict(gains.model),
+            "texts": list(gains.texts),
+            "n_tokens": gains.n_tokens,
+            "aligned": rotates,
+            "alignment": (
+                "units compared by rotary frequency, heads by optimal assignment"
+                if rotates
+                else "no alignment: without rotary embeddings key dimension i of two heads is not "
+                "the same thing (canonical_gains puts each head into its canonical basis)"
+            ),
+        }
+    if isinstance(gains, CanonicalGains):
+        return {
+            "score": score,
+            "stage": "projected",
+            "model": asdict(gains.model),
+            "n_tokens": gains.n_tokens,
+            "aligned": False,
+            "alignment": (
+                "each head in its canonical basis (SVD of W_Q W_Kᵀ with biases), heads by optimal "
+                "assignment; index i is the i-th largest singular value, so layers agree in it by "
+                "construction: likeness of spectra, not one coordinate system"
+            ),
+        }
+    return {
+        "score": "array",
+        "stage": "array",
+        "aligned": True,
+        "alignment": "units compared by index as given, heads by optimal assignment",
+    }

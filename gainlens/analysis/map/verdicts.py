@@ -1,9 +1,10 @@
 """From the numbers of a map to an answer, by bounds set beforehand.
 
-A bare cosine of non-negative gains proves nothing: E[cos] ≈ 1/(1 + CV²) for unrelated layers. The
-effect size used here is the mean centred cosine between layers (a correlation: the share of the
-variation between units that layers have in common), with a jackknife interval over layers. The
-evidence is its permutation p-value.
+A bare cosine of non-negative gains proves nothing: E[cos] ≈ 1/(1 + CV²) for unrelated layers. Nor
+does a correlation of gains that follow the same curve over frequency. The effect size used here is
+the mean correlation between layers of what is left of their log gains without that curve
+(``frequency_profile``), with a jackknife interval over layers. The evidence is its permutation
+p-value. Verdicts on sharing are read off the answer, so the two can't disagree.
 """
 
 from __future__ import annotations
@@ -21,12 +22,29 @@ if TYPE_CHECKING:
 
 ALPHA = 0.01
 """Level of the test that anything is shared."""
+ALPHA_UNITS = 0.005
+"""False-discovery rate at which a single unit is enough to say that something is."""
 TRIVIAL = 0.1
 """A mean correlation below this is called nothing, however significant."""
 UNIVERSAL = 0.5
 """From here on the larger part of the variation between units is common to all layers."""
+MIN_LAYERS = 4
+"""Fewer living layers than this have no spread between them to speak of."""
+MIN_FREEDOM = 4
+"""Fewer dimensions than this beside the profile leave nothing to compare: a rotary model needs
+eight pairs per head."""
+COSINE = 0.99
 
-Answer = Literal["universal", "partly shared", "not shared"]
+Answer = Literal[
+    "universal",
+    "partly shared",
+    "not shared",
+    "too few layers to say",
+    "too few units to say",
+    "not comparable",
+]
+Level = Literal["layer", "head"]
+LEVELS: tuple[Level, ...] = ("layer", "head")
 
 
 def jackknife(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -53,36 +71,104 @@ def jackknife(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     return max(-1.0, float(mean - half)), min(1.0, float(mean + half))
 
 
-def answer(cmap: CoordinateMap) -> Answer:
+def answer(cmap: CoordinateMap, level: Level = "layer") -> Answer:
     """Is the set of loud units universal, partly shared or not shared?
 
-    ``not shared``: the mean centred cosine does not beat its plain null at ``ALPHA`` or is below
-    ``TRIVIAL``, and no single unit is universal at a false-discovery rate of ``ALPHA``.
-    ``universal``: the null is beaten and the interval of the mean centred cosine is above
-    ``UNIVERSAL``.
+    Args:
+        cmap: the map.
+        level: ``layer`` compares layers by the mean of their heads, ``head`` every head with
+            every head of the other layers.
+
+    Returns:
+        ``universal``: the null is beaten at ``ALPHA`` and the interval of the mean correlation of
+        residuals is above ``UNIVERSAL``. ``partly shared``: it is beaten and the correlation is
+        at least ``TRIVIAL``, or a single unit is universal at a false-discovery rate of
+        ``ALPHA_UNITS``. ``not shared``: neither. ``too few layers to say`` below ``MIN_LAYERS``,
+        ``too few units to say`` where the profile leaves fewer than ``MIN_FREEDOM`` dimensions,
+        ``not comparable`` where index i of two heads is not the same thing.
     """
-    beaten = cmap.tests["plain"]["centred"].p_mean <= ALPHA
-    if beaten and cmap.effect_interval[0] > UNIVERSAL:
+    if not cmap.aligned:
+        return "not comparable"
+    if len(cmap.alive) < MIN_LAYERS:
+        return "too few layers to say"
+    if cmap.facts["freedom"] < MIN_FREEDOM:
+        return "too few units to say"
+    beaten = cmap.tests[cmap.null][level].p_mean <= ALPHA
+    effect, (low, _) = cmap.correlation(level)
+    if beaten and low > UNIVERSAL:
         return "universal"
-    certain = cmap.universal.is_universal["plain"] & (cmap.universal.q_values["plain"] <= ALPHA)
-    shared = (beaten and cmap.effect >= TRIVIAL) or bool(certain.any())
-    return "partly shared" if shared else "not shared"
+    found = cmap.universal if level == "layer" else cmap.universal_by_head
+    certain = bool((found.is_universal & (found.q_values <= ALPHA_UNITS)).any())
+    return "partly shared" if certain or (beaten and effect >= TRIVIAL) else "not shared"
+
+
+STATUS: dict[Answer, Status] = {
+    "universal": "holds",
+    "partly shared": "holds",
+    "not shared": "fails",
+}
+"""What an answer makes of the claim that layers share units; the others leave it undecided."""
+STATUS_SHARED = ("universal", "partly shared")
 
 
 def evidence_line(cmap: CoordinateMap) -> str:
-    """Cosine, CV, centred cosine and every null, in one line."""
+    """The correlation that decides with its null, and the cosine with its CV, in one line."""
     s = cmap.summary()
-    line = (
-        f"cosine {s['cosine']:.3f} at CV {s['cv']:.2f}; null {s['null_cosine']:.3f} "
-        f"(p = {s['p_plain']:.2g})"
-    )
-    if "null_cosine_band" in s:
-        line += (
-            f", null that keeps the rotary frequency profile {s['null_cosine_band']:.3f} "
-            f"(p = {s['p_band']:.2g})"
-        )
     low, high = cmap.effect_interval
-    return f"{line}; centred {s['centred_cosine']:.3f} [{low:.3f}, {high:.3f}]"
+    beyond = " beyond frequency" if cmap.null == "frequency" else ""
+    line = (
+        f"correlation{beyond} {s['residual_correlation']:.3f} [{low:.3f}, {high:.3f}] "
+        f"(p = {s['p']:.2g}), head by head {s['residual_correlation_heads']:.3f} "
+        f"(p = {s['p_heads']:.2g}); cosine {s['cosine']:.3f} at CV {s['cv']:.2f}, "
+        f"null {s['null_cosine']:.3f}"
+    )
+    if "null_cosine_frequency" in s:
+        line += f", null that keeps the frequency profile {s['null_cosine_frequency']:.3f}"
+    return f"{line}, centred {s['centred_cosine']:.3f}"
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a bound that no correlation, cosine or share can be above, or that all are.
+
+    Raises:
+        InputError: a threshold of 0 or below, or of 1 or above.
+    """
+    if not 0 < threshold < 1:
+        raise InputError(f"threshold={threshold!r} is outside 0..1: expected between the two")
+
+
+def sharing_verdict(
+    cmap: CoordinateMap, threshold: float | None = None, level: Level = "layer"
+) -> Verdict:
+    """ "Layers share units beyond frequency", as ``answer`` has it; with a threshold, how much.
+
+    With a threshold the claim is that the mean correlation is above it: it holds when the interval
+    is above and the answer does not deny sharing, and fails when the interval is below.
+    """
+    given = answer(cmap, level)
+    estimate, (low, high) = cmap.correlation(level)
+    who = "layers share units" if level == "layer" else "heads of different layers share units"
+    claim = who + (" beyond frequency" if cmap.null == "frequency" else "")
+    status: Status = STATUS.get(given, "undecided")
+    if threshold is not None:
+        check_threshold(threshold)
+        claim += f" (correlation above {threshold:g})"
+        if status == "holds" and low <= threshold:
+            status = "fails" if high < threshold else "undecided"
+        elif status == "fails" and high >= threshold:
+            status = "undecided"
+    found = cmap.universal if level == "layer" else cmap.universal_by_head
+    return Verdict(
+        status,
+        claim,
+        estimate,
+        (low, high),
+        TRIVIAL if threshold is None else threshold,
+        cmap.n_documents,
+        f"{given}; {evidence_line(cmap)}; {len(found.units) if given in STATUS else 0} of "
+        f"{len(cmap.units)} {cmap.units.kind}s universal; {cmap.facts['alignment']}; interval: "
+        "jackknife over layers",
+    )
 
 
 def cosine_verdict(cmap: CoordinateMap, threshold: float) -> Verdict:
@@ -90,82 +176,56 @@ def cosine_verdict(cmap: CoordinateMap, threshold: float) -> Verdict:
 
     Holds when the interval of the mean cosine is above the threshold **and** the map is
     universal by ``answer``. Fails when the cosine is below, or when it is above but what the
-    layers have in common is shown to be small (the interval of the centred cosine ends below
-    ``UNIVERSAL``): then the cosine says that gains are flat, not that layers agree.
+    layers have in common is shown to be small (the interval of the correlation that decides ends
+    below ``UNIVERSAL``): then the cosine says that gains are flat, not that layers agree.
     """
-    if not 0 < threshold < 1:
-        raise InputError(f"threshold={threshold!r} is outside 0..1")
-    alive = np.ix_(cmap.alive, cmap.alive)
-    low, high = jackknife(cmap.cosine[alive])
-    mean = cmap.summary()["cosine"]
-    status: Status
-    if not cmap.aligned:
-        status = "undecided"
-    elif high < threshold or (len(cmap.alive) < 3 and mean < threshold):
-        status = "fails"
-    elif low > threshold and answer(cmap) == "universal":
-        status = "holds"
-    elif low > threshold and cmap.effect_interval[1] < UNIVERSAL:
-        status = "fails"
-    else:
-        status = "undecided"
+    check_threshold(threshold)
+    given = answer(cmap)
+    low, high = jackknife(cmap.cosine[np.ix_(cmap.alive, cmap.alive)])
+    status: Status = "undecided"
+    if given in STATUS:
+        if high < threshold or (low > threshold and cmap.effect_interval[1] < UNIVERSAL):
+            status = "fails"
+        elif low > threshold and given == "universal":
+            status = "holds"
     return Verdict(
         status,
         f"all layers share one coordinate system (cosine above {threshold:g})",
-        mean,
+        cmap.summary()["cosine"],
         (low, high),
         threshold,
         cmap.n_documents,
-        f"{evidence_line(cmap)}; {cmap.facts['alignment']}; intervals: jackknife over layers",
+        f"{given}; {evidence_line(cmap)}; {cmap.facts['alignment']}; intervals: jackknife over "
+        "layers",
     )
 
 
-def sharing_verdict(cmap: CoordinateMap, threshold: float = UNIVERSAL) -> Verdict:
-    """ "Layers use the same units": the centred cosine against ``threshold``, and its null."""
-    low, high = cmap.effect_interval
-    null_beaten = cmap.tests["plain"]["centred"].p_mean <= ALPHA
-    status: Status = "undecided"
-    if cmap.aligned:
-        if low > threshold and null_beaten:
-            status = "holds"
-        elif high < threshold:
-            status = "fails"
-    return Verdict(
-        status,
-        f"layers use the same units (centred cosine above {threshold:g})",
-        cmap.effect,
-        (low, high),
-        threshold,
-        cmap.n_documents,
-        f"{answer(cmap)}; {evidence_line(cmap)}; {len(cmap.universal_units)} of "
-        f"{len(cmap.units)} units universal",
-    )
-
-
-def sinks_verdict(cmap: CoordinateMap) -> Verdict:
+def sinks_verdict(cmap: CoordinateMap, threshold: float | None) -> Verdict:
     """ "A sink dimension is a sink at every depth"; needs the map's ``sinks``."""
     if cmap.sinks is None:
         raise InputError(
-            "this map has no sinks yet: with_evidence(cmap, model, …) or find_sinks(…) adds them"
+            "this map has no sinks yet: with_evidence(model, …) or find_sinks(…) adds them"
         )
-    verdict: Verdict = cmap.sinks.verdict()
+    verdict: Verdict = cmap.sinks.verdict() if threshold is None else cmap.sinks.verdict(threshold)
     return verdict
 
 
-def price_verdict(cmap: CoordinateMap, threshold: float | None) -> Verdict:
-    """ "Sharing one index set costs less than ``threshold`` nats"; needs the map's ``price``."""
-    if cmap.price is None:
+def sharing_cost_verdict(cmap: CoordinateMap, threshold: float | None) -> Verdict:
+    """ "Sharing one index set costs less than ``threshold`` nats"; needs ``sharing_cost``."""
+    if cmap.sharing_cost is None:
         raise InputError(
-            "this map has no price yet: with_evidence(cmap, model, …) or "
-            "price_of_universality(…) adds it"
+            "this map has no sharing_cost yet: with_evidence(model, …) or "
+            "cost_of_sharing(…) adds it"
         )
-    verdict: Verdict = cmap.price.verdict(margin=threshold or 0.05)
+    cost = cmap.sharing_cost
+    verdict: Verdict = cost.verdict() if threshold is None else cost.verdict(threshold)
     return verdict
 
 
 CLAIMS: dict[str, Any] = {
-    "cosine": lambda cmap, t: cosine_verdict(cmap, 0.99 if t is None else t),
-    "shared": lambda cmap, t: sharing_verdict(cmap, UNIVERSAL if t is None else t),
-    "sinks": lambda cmap, t: sinks_verdict(cmap),
-    "price": price_verdict,
+    "shared": sharing_verdict,
+    "shared by heads": lambda cmap, t: sharing_verdict(cmap, t, "head"),
+    "cosine": lambda cmap, t: cosine_verdict(cmap, COSINE if t is None else t),
+    "sinks": sinks_verdict,
+    "sharing cost": sharing_cost_verdict,
 }

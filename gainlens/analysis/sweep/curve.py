@@ -12,21 +12,37 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gainlens.analysis.sweep.points import Point
-from gainlens.errors import FileFormatError, InputError
-from gainlens.files import FORMAT, read_json, write_json
+from gainlens.analysis.sweep.points import ORDER_TABLE, Point
+from gainlens.errors import InputError
+from gainlens.files import opened, read_json, sealed, write_json
+from gainlens.files.schema import MOST, checking, listing, maybe, number, record, text, whole
 from gainlens.frames import data_frame
-from gainlens.probes.gains import ModelCard
-from gainlens.stats.intervals import (
-    bootstrap_interval,
-    documents_by_scaling,
-    documents_to_decide,
-    t_interval,
-)
+from gainlens.probes.gains import CARD, ModelCard
+from gainlens.stats.intervals import bootstrap_interval, t_interval
 from gainlens.stats.stopping import StoppingRule
-from gainlens.stats.verdicts import Verdict, non_inferiority
+from gainlens.stats.verdicts import Verdict, judge
 
 METHODS = ("t", "bootstrap")
+KIND = "surgery"
+POINT = {
+    "score": text(),
+    "scope": text(),
+    "unit": text(),
+    "mode": text(),
+    "order": text(*ORDER_TABLE, "given"),
+    "fraction": number(0, 1),
+    "seed": maybe(whole(-MOST)),
+    "label": maybe(text()),
+}
+CURVE = record(
+    model=record(**CARD),
+    text=text(),
+    n_tokens=whole(1),
+    stopping=maybe(record(margin=number(0), looks=listing(whole(1), least=1), level=number(0, 1))),
+    baseline=listing(number(), least=1),
+    points=listing(record(**POINT, losses=listing(maybe(number()), least=1))),
+)
+"""What the file of a curve holds, besides its seal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +58,9 @@ class SurgeryCurve:
         n_tokens: length of the validation text.
         stopping: the rule by which points stopped early, if they did; then ``losses`` is NaN for
             the documents that a point did not need.
+
+    Raises:
+        InputError: a loss is missing or infinite; sizes that do not belong together.
     """
 
     points: list[Point]
@@ -51,6 +70,9 @@ class SurgeryCurve:
     text: str
     n_tokens: int
     stopping: StoppingRule | None = None
+
+    def __post_init__(self) -> None:
+        _check_losses(self)
 
     def __repr__(self) -> str:
         fractions = sorted({p.fraction for p in self.points})
@@ -143,21 +165,17 @@ class SurgeryCurve:
         fraction: float,
         margin: float,
         *,
-        level: float = 0.95,
-        method: str = "t",
         order: str = "quietest",
         **choice: Any,
     ) -> Verdict:
         """Is the damage of cutting the quietest ``fraction`` below ``margin``?
 
-        A non-inferiority test on differences paired by document.
+        A non-inferiority test on differences paired by document; see ``gainlens.stats.verdicts``.
 
         Args:
             fraction: a fraction of this sweep.
             margin: rise of the loss in nats per token that would still count as flat, above 0,
                 set before the figures are seen.
-            level: coverage of the two-sided interval.
-            method: of the interval; see ``interval``.
             order: of the point; ``given`` for cuts passed in by name (``label=…``).
             choice: ``score``, ``scope`` … where the sweep has several.
 
@@ -178,14 +196,12 @@ class SurgeryCurve:
                 f"fraction={fraction!r} names {len(found)} points of this sweep: expected one of "
                 f"{have}" + (", with score=… and scope=…" if len(found) > 1 else "")
             )
-        return self.verdict_at(found[0], margin, level=level, method=method)
+        return self.verdict_at(found[0], margin)
 
-    def verdict_at(
-        self, index: int, margin: float, *, level: float = 0.95, method: str = "t"
-    ) -> Verdict:
+    def verdict_at(self, index: int, margin: float) -> Verdict:
         """As ``verdict``, for the point ``index``, controls included.
 
-        ``margin`` (nats per token), ``level``, ``method`` and errors as for ``verdict``.
+        ``margin`` (nats per token) and errors as for ``verdict``.
         """
         point, delta = self.points[index], self.deltas(index)
         if not isinstance(margin, Real) or not margin > 0 or not math.isfinite(margin):
@@ -200,28 +216,9 @@ class SurgeryCurve:
             f"{point.fraction:.0%} of the {kind}key dimensions can be cut ({made}) at less than "
             f"{margin:g} nats"
         )
-        interval, mean = self.interval(index, level, method), float(delta.mean())
-        status = non_inferiority(claim, mean, interval, margin, len(delta)).status
-        if self.stopping is not None:
-            status = self.stopping.status(delta, margin)
-        more: int | None = 0
-        if status == "undecided" and method == "t" and self.stopping is None:
-            more = documents_to_decide(delta, margin, level)
-        elif status == "undecided" and self.stopping is not None and interval[1] < margin:
-            more = self.stopping.holds_from - len(delta)
-        elif status == "undecided":
-            more = documents_by_scaling(interval, mean, margin, len(delta))
-        notes = []
-        if self.stopping is not None:
-            looks = f"interval over {len(self.stopping.looks)} planned looks"
-            early = len(delta) < self.n_documents
-            notes.append(f"stopped early; {looks}" if early else f"run to the end; {looks}")
-        if more:
-            notes.append(f"some {more} more documents would decide it")
-        elif status == "undecided":
-            notes.append("how many more documents would decide it can't be said")
-        note = "; ".join(notes)
-        return Verdict(status, claim, mean, interval, margin, len(delta), note, more)
+        if self.stopping is None:
+            return judge(claim, delta, margin)
+        return self.stopping.judge(claim, delta, margin, early=len(delta) < self.n_documents)
 
     def to_dataframe(self) -> Any:
         """The rows of ``table``; the 95% interval as ``low`` and ``high``, nats per token.
@@ -257,22 +254,23 @@ class SurgeryCurve:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; ``from_json`` reads them back."""
-        return {
-            "format": FORMAT,
-            "kind": "surgery",
-            "model": asdict(self.model),
-            "text": self.text,
-            "n_tokens": self.n_tokens,
-            "stopping": None if self.stopping is None else asdict(self.stopping),
-            "baseline": self.baseline.tolist(),
-            "points": [
-                {
-                    **asdict(point),
-                    "losses": [x if math.isfinite(x) else None for x in self.losses[i].tolist()],
-                }
-                for i, point in enumerate(self.points)
-            ],
-        }
+        return sealed(
+            KIND,
+            {
+                "model": asdict(self.model),
+                "text": self.text,
+                "n_tokens": self.n_tokens,
+                "stopping": None if self.stopping is None else asdict(self.stopping),
+                "baseline": self.baseline.tolist(),
+                "points": [
+                    {
+                        **asdict(point),
+                        "losses": [None if math.isnan(x) else x for x in self.losses[i].tolist()],
+                    }
+                    for i, point in enumerate(self.points)
+                ],
+            },
+        )
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file."""
@@ -283,28 +281,46 @@ class SurgeryCurve:
         """Read what ``save`` wrote.
 
         Raises:
-            FileFormatError: missing, truncated, or not a surgery file.
+            FileFormatError: missing, damaged, or not a surgery file.
         """
-        data = read_json(path)
-        try:
-            if data["format"] != FORMAT or data["kind"] != "surgery":
-                raise FileFormatError(f"{path} is not a gainlens surgery file")
-            points = [dict(p) for p in data["points"]]
-            losses = np.array([p.pop("losses") for p in points], dtype=np.float64)
-            baseline = np.array(data["baseline"], dtype=np.float64)
-            if losses.shape != (len(points), len(baseline)):
-                raise FileFormatError(f"{path}: points and documents do not match")
+        data = opened(read_json(path), KIND, str(path))
+        with checking(str(path), "surgery"):
+            CURVE(data, "file")
+            rows = [dict(p) for p in data["points"]]
+            losses = np.array([p.pop("losses") for p in rows], dtype=np.float64)
             return cls(
-                [Point(**p) for p in points],
-                losses,
-                baseline,
+                [Point(**p) for p in rows],
+                losses.reshape(len(rows), -1),
+                np.array(data["baseline"], dtype=np.float64),
                 ModelCard(**data["model"]),
                 data["text"],
                 data["n_tokens"],
-                _rule(data.get("stopping")),
+                _rule(data["stopping"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path} lacks or mislabels a field: {error}") from None
+
+
+def _check_losses(curve: SurgeryCurve) -> None:
+    """Every document has a loss of every point, but for those that a point did not need.
+
+    A document without one would drop out of the differences, and the verdict would be of the
+    others alone.
+    """
+    losses, n_documents = curve.losses, len(curve.baseline)
+    if losses.shape != (len(curve.points), n_documents) or not n_documents:
+        raise InputError(
+            f"losses have shape {losses.shape}: expected {len(curve.points)} points × "
+            f"{n_documents} documents"
+        )
+    if not np.isfinite(curve.baseline).all():
+        raise InputError("baseline: a loss of the intact model is NaN or infinite")
+    looks = () if curve.stopping is None else curve.stopping.looks
+    for index, row in enumerate(losses):
+        run = n_documents if not looks else int((~np.isnan(row)).sum())
+        if not np.isfinite(row[:run]).all() or (run < n_documents and run not in looks):
+            raise InputError(
+                f"losses of point {index} ({curve.points[index].order}, "
+                f"{curve.points[index].fraction:.0%} cut): a document has none, or an infinite one"
+            )
 
 
 def _rule(data: dict[str, Any] | None) -> StoppingRule | None:

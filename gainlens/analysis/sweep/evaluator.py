@@ -17,15 +17,16 @@ from jaxtyping import Float, Int
 
 from gainlens.ablation.cut import Cut
 from gainlens.ablation.key_mask import KeyMask
-from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.data.document_identity import text_fingerprint
 from gainlens.errors import InputError, SilentSiteError
-from gainlens.model.device import model_device
 from gainlens.model.fast_copy import Edit, FastCopy, build_fast_copy
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import cross_entropy, fast_losses, token_losses
 from gainlens.model.hooks import attached
+from gainlens.model.running import evaluating, held, model_device
+from gainlens.model.tokens import model_batches
 
 SAME_LOSS = 1e-4
 """Largest difference in a document's mean loss, in nats, between the two ways on a few tokens;
@@ -104,7 +105,7 @@ class Evaluator:
         Raises:
             InputError: no document, one under two tokens, ids outside the vocabulary.
         """
-        documents = list(batches(tokens, self.vocabulary, tokens_per_batch))
+        documents = list(model_batches(self.model, tokens, tokens_per_batch))
         text = text_fingerprint(documents)
         key = (text, tuple(len(batch) for batch in documents))
         return self._texts.setdefault(key, TextLosses(self, documents, text))
@@ -165,7 +166,7 @@ class Evaluator:
                 with self.fast_copy.edited(self._edit(batch, cut)):
                     hidden = self.fast_copy.hidden(batch.to(self.fast_copy.device))
                     return self.fast_copy.logits(hidden).float().cpu()
-            with self._hooked(batch, cut):
+            with held(self.model), evaluating(self.model), self._hooked(batch, cut):
                 found = self.model(batch.to(model_device(self.model)), return_type="logits")
                 return found.float().cpu()  # type: ignore[no-any-return]
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from gainlens.ablation.cut import Cut
 from gainlens.analysis.sweep.evaluator import Evaluator, TextLosses
 from gainlens.data.batches import Tokens
-from gainlens.data.document_identity import document_marks, text_fingerprint
-from gainlens.errors import InputError
+from gainlens.data.overlap import check_overlap, document_identities
 from gainlens.probes.gains import KeyGains, check_same_weights
-
-SHARED = 0.1
-"""Share of documents in common from which it is no accident. Two splits of one source may hold a
-few equal openings (licences, salutations); these are worth a warning."""
 
 
 def check_judge(
-    documents: Sequence[torch.Tensor], gains: KeyGains | None, cuts: Iterable[Cut] = ()
+    documents: Sequence[torch.Tensor],
+    gains: KeyGains | None,
+    cuts: Iterable[Cut] = (),
+    tokenizer: Any | None = None,
 ) -> None:
     """Refuse text that also went into the gains or into one of the cuts, or a good part of which.
 
@@ -28,37 +26,18 @@ def check_judge(
         documents: the text that judges, as batches ``[document, pos]`` or documents ``[pos]``.
         gains: that chose what is cut.
         cuts: further cuts; those made by hand know of no text.
+        tokenizer: the model's.
 
     Raises:
-        InputError: it is the same text, or two documents or more and above a tenth are the same.
-
-    Warns:
-        UserWarning: fewer are.
+        InputError: see ``gainlens.data.overlap.check_overlap``.
     """
     texts = set() if gains is None else set(gains.texts)
-    marks = set() if gains is None else set(gains.documents)
+    known = set() if gains is None else set(gains.documents)
     for cut in cuts:
-        more_texts, more_marks = cut.chosen_on()
+        more_texts, more_documents = cut.chosen_on()
         texts |= more_texts
-        marks |= more_marks
-    if text_fingerprint(documents) in texts:
-        raise InputError(
-            "tokens are the text that the gains were gathered on or a cut was made on: text that "
-            "chose a cut can't judge it (load_tokens(..., split='validation') gives other text)"
-        )
-    n_documents = sum(len(item) if item.ndim == 2 else 1 for item in documents)
-    shared = sum(mark in marks for mark in document_marks(documents))
-    if shared > max(1, SHARED * n_documents) or (shared and shared == n_documents):
-        raise InputError(
-            f"tokens: {shared} of {n_documents} documents are of the text that the gains were "
-            "gathered on or a cut was made on: text that chose a cut can't judge it "
-            "(load_tokens(..., split='validation') gives other documents)"
-        )
-    if shared:
-        warnings.warn(
-            f"{shared} of {n_documents} documents of tokens also chose the cut that they judge",
-            stacklevel=3,
-        )
+        known |= more_documents
+    check_overlap(documents, known, texts=texts, tokenizer=tokenizer)
 
 
 def text_that_judges(
@@ -77,7 +56,7 @@ def text_that_judges(
     """
     check_same_weights(gains.model, evaluator.fingerprint)
     text = evaluator.on(tokens)
-    check_judge(text.documents, gains, cuts)
+    check_judge(text.documents, gains, cuts, getattr(evaluator.model, "tokenizer", None))
     return text
 
 
@@ -88,9 +67,9 @@ def text_that_chooses(evaluator: Evaluator, tokens: Tokens, judge: TextLosses) -
         InputError: it shares documents with ``judge``.
     """
     text = evaluator.on(tokens)
-    marks = set(document_marks(text.documents)) & set(document_marks(judge.documents))
-    if text.text == judge.text or marks:
-        raise InputError(
-            "the text that chooses shares documents with the one that judges: expected others"
-        )
+    tokenizer = getattr(evaluator.model, "tokenizer", None)
+    known = document_identities(judge.documents, tokenizer)
+    check_overlap(
+        text.documents, known, texts=(judge.text,), tokenizer=tokenizer, did="is to judge"
+    )
     return text

@@ -8,8 +8,10 @@ how often it was started, so an interrupted sweep ends in the same bytes as an u
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,17 @@ import numpy as np
 from jaxtyping import Float
 
 from gainlens.errors import FileFormatError, InputError
-from gainlens.files import FORMAT, check_writable
+from gainlens.files import FORMAT, check_writable, locked
+from gainlens.files.content import as_json
+from gainlens.files.reading import check_regular, parse_json
+from gainlens.files.schema import listing, number
 
 KIND = "surgery-sweep"
+CHECK = "check"
 
 
 class SweepFile:
-    """Append-only record of a sweep.
+    """Append-only record of a sweep; a context, at whose end other processes may write it.
 
     Args:
         path: created where it does not exist.
@@ -34,30 +40,40 @@ class SweepFile:
 
     Raises:
         InputError: the file belongs to another sweep (the first field that differs is named), or
-            can't be written.
+            can't be written, or another process is writing it.
         FileFormatError: it is not a sweep file, or damaged elsewhere than in its last line.
     """
 
     def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
         self.path = Path(path)
-        self._header = json.loads(_line({"format": FORMAT, "kind": KIND, **header}))
+        self._header = json.loads(as_json({"format": FORMAT, "kind": KIND, **header}, "header"))
         check_writable(self.path.parent)
-        self.done: list[Float[np.ndarray, " document"]] = self._recover()
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.path))
+            self.done: list[Float[np.ndarray, " document"]] = self._recover()
+            self._lock = stack.pop_all()
+
+    def __enter__(self) -> SweepFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
     def _recover(self) -> list[Float[np.ndarray, " document"]]:
         if not self.path.exists():
             self._append(self._header)
             return []
+        check_regular(self.path)
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         lines = content[:whole].splitlines()
         parsed = []
-        for number, line in enumerate(lines, 1):
+        for place, line in enumerate(lines, 1):
             try:
-                parsed.append(json.loads(line))
-            except ValueError:
+                parsed.append(_unsealed(line))
+            except (FileFormatError, ValueError):
                 raise FileFormatError(
-                    f"{self.path} is damaged in line {number}; only its last line may be cut short"
+                    f"{self.path} is damaged in line {place}; only its last line may be cut short"
                 ) from None
         if parsed:
             self._check_header(parsed[0])
@@ -85,11 +101,10 @@ class SweepFile:
 
     def _losses(self, row: Any, index: int) -> Float[np.ndarray, " document"]:
         try:
-            if row["index"] != index:
-                raise ValueError(f"index {row['index']}, expected {index}")
+            if row.get("index") != index:
+                raise ValueError(f"index {row.get('index')}, expected {index}")
+            listing(number())(row["losses"], "losses")
             losses = np.array(row["losses"], dtype=np.float64)
-            if losses.ndim != 1 or not np.isfinite(losses).all():
-                raise ValueError("its losses are not a list of numbers")
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{self.path} is damaged in line {index + 2}: {error}") from None
         return losses
@@ -108,6 +123,7 @@ class SweepFile:
         for index, losses in enumerate(self.done):
             fits = len(losses) == n_documents or (index > 0 and len(losses) in looks)
             if not fits or index >= n_lines:
+                self._lock.close()
                 raise FileFormatError(
                     f"{self.path} is damaged in line {index + 2}: it holds {len(losses)} losses of "
                     f"point {index + 1}, expected {n_documents} of each of {n_lines} points"
@@ -129,7 +145,24 @@ class SweepFile:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n"
+    """A row as it stands in the file: JSON, its own checksum at the end."""
+    text = as_json(row, "losses", separators=(",", ":"))
+    return f'{text[:-1]},"{CHECK}":"{_digest(text)}"}}\n'
+
+
+def _unsealed(line: bytes) -> Any:
+    """What ``_line`` wrote, without its checksum; ``ValueError`` where that does not fit."""
+    row = parse_json(line, "line")
+    if not isinstance(row, dict):
+        raise ValueError("not a row")
+    check = row.pop(CHECK, None)
+    if check != _digest(json.dumps(row, separators=(",", ":"))):
+        raise ValueError("changed since it was written")
+    return row
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _short(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from gainlens.analysis.sweep.resume_file import SweepFile
 from gainlens.analysis.sweep.resume_header import sweep_header
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError
+from gainlens.model.hooks import check_intact
 from gainlens.probes.gains import KeyGains, check_same_weights
 from gainlens.stats.stopping import StoppingRule
+from gainlens.stats.verdicts import LEVEL
 
 
 def surgery(
@@ -41,7 +44,7 @@ def surgery(
     seeds: Sequence[int] = (0, 1, 2),
     cuts: Mapping[str, Cut] | None = None,
     stop_margin: float | None = None,
-    level: float = 0.95,
+    level: float = LEVEL,
     out: str | Path | None = None,
     fast: bool = True,
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -74,7 +77,7 @@ def surgery(
     Raises:
         InputError: gains of another model, a fraction outside 0..1 or cutting everything, text
             that also chose the cut, a loss that is not finite, a margin of zero or below, a file
-            of another sweep.
+            of another sweep, or one that another process is writing.
         FileFormatError: ``out`` is there and damaged.
     """
     get_mode(mode)
@@ -95,17 +98,19 @@ def surgery(
             unit,
             mode,
         )
+    check_intact(model, "surgery")
+    given = [(given_point(name, cut), cut) for name, cut in (cuts or {}).items()]
     evaluator = evaluator_of(model, evaluator or Evaluator(model, fast=fast))
     check_same_weights(gains.model, evaluator.fingerprint)
     text = evaluator.on(tokens, tokens_per_batch)
-    check_judge(text.documents, gains, (cuts or {}).values())
+    check_judge(text.documents, gains, [cut for _, cut in given], getattr(model, "tokenizer", None))
     todo: list[tuple[Point, Cut]] = []
     for point in points:
         mask = point.mask(gains)
         check_something_stays(mask, point.fraction)
         seed = point.seed or 0
         todo.append((point, mask.in_mode(mode, gains=gains, donors=text.documents, seed=seed)))
-    todo += [(given_point(name, cut), cut) for name, cut in (cuts or {}).items()]
+    todo += given
     if get_mode(mode).takes_donors:
         for batch in text.documents:
             donors_for(batch, text.documents)
@@ -119,9 +124,10 @@ def surgery(
         file = SweepFile(out, header)
         file.check_lengths(len(todo) + 1, sum(text.sizes), () if rule is None else rule.looks)
     losses: list[Float[np.ndarray, " document"]] = [] if file is None else list(file.done)
-    with tqdm(
+    bar = tqdm(
         total=len(todo) + 1, initial=len(losses), desc="surgery", unit="point", disable=not progress
-    ) as bar:
+    )
+    with file or nullcontext(), bar:
         for index in range(len(losses), len(todo) + 1):
             if index == 0:
                 found = text.intact

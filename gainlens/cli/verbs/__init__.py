@@ -1,6 +1,6 @@
 """The verbs of the command line: one module and one row each.
 
-A module has ``HELP``, ``OUT`` (the default of ``--out``), ``add_arguments(parser)`` and
+A module has ``HELP``, ``EXAMPLES`` (commands that run as they are), ``add_arguments(parser)`` and
 ``run(options) -> dict``; ``lines`` of the dict are printed, the whole of it with ``--json``.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from gainlens.cli.verbs import bench, probe, report, slim, surgery, train
+from gainlens.cli.verbs import bench, evaluate, generate, probe, report, slim, surgery, train
 from gainlens.cli.verbs import map as map_command
 
 COMMANDS: dict[str, ModuleType] = {
@@ -17,6 +17,8 @@ COMMANDS: dict[str, ModuleType] = {
     "map": map_command,
     "train": train,
     "slim": slim,
+    "generate": generate,
+    "evaluate": evaluate,
     "report": report,
     "bench": bench,
 }

@@ -10,29 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from gainlens.ablation import KeyMask, ablate
-from gainlens.cli.verbs.common import add_text_arguments, open_model, text
+from gainlens.cli.verbs.common import add, add_last, check_text, open_model, text, whole
 from gainlens.environment import environment
-from gainlens.errors import InputError
 from gainlens.files import check_writable, write_json
 from gainlens.model.forward import forward_layers
 from gainlens.probes import probe_gains
 
 HELP = "time the bare, the probed and the ablated forward pass in turns"
-OUT = "bench.json"
+EXAMPLES = ["gainlens bench --model smollm2 --repeats 5 --out bench.json"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments besides the common ones."""
-    add_text_arguments(parser, n_docs=4)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds; medians are reported (5)")
+    """The options of the verb."""
+    add(parser, "model", "text", n_docs=4, length=None)
+    parser.add_argument("--repeats", type=whole(1), default=5, help="rounds; medians are reported")
+    add_last(parser, "bench.json")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Time and write one JSON file; ratios are to the bare pass of the same round."""
     out = Path(options.out)
     check_writable(out.parent)
-    if options.repeats < 1:
-        raise InputError(f"--repeats {options.repeats}: expected at least 1")
+    check_text(options.text, calibration=options.n_docs)
     model = open_model(options)
     tokens = text(options, model, "calibration")
     # The first probe also finds the sites, which is done once per model and not per pass.

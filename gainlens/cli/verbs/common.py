@@ -1,53 +1,304 @@
-"""What several verbs share: loading, checks before hours of work."""
+"""What several verbs share: their options, what can be checked before a model loads, loading."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from gainlens.data.loading import Split
+from gainlens.ablation.key_mask import SCOPES
+from gainlens.ablation.modes import MODES
+from gainlens.data.sources import documents, is_stream
+from gainlens.data.splits import SPLITS, Document, Split
+from gainlens.data.texts import as_rows
 from gainlens.errors import InputError
 from gainlens.model import load_model, load_tokens
-from gainlens.probes import KeyGains, probe_gains
+from gainlens.model.context import LENGTH, context_of, default_length
+from gainlens.probes.gains import UNITS
+from gainlens.probes.scores import SCORES
+from gainlens.stats.verdicts import MARGIN
+
+COUNTED = 200_000_000
+"""Bytes of a user's own text up to which its documents are counted before a model loads."""
 
 
-def add_text_arguments(parser: argparse.ArgumentParser, *, n_docs: int) -> None:
-    """``--n-docs`` and ``--length``."""
-    parser.add_argument("--n-docs", type=int, default=n_docs, help=f"documents ({n_docs})")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each (256)")
+def whole(least: int) -> Callable[[str], int]:
+    """The type of a whole number of at least ``least``."""
+
+    def parse(value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(
+                f"{value}: expected a whole number of at least {least}"
+            )
+        return number
+
+    return parse
+
+
+def fraction(value: str) -> float:
+    """The type of a share that is cut: from 0 to below 1."""
+    try:
+        number = float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number from 0 to below 1") from None
+    if 0 <= number < 1:
+        return number
+    hint = f"; did you mean {number / 100:g}?" if 1 < number < 100 else ""
+    raise argparse.ArgumentTypeError(f"{value}: expected a share from 0 to below 1{hint}")
+
+
+def fractions(value: str) -> tuple[float, ...]:
+    """The type of several of them: ``0.25,0.5``."""
+    return tuple(fraction(part) for part in names(value))
+
+
+def nats(value: str) -> float:
+    """The type of a margin: a finite number above 0."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not (number > 0 and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"{value}: expected a number of nats above 0")
+    return number
+
+
+def not_negative(value: str) -> float:
+    """The type of a number of 0 or above."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not (number >= 0 and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"{value}: expected a number of 0 or above")
+    return number
+
+
+def several(known: Mapping[str, Any] | tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """The type of a list of names out of a table: ``rms,qk``."""
+
+    def parse(value: str) -> tuple[str, ...]:
+        found = names(value)
+        for name in found:
+            if name not in known:
+                near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}{hint}")
+        return found
+
+    return parse
+
+
+def names(value: str) -> tuple[str, ...]:
+    """The type of several names with commas between."""
+    found = tuple(part.strip() for part in value.split(",") if part.strip())
+    if not found:
+        raise argparse.ArgumentTypeError("is empty: expected one or several, with commas between")
+    return found
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {"default": "smollm2", "help": "smollm2, tiny, a Hugging Face id or a folder"},
+    "text": {"default": "sotu", "help": "sotu, stdlib, pydoc, a file or a folder"},
+    "n_docs": {"type": whole(1), "help": "documents of the text"},
+    "length": {
+        "type": whole(2),
+        "help": f"tokens of each document (default: {LENGTH}, or the model's context where that "
+        "is shorter)",
+    },
+    "gains": {"help": "a gains file (default: the calibration text is probed)"},
+    "fraction": {"type": fraction, "default": 0.5, "help": "share of key dimensions to cut"},
+    "fractions": {
+        "type": fractions,
+        "default": (0.25, 0.5, 0.6, 0.8),
+        "help": "shares of key dimensions to cut",
+    },
+    "score": {"choices": tuple(SCORES), "help": "which gain ranks the units"},
+    "scope": {"choices": SCOPES, "help": "over which dimensions the fraction is taken"},
+    "unit": {"choices": UNITS, "default": "pair", "help": "what is cut as one"},
+    "mode": {
+        "choices": tuple(name for name in MODES if name != "patch"),
+        "default": "zero",
+        "help": "what a cut dimension carries",
+    },
+    "refit_rounds": {"type": whole(0), "default": 2, "help": "of the least-squares refit; 0: none"},
+    "seeds": {"type": whole(1), "default": 3, "help": "how many random controls"},
+    "judge": {"type": whole(0), "help": "validation documents that judge"},
+    "margin": {"type": nats, "default": MARGIN, "help": "rise of the loss, in nats, that counts as "
+               "none"},
+    "seed": {"type": whole(0), "default": 0, "help": "of everything that is random"},
+    "device": {"default": "cpu", "help": "cpu, cuda, cuda:1, mps"},
+    "out": {"help": "where to write"},
+}  # fmt: skip
+"""Options that several verbs have: one meaning each, one default unless a verb gives its own."""
+
+
+def add(parser: argparse.ArgumentParser, *rows: str, **defaults: Any) -> None:
+    """Add rows of ``OPTIONS``.
+
+    Args:
+        parser: of a verb.
+        rows: their names.
+        defaults: further rows, each with the verb's own default.
+    """
+    for name in OPTIONS:  # in one order, whatever the verb
+        if name not in rows and name not in defaults:
+            continue
+        row = {**OPTIONS[name]}
+        if name in defaults:
+            row["default"] = defaults[name]
+        flags = [f"--{name.replace('_', '-')}"]
+        flags += {"fraction": ["--fractions"], "fractions": ["--fraction"]}.get(name, [])
+        parser.add_argument(*flags, dest=name, **row)
+
+
+def add_last(parser: argparse.ArgumentParser, out: str | None = None) -> None:
+    """``--seed``, ``--device``, ``--out`` (where something is written) and ``--json``."""
+    add(parser, "seed", "device")
+    if out is not None:
+        add(parser, out=out)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def shown(value: Any) -> str:
+    """An option's value as it is typed."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def next_line(options: argparse.Namespace, verb: str, **given: Any) -> str:
+    """``next: gainlens VERB …`` with everything that the user gave to this verb and that has it.
+
+    Args:
+        options: of this verb.
+        verb: that comes next.
+        given: values of its options by name; None leaves one out.
+    """
+    here = options.parsers[options.verb]
+    words = ["gainlens", verb]
+    for action in options.parsers[verb]._actions:
+        name = action.dest
+        value = given.get(name)
+        if name not in given and name not in ("out", "json"):
+            own = getattr(options, name, None)
+            value = None if own == here.get_default(name) else own
+        if value is None or value is False:
+            continue
+        if action.option_strings:
+            words.append(action.option_strings[0])
+        if value is not True:
+            words.append(shown(value))
+    return f"next: {shlex.join(words)}"
+
+
+def needs(package: str, why: str) -> None:
+    """Raise ``InputError`` where a package is missing that will be needed in the end."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{why} needs: pip install {package.replace('_', '-')}")
+
+
+def check_device(device: str) -> None:
+    """Raise ``InputError`` unless torch has ``device`` here."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InputError(f"--device {device!r} is not a device that torch knows") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: no CUDA device is available here")
+
+
+def check_text(name: str, **wanted: int) -> None:
+    """Refuse a text with too few documents before a model loads, where they are cheap to count.
+
+    Documents that are too short are found later, by tokenizing.
+
+    Args:
+        name: of the text, as for ``--text``.
+        wanted: documents of each split, by its name.
+
+    Raises:
+        InputError: no such text, or fewer documents in a split than wanted.
+    """
+    found = documents(name)
+    if is_stream(name):
+        return
+    if os.path.exists(name) and _bytes(Path(name)) > COUNTED:
+        return
+    digests: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for text in found:
+        document = Document.of(text)
+        if document.text:
+            digests[document.split].add(document.digest)
+    for split, number in wanted.items():
+        if len(digests[split]) < number:
+            raise InputError(
+                f"--text {name} has {len(digests[split])} documents in its {split} split "
+                f"({sum(map(len, digests.values()))} in all), {number} wanted: expected a smaller "
+                "--n-docs or --judge, or a text of more documents"
+            )
+
+
+def _bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in islice(files, 100_000) if file.is_file())
 
 
 def open_model(options: argparse.Namespace) -> Any:
     """Load the model on the device asked for."""
-    device = str(options.device)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: no CUDA device is available here")
-    try:
-        torch.device(device)
-    except RuntimeError:
-        raise InputError(f"--device {device!r} is not a device that torch knows") from None
-    return load_model(options.model, device=device)
+    check_device(options.device)
+    return load_model(options.model, device=options.device)
 
 
-def text(options: argparse.Namespace, model: Any, split: Split) -> torch.Tensor:
+def length_for(options: argparse.Namespace, model: Any) -> int:
+    """``--length``, by default 256 or the model's context where that is shorter.
+
+    Raises:
+        InputError: a length beyond the context.
+    """
+    if options.length is None:
+        return default_length(model)
+    length, context = int(options.length), context_of(model)
+    if context is not None and length > context:
+        raise InputError(f"--length {length} is beyond the model's context of {context} tokens")
+    return length
+
+
+def text(
+    options: argparse.Namespace, model: Any, split: Split, n_docs: int | None = None
+) -> torch.Tensor:
     """Tokens of one split of ``--text``."""
-    return load_tokens(
-        options.text, model, n_docs=options.n_docs, length=options.length, split=split
+    found = load_tokens(
+        options.text,
+        model,
+        n_docs=options.n_docs if n_docs is None else n_docs,
+        length=length_for(options, model),
+        split=split,
     )
+    return as_rows(found)
 
 
-def gains_of(options: argparse.Namespace, model: Any) -> KeyGains:
-    """Gains from ``--gains`` or probed on the calibration split."""
-    if getattr(options, "gains", None):
-        return KeyGains.load(options.gains)
-    return probe_gains(model, text(options, model, "calibration"))
-
-
-def fractions(value: str) -> tuple[float, ...]:
-    """Parse ``0.25,0.5``."""
+@contextmanager
+def resumable(part: Path) -> Iterator[None]:
+    """Say, where a run is stopped, that the same command goes on with what is in ``part``."""
     try:
-        return tuple(float(part) for part in value.split(",") if part.strip())
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a list of numbers") from None
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if part.exists():
+            sys.stderr.write(f"gainlens: the same command goes on from {part}\n")
+        raise

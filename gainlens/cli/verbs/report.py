@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from dataclasses import replace
 from typing import Any
 
-from gainlens.cli.verbs.common import add_text_arguments, fractions, open_model
+from gainlens.cli.verbs.common import (
+    add,
+    add_last,
+    check_text,
+    length_for,
+    next_line,
+    open_model,
+)
+from gainlens.model.context import LENGTH
 from gainlens.report.build import Plan, build_report, check_report_folder
 
 HELP = "probe, surgery and map of a model, as a folder with index.html"
-OUT = "report"
+EXAMPLES = ["gainlens report --model smollm2 --text sotu --out report"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments besides the common ones."""
-    add_text_arguments(parser, n_docs=16)
-    parser.add_argument("--fractions", type=fractions, default=(0.25, 0.5, 0.6, 0.8))
-    parser.add_argument("--score", default="qk", help="which gain ranks the units")
-    parser.add_argument("--seeds", type=int, default=3, help="how many random controls")
-    parser.add_argument(
-        "--refit-rounds",
-        type=int,
-        default=2,
-        help="rounds of the least-squares refit of the cut at 50%% (0: none)",
-    )
+    """The options of the verb."""
+    add(parser, "model", "text", "fractions", n_docs=16, length=None, score="qk")
+    add(parser, "seeds", "refit_rounds")
+    add_last(parser, "report")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -32,7 +35,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         model=options.model,
         text=options.text,
         n_docs=options.n_docs,
-        length=options.length,
+        length=options.length or LENGTH,
         fractions=options.fractions,
         score=options.score,
         seeds=tuple(range(options.seed, options.seed + options.seeds)),
@@ -42,11 +45,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     out = check_report_folder(options.out)
     plan.check()
-    import sys
-
+    check_text(options.text, calibration=options.n_docs, validation=options.n_docs)
+    model = open_model(options)
+    plan = replace(plan, length=length_for(options, model))
     sys.stderr.write("\n".join(plan.describe()) + "\n")
-    result = build_report(open_model(options), plan, out)
+    result = build_report(model, plan, out)
     lines = [
         f"{claim['status']:>9}  {claim['quote']}: {claim['number']}" for claim in result["claims"]
     ]
-    return {**result, "lines": [*lines, f"open {out / 'index.html'}"]}
+    lines += [f"open {out / 'index.html'}", next_line(options, "slim", score=None, n_docs=None)]
+    return {**result, "lines": lines}

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 
 from gainlens.ablation import best_cut, load_cut
-from gainlens.cli.verbs.common import add_text_arguments, open_model, text
+from gainlens.ablation.key_mask import Scope
+from gainlens.cli.verbs.common import (
+    add,
+    add_last,
+    check_text,
+    fraction,
+    needs,
+    next_line,
+    open_model,
+    text,
+)
 from gainlens.errors import InputError
 from gainlens.export import (
     ENGINES,
@@ -22,33 +30,37 @@ from gainlens.export import (
     export_model,
     slim,
 )
+from gainlens.export.judging import judge_slim
 from gainlens.export.plan import BASES
-from gainlens.export.recipe import mean_loss, refitted
+from gainlens.export.recipe import refitted
 from gainlens.export.sources import open_source
 from gainlens.export.speed_ledger import CONTEXTS, ledger, sizes
 from gainlens.export.writing import check_plan
 from gainlens.files import check_free, check_writable, write_json
-from gainlens.model import load_tokens
-from gainlens.model.loading import load_hf
+from gainlens.model.loading import check_name, load_hf, load_tokenizer
 from gainlens.model.zoo import smollm2
 from gainlens.probes import KeyGains
 from gainlens.training.folder import healed_from
 
-HELP = "write a physically smaller model, and what it saves"
-OUT = "slim"
+HELP = "write a physically smaller model, with what it costs and what it saves"
+EXAMPLES = [
+    "gainlens slim --model smollm2 --fraction 0.5 --out slim",
+    "gainlens slim --model smollm2 --fraction 0.5 --engine llama.cpp --precision q8_0 --out gguf",
+]
+PRECISIONS = tuple(dict.fromkeys(p for engine in ENGINES.values() for p in engine.precisions))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments besides the common ones."""
-    add_text_arguments(parser, n_docs=24)
-    parser.add_argument("--keep", type=float, default=0.5, help="share of key dimensions that stay")
+    """The options of the verb."""
+    add(parser, "model", "text", n_docs=24, length=None)
+    parser.add_argument("--plan", help="a plan file, in the place of --fraction and --scope")
+    parser.add_argument("--refit", help="a refit file, in the place of --plan")
+    add(parser, "gains", "fraction", score="fisher", scope=None)
     parser.add_argument(
-        "--values", type=float, help="share of value dimensions that stay (stock engines: as keys)"
+        "--value-fraction",
+        type=fraction,
+        help="share of value dimensions to cut (default: none; for a stock engine as of the keys)",
     )
-    parser.add_argument("--plan", help="a plan file, in the place of --keep, --values and --scope")
-    parser.add_argument("--gains", help="a gains file; without it the calibration text is probed")
-    parser.add_argument("--score", default="fisher", help="which gain ranks the units")
-    parser.add_argument("--scope", help="head, layer, model, universal (stock engines need that)")
     parser.add_argument(
         "--basis",
         default="own",
@@ -56,62 +68,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="canonical: keep the strongest singular directions of each head's query-key product "
         "(models without rotation, GPT-2), with no text, score or refit",
     )
+    add(parser, refit_rounds=None)
+    add(parser, "margin", judge=16)
     parser.add_argument(
-        "--refit-rounds",
-        type=int,
-        help="least-squares refit of what stays; 0: none (2, with --plan 0)",
+        "--engine", default="gainlens", choices=tuple(ENGINES), help="what will run the model"
     )
-    parser.add_argument("--refit", help="a refit file, in the place of --plan")
     parser.add_argument(
-        "--judge", type=int, default=8, help="validation documents whose loss is given (0: none)"
+        "--precision", choices=PRECISIONS, help="of the weights (default: f32); llama.cpp: no bf16"
     )
-    parser.add_argument("--engine", default="gainlens", help=", ".join(ENGINES))
-    parser.add_argument("--precision", help="f32, f16, bf16; for llama.cpp f32, f16, q8_0")
+    parser.add_argument(
+        "--tokenizer",
+        help="a folder; for llama.cpp a GGUF file of the original, whose vocabulary is copied "
+        "(default: the model's own)",
+    )
     parser.add_argument("--ledger", action="store_true", help="time it before and after as well")
+    add_last(parser, "slim")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Cut, write, check, count."""
+    """Cut, write, check, judge, count."""
     out = Path(options.out)
-    if options.engine not in ENGINES:
-        raise InputError(f"--engine {options.engine!r} is not one of {', '.join(ENGINES)}")
-    known = ENGINES[options.engine].precisions
-    if options.precision not in (None, *known):
-        raise InputError(
-            f"--precision {options.precision!r}: --engine {options.engine} writes "
-            f"{', '.join(known)}"
-        )
-    if options.plan and options.refit:
-        raise InputError("--plan and --refit both say what stays: expected one of them")
-    for name in ("keep", "values"):
-        share = getattr(options, name)
-        if share is not None and not 0 < share <= 1:
-            raise InputError(f"{name}={share!r}: expected a share above 0 and up to 1")
-    existed = _check_free(out)
+    original = _check(options, out)
     model = open_model(options)
     open_source(model)  # refuses before minutes of probing
-    judge = None
-    if options.judge:
-        judge = load_tokens(
-            options.text, model, n_docs=options.judge, length=options.length, split="validation"
-        )
+    tokenizer = _tokenizer(options, model)
+    ENGINES[options.engine].check_tokenizer(tokenizer, int(model.cfg.d_vocab))
+    judges = text(options, model, "validation", options.judge) if options.judge else None
     plan, tokens = _cut(options, model)
     thin = slim(model, plan, tokens)
-    export_model(
-        thin,
-        out,
-        options.engine,
-        precision=options.precision,
-        tokenizer=_tokenizer(options, model),
-    )
-    try:
-        replace(plan, maps=None).save(out / "slice_plan.json")
-    except InputError:
-        for entry in out.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        if not existed:
-            out.rmdir()
-        raise
+    export_model(thin, out, options.engine, precision=options.precision, tokenizer=tokenizer)
     full = slim(model, SlicePlan.identity(model))
     del model
     before, after = sizes(full), sizes(thin)
@@ -122,62 +107,57 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "refit": None if plan.maps is None else dict(plan.maps.facts),
         "full": vars(before),
         "slim": vars(after),
+        "vocabulary": tokenizer is not None,
     }
-    keys, values_before = before.key_bytes, before.value_bytes
+    keys, values = before.key_bytes, before.value_bytes
     lines = [
         f"{out}: {plan!r}{', refitted,' if plan.maps else ''} for {options.engine}, logits within "
         f"{thin.gainlens_parity.difference:.1e} of the masked original's",
         f"parameters {before.parameters:,} -> {after.parameters:,}; cache per token "
-        f"{keys + values_before:,} -> {after.key_bytes + after.value_bytes:,} bytes "
+        f"{keys + values:,} -> {after.key_bytes + after.value_bytes:,} bytes "
         f"(keys {keys:,} -> {after.key_bytes:,})",
     ]
-    if judge is not None:
-        losses, whose = _losses(options.model, full, thin, judge)
-        result["validation_loss"] = losses
-        lines.append(
-            f"loss {losses['full']:.3f}{whose} -> {losses['slim']:.3f} nats per token "
-            f"({losses['slim'] - losses['full']:+.3f}) on {len(judge)} validation documents"
-        )
+    if judges is not None:
+        # A healed model's own loss at full width says nothing: its cut units are as they were,
+        # among weights that have learned to do without them.
+        intact = full if original is None else load_hf(original, device=options.device)
+        trained = original is not None
+        verdict = judge_slim(thin, intact, judges, options.margin, trained=trained)
+        result |= {"verdict": verdict.to_json(), "intact": original or options.model}
+        low, high = verdict.interval
+        lines += [
+            f"loss {verdict.estimate:+.4f} nats [{low:+.4f}, {high:+.4f}] over the intact "
+            f"{result['intact']}, on {len(judges)} validation documents",
+            repr(verdict),
+        ]
     if options.ledger:
         found = ledger(full, thin, baseline=load_hf(options.model), contexts=CONTEXTS)
         where = out.parent / f"{out.name}.ledger.json"
         write_json(where, found)
         result["ledger"] = found
-        for row in found["contexts"]:
-            lines.append(
-                f"{row['context']:>7,} tokens: decode x{row['decode_ratio']:.2f} (predicted "
-                f"x{row['predicted']['decode_ratio']:.2f}; x"
-                f"{row['decode_ratio_to_best_transformers']:.2f} of {row['best_transformers']}), "
-                f"prefill x{row['prefill_ratio']:.2f}"
+        lines += [*map(_speed, found["contexts"]), found["twice_as_fast"]["verdict"]]
+        lines.append(f"{where}: the ledger")
+    if tokenizer is None:
+        more = " (a GGUF file of the original)" if options.engine == "llama.cpp" else ""
+        lines.append(f"warning: no vocabulary was written; --tokenizer{more} says where one is")
+    elif options.engine != "llama.cpp":
+        lines.append(
+            next_line(
+                options, "generate", folder=out, prompt="The state of the union is", seed=None
             )
-        lines += [found["twice_as_fast"]["verdict"], f"{where}: the ledger"]
+        )
     return {**result, "lines": lines}
 
 
-def _losses(
-    name: str, full: Any, thin: Any, judge: Int[torch.Tensor, "document pos"]
-) -> tuple[dict[str, Any], str]:
-    """Before and after the cut. A healed model is compared with the one that it was healed from.
-
-    Its own loss at full width says nothing: healing left the cut units as they were, among
-    weights that have learned to do without them.
-    """
-    losses: dict[str, Any] = {"documents": len(judge)}
-    original = healed_from(name)
-    if original is None:
-        losses["full"] = mean_loss(full, judge)
-    else:
-        intact = load_hf(original)
-        losses["full"], losses["full_model"] = mean_loss(intact, judge), original
-    losses["slim"] = mean_loss(thin, judge)
-    return losses, "" if original is None else f" (intact {original})"
-
-
 def _cut(options: argparse.Namespace, model: Any) -> tuple[SlicePlan, torch.Tensor | None]:
-    """The plan and the calibration text, as the options say."""
-    rounds = options.refit_rounds
+    """The plan and the calibration text, as the options say.
+
+    An engine refuses a plan before it is refitted.
+    """
+    given, rounds = options.value_fraction, options.refit_rounds
+    values = None if given is None else 1 - given
     if options.refit:
-        plan = SlicePlan.from_cut(load_cut(options.refit), values=options.values)
+        plan = SlicePlan.from_cut(load_cut(options.refit), values=values)
         _check_plan(options, model, plan)
         return plan, text(options, model, "calibration") if plan.value_widths else None
     if options.plan:
@@ -185,26 +165,63 @@ def _cut(options: argparse.Namespace, model: Any) -> tuple[SlicePlan, torch.Tens
         _check_plan(options, model, plan)
         tokens = text(options, model, "calibration") if plan.value_widths or rounds else None
         return refitted(model, tokens, plan, rounds=rounds or 0), tokens
-    own = options.engine == "gainlens"
-    values = options.values if options.values is not None or own else options.keep
-    scope: Any = options.scope or ("head" if own else "universal")
+    stock = options.engine != "gainlens"
+    scope: Scope = options.scope or ("universal" if stock else "layer")
+    if values is None and not ENGINES[options.engine].wide_values:
+        values = 1 - options.fraction
     if options.basis == "canonical":
-        plan = canonical_plan(model, options.keep, scope).with_values(values)
+        plan = canonical_plan(model, options.fraction, scope).with_values(values)
         _check_plan(options, model, plan)
         return plan, text(options, model, "calibration") if values else None
     tokens = text(options, model, "calibration")
+    gains = KeyGains.load(options.gains) if options.gains else None
     cut = best_cut(
-        model,
-        tokens,
-        1 - options.keep,
-        scope,
-        score=options.score,
-        gains=KeyGains.load(options.gains) if options.gains else None,
-        rounds=0,
+        model, tokens, options.fraction, scope, score=options.score, gains=gains, rounds=0
     )
     plan = SlicePlan.from_cut(cut, values=values)
     _check_plan(options, model, plan)
     return refitted(model, tokens, plan, rounds=2 if rounds is None else rounds), tokens
+
+
+def _check(options: argparse.Namespace, out: Path) -> str | None:
+    """What can be known before a model loads; the model that this one was healed from."""
+    known = ENGINES[options.engine].precisions
+    if options.precision not in (None, *known):
+        raise InputError(
+            f"--precision {options.precision}: --engine {options.engine} writes {', '.join(known)}"
+        )
+    if options.engine == "llama.cpp":
+        needs("gguf", "--engine llama.cpp")
+    if options.plan and options.refit:
+        raise InputError("--plan and --refit both say what stays: expected one of them")
+    if options.judge == 1:
+        raise InputError("--judge 1: a verdict needs at least 2 documents (0: none)")
+    for name, load in (
+        ("plan", SlicePlan.load),
+        ("refit", load_cut),
+        ("gains", KeyGains.load),
+    ):
+        if getattr(options, name):
+            load(getattr(options, name))
+    chosen = options.plan or options.refit or options.basis == "canonical"
+    calibration = 0 if chosen else options.n_docs
+    if calibration or options.judge:
+        check_text(options.text, calibration=calibration, validation=options.judge)
+    check_free(out, "--out")
+    there = out.absolute()
+    while not there.exists():  # nothing is made before there is something to put in it
+        there = there.parent
+    check_writable(there)
+    original = healed_from(options.model) if options.judge else None
+    if original is not None:
+        try:
+            check_name(original)
+        except InputError as error:
+            raise InputError(
+                f"--model {options.model} was healed from another, whose loss the cut is compared "
+                f"with: {error} (--judge 0 goes without)"
+            ) from None
+    return original
 
 
 def _check_plan(options: argparse.Namespace, model: Any, plan: SlicePlan) -> None:
@@ -214,18 +231,8 @@ def _check_plan(options: argparse.Namespace, model: Any, plan: SlicePlan) -> Non
     except EngineLimitError as error:
         if error.nearest is None:
             raise
-        keep = f"--scope universal --keep {error.nearest.fraction_kept:g}"
-        raise EngineLimitError(f"{error} (here: {keep})", error.nearest) from None
-
-
-def _check_free(out: Path) -> bool:
-    """Whether the folder exists; raises unless it is empty and writable, or can be made."""
-    check_free(out, "--out")
-    there = out.absolute()
-    while not there.exists():  # nothing is made before there is something to put in it
-        there = there.parent
-    check_writable(there)
-    return there == out.absolute()
+        near = f"--scope universal --fraction {1 - error.nearest.fraction_kept:g}"
+        raise EngineLimitError(f"{error} (here: {near})", error.nearest) from None
 
 
 def _own_plan(file: str, model: str) -> SlicePlan:
@@ -242,5 +249,16 @@ def _own_plan(file: str, model: str) -> SlicePlan:
 def _tokenizer(options: argparse.Namespace, model: Any) -> Any | None:
     """What the engine's checkpoint takes its vocabulary from."""
     if options.engine == "llama.cpp":
-        return smollm2.packaged_gguf() if options.model == "smollm2" else None
+        packaged = smollm2.packaged_gguf() if options.model == "smollm2" else None
+        return options.tokenizer or packaged
+    if options.tokenizer:
+        return load_tokenizer(options.tokenizer)
     return getattr(model, "tokenizer", None)
+
+
+def _speed(row: dict[str, Any]) -> str:
+    return (
+        f"{row['context']:>7,} tokens: decode x{row['decode_ratio']:.2f} (predicted "
+        f"x{row['predicted']['decode_ratio']:.2f}; x{row['decode_ratio_to_best_transformers']:.2f} "
+        f"of {row['best_transformers']}), prefill x{row['prefill_ratio']:.2f}"
+    )

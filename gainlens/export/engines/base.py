@@ -32,9 +32,13 @@ class Engine(ABC):
     Attributes:
         name: how ``export_model`` and the command line ask for it.
         precisions: what weights can be written as, the default first.
+        wide_values: whether value heads may be wider than key heads.
+        reads_gguf: whether its vocabulary comes from a GGUF file, not from a tokenizer.
     """
 
     name: str
+    wide_values: bool = True
+    reads_gguf: bool = False
     precisions: tuple[str, ...] = ("f32", "f16", "bf16")
 
     @abstractmethod
@@ -44,8 +48,12 @@ class Engine(ABC):
         Only ``slim.config`` is looked at, so that a plan can be refused before a model is cut.
         """
 
-    def check_tokenizer(self, tokenizer: Any | None, vocabulary: int) -> None:
-        """Raise ``InputError`` unless ``write`` can take it; ``vocabulary`` is the model's."""
+    def notes(self, slim: Any) -> tuple[str, ...]:
+        """Limits of the engine that a model which passed ``check`` meets, a line each."""
+        return ()
+
+    def check_tokenizer(self, tokenizer: Any | None, n_tokens: int) -> None:
+        """Raise ``InputError`` unless ``write`` can take it; ``n_tokens`` are the model's."""
         if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
             raise InputError(
                 f"tokenizer={tokenizer!r}: engine={self.name!r} expects a transformers tokenizer "

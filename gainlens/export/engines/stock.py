@@ -1,28 +1,34 @@
-"""A plain ``LlamaForCausalLM`` checkpoint, with no code of gainlens: for transformers and vLLM.
+"""Checkpoints without code of gainlens, for transformers and vLLM.
 
-Such a checkpoint has one head size and one set of rotary frequencies for all layers and heads,
-and values as wide as keys. Any shared subset of rotary pairs fits: the kept frequencies go into
-``longrope`` factors, and the softmax scale of the full head into the query projection.
+Stock classes have one head size and one set of rotary frequencies for all layers and heads. Any
+shared subset of rotary pairs fits: the kept frequencies go into ``longrope`` factors, and the
+softmax scale of the full head into the query projection. Values as wide as keys make a plain
+``LlamaForCausalLM``; any other width goes into a class with a value width of its own,
+``MiMoV2FlashForCausalLM`` with dense layers and full attention.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float
 
 from gainlens.export.engines.base import Engine, EngineLimitError
 from gainlens.export.engines.own import save
 from gainlens.export.modeling import family_of, plan_of
 from gainlens.export.plan import SlicePlan
+from gainlens.files import write_json
 
-VLLM_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+VLLM_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 SILU = ("silu", "swish")
 """Two names of one function; vLLM knows the first alone."""
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+THIN_KEYS = "MiMoV2FlashForCausalLM"
 
 
 class TransformersEngine(Engine):
@@ -35,22 +41,45 @@ class TransformersEngine(Engine):
     """Whether its Llama knows one activation alone."""
 
     def check(self, slim: Any) -> None:
-        """Raise ``EngineLimitError`` unless the model fits a stock Llama."""
-        check_stock(slim, self.name, self.heads, self.silu_only)
+        """Raise ``EngineLimitError`` unless the model fits a stock class."""
+        check_stock(slim, self.name, self.heads, self.silu_only, self.wide_values)
+        if not values_as_keys(slim.config):
+            check_plain(slim, self.name, THIN_KEYS, "o")
+            if not hasattr(transformers, THIN_KEYS):
+                raise EngineLimitError(
+                    f"engine={self.name!r} keeps values wider than keys in {THIN_KEYS}, which "
+                    f"transformers {transformers.__version__} does not have: install a later one",
+                    _narrow(slim.config),
+                )
+
+    def notes(self, slim: Any) -> tuple[str, ...]:
+        """What the container of thin keys can't do."""
+        if values_as_keys(slim.config):
+            return ()
+        return (
+            f"values wider than keys are kept as {THIN_KEYS}: transformers 5 alone loads it "
+            "(neither transformers 4 nor vLLM), with eager attention unless attn_implementation "
+            "names a registered one, such as 'gainlens_sliced' after import gainlens",
+        )
 
     def write(self, slim: Any, folder: Path, precision: str, tokenizer: Any | None) -> None:
         """``config.json``, ``model.safetensors`` and the tokenizer's files."""
-        save(stock_llama(slim), folder, precision, tokenizer)
+        stock = stock_llama(slim) if values_as_keys(slim.config) else thin_key_model(slim)
+        save(stock, folder, precision, tokenizer)
+        if values_as_keys(slim.config):
+            _for_transformers_4(folder / "config.json")
 
     def query_fold(self, slim: Any) -> float:
         """The softmax scale of the full head."""
         return query_fold(slim)
 
     def read_back(self, folder: Path) -> Any:
-        """Through transformers' own Llama."""
-        from transformers import LlamaForCausalLM
+        """Through the stock class that the files name."""
+        from transformers import AutoModelForCausalLM
 
-        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
 
 
 class VllmEngine(TransformersEngine):
@@ -63,19 +92,42 @@ class VllmEngine(TransformersEngine):
     name = "vllm"
     heads = VLLM_CPU_HEADS
     silu_only = True
+    wide_values = False
+
+    def notes(self, slim: Any) -> tuple[str, ...]:
+        """Nothing: the head sizes are checked."""
+        return ()
+
+
+def values_as_keys(config: Any) -> bool:
+    """Whether all value heads are as wide as the key heads."""
+    plan = plan_of(config)
+    width = plan.key_widths(family_of(config).rotary_dim(config))[0]
+    return set(plan.value_widths or (plan.shape[2],)) == {width}
 
 
 def check_stock(
-    slim: Any, engine: str, heads: tuple[int, ...] | None, silu_only: bool = False
+    slim: Any,
+    engine: str,
+    heads: tuple[int, ...] | None,
+    silu_only: bool = False,
+    wide_values: bool = False,
 ) -> None:
-    """Raise ``EngineLimitError``, saying which limit and the nearest plan that fits."""
+    """Raise ``EngineLimitError``, saying which limit and the nearest plan that fits.
+
+    Args:
+        slim: with the ``config`` of a slim model.
+        engine: what messages call it.
+        heads: sizes of heads that it takes, or None for any even one.
+        silu_only: whether it runs one activation, whatever the checkpoint says.
+        wide_values: whether values may have another width than keys.
+    """
     family, config, plan = family_of(slim.config), slim.config, plan_of(slim.config)
     if not family.llama:
         raise EngineLimitError(
             f"engine={engine!r} needs a model that stock LlamaForCausalLM expresses; "
             f"{family.model_class} is not one (engine='gainlens' takes it)"
         )
-    window = family.window(config, 0)
     if any(
         (window := family.window(config, layer)) is not None
         and window < config.max_position_embeddings
@@ -102,17 +154,20 @@ def check_stock(
     sizes = [s for s in heads or range(2, d_head + 1, 2) if s <= d_head]
     # Rather too wide than too narrow: a wider head keeps all that the plan keeps.
     best = min((s for s in sizes if s >= mean - 1e-6), default=max(sizes, default=0))
-    nearest = plan.nearest_shared(rotary_dim, best).with_values(best) if best else None
-    hint = (
-        f"; the nearest plan that fits is plan.nearest_shared({rotary_dim}, {best})"
-        f".with_values({best})"
-        if best
-        else f"; no width up to {d_head} fits"
-    )
+    values = set(plan.value_widths or (d_head,))
+    kept_values = wide_values and len(values) == 1
+    nearest, hint = None, f"; no width up to {d_head} fits"
+    if best:
+        nearest = plan.nearest_shared(rotary_dim, best)
+        call = f"plan.nearest_shared({rotary_dim}, {best})"
+        if not kept_values:
+            nearest, call = nearest.with_values(best), f"{call}.with_values({best})"
+        hint = f"; the nearest plan that fits is {call}"
     if not plan.shared:
         raise EngineLimitError(
             f"engine={engine!r} has one set of rotary pairs for all layers and heads: this plan's "
-            f"heads keep different ones{hint}",
+            "heads keep different ones, which engine='gainlens' takes; for one set choose the cut "
+            f"with scope='universal'{hint}",
             nearest,
         )
     width = plan.key_widths(rotary_dim)[0]
@@ -122,13 +177,40 @@ def check_stock(
             f"plan keeps {width}{hint}",
             nearest,
         )
-    values = set(plan.value_widths or (d_head,))
-    if values != {width}:
+    if values != {width} and not kept_values:
+        wanted = "values of one width in all layers" if wide_values else "values as wide as keys"
         raise EngineLimitError(
-            f"engine={engine!r} has values as wide as keys: this plan keeps {width} key and "
+            f"engine={engine!r} has {wanted}: this plan keeps {width} key and "
             f"{', '.join(map(str, sorted(values)))} value dimensions{hint}",
             nearest,
         )
+
+
+def check_plain(slim: Any, engine: str, container: str, biases: str) -> None:
+    """Raise ``EngineLimitError`` where a container for thin keys has no place for a bias.
+
+    Args:
+        slim: with the ``config`` of a slim model.
+        engine, container: what the message calls them.
+        biases: of ``q``, ``k``, ``v`` and ``o``, those that the container lacks.
+    """
+    found = [f"{n}_proj" for n in biases if n in slim.config.gainlens["biases"]]
+    found += ["mlp"] if getattr(slim.config, "mlp_bias", False) else []
+    if found:
+        plan = _narrow(slim.config)
+        assert plan.value_widths is not None
+        raise EngineLimitError(
+            f"engine={engine!r} keeps values wider than keys in {container}, which has no bias on "
+            f"{', '.join(found)}: this model has; with values as wide as keys it fits a stock "
+            f"Llama: plan.with_values({plan.value_widths[0]})",
+            plan,
+        )
+
+
+def _narrow(config: Any) -> SlicePlan:
+    """The same plan with values as wide as keys."""
+    plan = plan_of(config)
+    return plan.with_values(plan.key_widths(family_of(config).rotary_dim(config))[0])
 
 
 def longrope_factors(slim: Any) -> tuple[float, list[float]]:
@@ -161,56 +243,77 @@ def query_fold(slim: Any) -> float:
     return float(first.scaling) * math.sqrt(first.head_dim) * turn_scale**2
 
 
+def folded_state(slim: Any) -> dict[str, Float[torch.Tensor, "..."]]:
+    """A slim model's weights in float32 on the CPU, the softmax scale in the queries."""
+    fold = query_fold(slim)
+    return {
+        name: tensor.detach().float().cpu() * (fold if ".self_attn.q_proj." in name else 1.0)
+        for name, tensor in slim.state_dict().items()
+        if not name.endswith("rope_index")
+    }
+
+
 def stock_llama(slim: Any) -> Any:
     """The slim model as a ``LlamaForCausalLM`` in float32 on the CPU; see ``check_stock``."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = slim.config
-    first = slim.model.layers[0].self_attn
-    width = int(first.head_dim)
     theta, factors = longrope_factors(slim)
-    length = int(config.max_position_embeddings)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if any(abs(f - 1) > 1e-6 for f in factors):  # beyond float32 rounding
-        # Both positions equal: vLLM would derive an attention factor from their ratio.
-        rope = {
-            "rope_type": "longrope",
-            "rope_theta": theta,
-            "factor": 1.0,
-            "attention_factor": 1.0,
-            "short_factor": factors,
-            "long_factor": factors,
-            "original_max_position_embeddings": length,
-        }
-    biased = bool(config.gainlens["biases"])
-    stock_config = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=width,
-        hidden_act="silu" if config.hidden_act in SILU else config.hidden_act,
-        max_position_embeddings=length,
-        rms_norm_eps=config.rms_norm_eps,
-        attention_bias=biased,
-        mlp_bias=bool(getattr(config, "mlp_bias", False)),
-        tie_word_embeddings=config.tie_word_embeddings,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
+        rope = _longrope(slim.config, theta, factors)
+    stock_config = transformers.LlamaConfig(
+        **_common(slim),
+        mlp_bias=bool(getattr(slim.config, "mlp_bias", False)),
         rope_parameters=rope,
     )
-    stock = LlamaForCausalLM(stock_config).eval()
-    fold = query_fold(slim)
-    state: dict[str, Float[torch.Tensor, "..."]] = {}
-    for name, tensor in slim.state_dict().items():
-        if name.endswith("rope_index"):
-            continue
-        state[name] = tensor.detach().float().cpu()
-        if ".self_attn.q_proj." in name:
-            state[name] = state[name] * fold
+    return _filled(transformers.LlamaForCausalLM(stock_config), slim)
+
+
+def thin_key_model(slim: Any) -> Any:
+    """The slim model as a ``MiMoV2FlashForCausalLM``, whose values have a width of their own."""
+    theta, factors = longrope_factors(slim)
+    n_layers = int(slim.config.num_hidden_layers)
+    config = transformers.MiMoV2FlashConfig(
+        **_common(slim),
+        v_head_dim=int(slim.model.layers[0].self_attn.value_dim),
+        layer_types=["full_attention"] * n_layers,
+        mlp_layer_types=["dense"] * n_layers,
+        attention_value_scale=None,
+        rope_parameters={"full_attention": _longrope(slim.config, theta, factors)},
+    )
+    return _filled(transformers.MiMoV2FlashForCausalLM(config), slim)
+
+
+def _common(slim: Any) -> dict[str, Any]:
+    """Settings of both stock classes."""
+    config = slim.config
+    same = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
+        "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+    )  # fmt: skip
+    return {
+        **{name: getattr(config, name) for name in same},
+        "head_dim": int(slim.model.layers[0].self_attn.head_dim),
+        "hidden_act": "silu" if config.hidden_act in SILU else config.hidden_act,
+        "attention_bias": bool(config.gainlens["biases"]),
+    }
+
+
+def _longrope(config: Any, theta: float, factors: list[float]) -> dict[str, Any]:
+    # Both positions equal: vLLM would derive an attention factor from their ratio.
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "short_factor": factors,
+        "long_factor": factors,
+        "original_max_position_embeddings": int(config.max_position_embeddings),
+    }
+
+
+def _filled(stock: Any, slim: Any) -> Any:
+    """``stock`` with the slim model's weights and generation settings; missing biases are zero."""
+    state = folded_state(slim)
     for name, tensor in stock.state_dict().items():
         if name.endswith("_proj.bias") and name not in state:
             state[name] = torch.zeros_like(tensor)
@@ -218,4 +321,15 @@ def stock_llama(slim: Any) -> Any:
     stock.generation_config = type(slim.generation_config).from_dict(
         slim.generation_config.to_dict()
     )
-    return stock
+    return stock.eval()
+
+
+def _for_transformers_4(file: Path) -> None:
+    """Say the rotary frequencies in transformers 4's words too: it ignores ``rope_parameters``."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    rope = dict(config["rope_parameters"])
+    config["rope_theta"] = rope.pop("rope_theta")
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = rope
+        config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    write_json(file, config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from gainlens.errors import InputError
+from gainlens.export.adapters import check_no_adapters, without_adapters
 from gainlens.export.sources.base import Source
 
 __all__ = ["Source", "open_source"]
@@ -18,7 +19,8 @@ def open_source(model: Any) -> Source:
 
     Raises:
         InputError: neither of them.
-        UnsupportedModelError: a family, or an option of one, that can't be made slim.
+        UnsupportedModelError: a family, or an option of one, that can't be made slim; adapters
+            that can't be merged.
     """
     from gainlens.export.sources.bridge import BridgeSource
     from gainlens.export.sources.hooked import HookedSource
@@ -26,9 +28,10 @@ def open_source(model: Any) -> Source:
 
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     if hasattr(model, "hook_dict") and hasattr(model, "blocks"):
+        check_no_adapters(model, "made slim as a TransformerBridge")
         return BridgeSource(model) if hasattr(model, "original_model") else HookedSource(model)
     if hasattr(model, "get_input_embeddings") and hasattr(model, "config"):
-        return HuggingFaceSource(model)
+        return HuggingFaceSource(without_adapters(model))
     raise InputError(
         f"model={type(model).__name__}: expected a TransformerBridge, a HookedTransformer or a "
         "transformers model (gainlens.load_model makes one)"

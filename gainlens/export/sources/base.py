@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,8 +13,9 @@ from jaxtyping import Float, Int, Shaped
 
 from gainlens.errors import UnsupportedModelError
 from gainlens.export.families import FAMILIES, SlimFamily
-from gainlens.export.weights import AttentionWeights
+from gainlens.model.attention_weights import AttentionWeights
 from gainlens.model.fingerprint import model_fingerprint
+from gainlens.model.running import model_device
 
 KeyMap = Float[torch.Tensor, "layer kv_head d_head d_head"]
 """What a key is multiplied by from the right, per head: a diagonal of 0 and 1, or a projection."""
@@ -90,8 +90,7 @@ class Source(ABC):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        first: torch.Tensor = next(self.model.parameters())
-        return first.device
+        return model_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,18 +127,3 @@ def _no_numbers(parameter: Shaped[torch.Tensor, "..."]) -> str | None:
     if not parameter.is_floating_point():
         return f"its weights are quantised ({parameter.dtype}): load it in a floating point type"
     return None
-
-
-@contextmanager
-def in_eval_mode(model: Any) -> Iterator[None]:
-    """Without dropout; afterwards every module is in the mode that it was in."""
-    inside = getattr(model, "original_model", None)  # a bridge does not list it among its modules
-    parts = [model] if inside is None else [model, inside]
-    modes = [(module, module.training) for part in parts for module in part.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -17,7 +17,8 @@ from transformers.activations import ACT2FN
 from gainlens.errors import UnsupportedModelError
 from gainlens.export.families import FAMILIES
 from gainlens.export.sources.lens import LensSource
-from gainlens.export.weights import AttentionWeights
+from gainlens.model.attention_layouts import lens_weights
+from gainlens.model.attention_weights import AttentionWeights
 
 Getter = Callable[[Any, int], torch.Tensor]
 """A tensor of a HookedTransformer, given the model and a layer number."""
@@ -150,7 +151,7 @@ class HookedSource(LensSource):
     def attention(self, layer: int) -> AttentionWeights:
         """See ``Source``."""
         part = self.model.blocks[layer].attn
-        q, k, v = (_ungrouped(part, f"W_{n}").transpose(1, 2) for n in "QKV")
+        q, k, v = lens_weights(part)
         biases = {f"{n.lower()}_bias": _bias(part, n) if self._biased[n] else None for n in "QKVO"}
         norms = {}
         if self.family.norm:

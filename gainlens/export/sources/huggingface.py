@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from gainlens.errors import UnsupportedModelError
 from gainlens.export.families import KeySite
 from gainlens.export.slot_rotation import turned_by
-from gainlens.export.sources.base import Flows, ProjectionMaps, Source, ValueMap, in_eval_mode
-from gainlens.export.weights import AttentionWeights
+from gainlens.export.sources.base import Flows, ProjectionMaps, Source, ValueMap
+from gainlens.model.attention_weights import AttentionWeights
+from gainlens.model.running import evaluating
 from gainlens.model.wrapping import architecture_of
 
 
@@ -36,7 +37,7 @@ class HuggingFaceSource(Source):
         """See ``Source``."""
         module = self.model.get_submodule(self.family.attention.format(layer))
         tensors = {name: p.detach() for name, p in module.named_parameters()}
-        return self.family.read(tensors, self.config)
+        return self.family.layout.read(tensors, self.config)
 
     def others(self, wanted: list[str]) -> Iterator[tuple[str, Float[torch.Tensor, "..."]]]:
         """See ``Source``."""
@@ -86,7 +87,7 @@ class HuggingFaceSource(Source):
     def _masked(
         self, stack: ExitStack, cut: ProjectionMaps | None, values: ValueMap | None
     ) -> None:
-        stack.enter_context(in_eval_mode(self.model))
+        stack.enter_context(evaluating(self.model))
         for layer in range(self.n_layers):
             module = self._attention_module(layer)
             for kind, maps in () if cut is None else (("k", cut.keys), ("q", cut.queries)):

@@ -10,9 +10,10 @@ from jaxtyping import Float, Int
 
 from gainlens.ablation import KeyMask, ablation_hooks
 from gainlens.export.slot_rotation import turned_by
-from gainlens.export.sources.base import Flows, ProjectionMaps, Source, ValueMap, in_eval_mode
+from gainlens.export.sources.base import Flows, ProjectionMaps, Source, ValueMap
 from gainlens.export.sources.huggingface import at_least_float, second_moment
 from gainlens.model.hooks import Hook, attached
+from gainlens.model.running import evaluating
 
 
 class LensSource(Source):
@@ -25,7 +26,7 @@ class LensSource(Source):
         values: ValueMap | None = None,
     ) -> Float[torch.Tensor, "document pos vocab"]:
         """See ``Source``."""
-        with torch.no_grad(), in_eval_mode(self.model):
+        with torch.no_grad(), evaluating(self.model):
             hooks = self._cut_hooks(cut)
             for layer in range(self.n_layers if values is not None else 0):
                 assert values is not None
@@ -44,7 +45,7 @@ class LensSource(Source):
         def record(z: torch.Tensor, hook: Any, *, layer: int) -> None:
             sums[layer] += second_moment(z.flatten(2), n_kv, z.shape[2])
 
-        with torch.no_grad(), in_eval_mode(self.model):
+        with torch.no_grad(), evaluating(self.model):
             hooks = self._cut_hooks(cut)
             for layer in range(n_layers):
                 hooks.append((f"blocks.{layer}.attn.hook_z", partial(record, layer=layer)))

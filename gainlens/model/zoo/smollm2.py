@@ -61,7 +61,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 
     place = str(gguf.parent)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        place, gguf_file=gguf.name, dtype=torch.float32
+        place, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
     )
     settings = model.config.to_dict()
     # Says that the weights are still GGUF; with it the folder would not load.
@@ -72,4 +72,6 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    AutoTokenizer.from_pretrained(place, gguf_file=gguf.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(
+        place, gguf_file=gguf.name, trust_remote_code=False
+    ).save_pretrained(folder)

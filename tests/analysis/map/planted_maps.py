@@ -88,3 +88,42 @@ def planted_model(seed: int, shared: int, private: int, ratio: float = 2.0):
     truth = np.zeros(n_pairs, dtype=bool)
     truth[common.numpy()] = True
     return build_bridge_from_module(hf, "LlamaForCausalLM", hf_config=config), truth
+
+
+PROFILES = ("common", "uniform", "normal")
+TAILS = ("normal", "t", "exponential")
+
+
+def profiled(
+    seed: int,
+    slopes: str,
+    tails: str,
+    *,
+    shape: tuple[int, int, int] = (12, 4, 32),
+    noise: float = 0.3,
+) -> np.ndarray:
+    """Gains ``[layer, head, unit]`` that follow log frequency and share nothing besides.
+
+    Args:
+        seed: of the draw.
+        slopes: of the log gain over the range of frequencies, by layer: ``common`` 1.1, ``uniform``
+            0.2 to 1.6, ``normal`` 0.9 ± 0.5.
+        tails: of the log noise: ``normal``, ``t`` with two degrees of freedom, or that of
+            ``exponential`` gains. Half of its variance is common to the heads of a layer.
+        shape: layers, heads, units.
+        noise: scale of the log noise.
+    """
+    rng = np.random.default_rng(seed)
+    layers, _, units = shape
+    slope = {
+        "common": np.full(layers, 1.1),
+        "uniform": rng.uniform(0.2, 1.6, layers),
+        "normal": rng.normal(0.9, 0.5, layers),
+    }[slopes]
+    draw = {
+        "normal": lambda size: rng.standard_normal(size),
+        "t": lambda size: rng.standard_t(2, size),
+        "exponential": lambda size: np.log(rng.exponential(size=size)),
+    }[tails]
+    both = (draw((layers, 1, units)) + draw(shape)) * np.sqrt(0.5)
+    return np.exp(slope[:, None, None] * np.linspace(0, 1, units) + noise * both)

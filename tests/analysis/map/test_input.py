@@ -45,7 +45,7 @@ def broken(gains, where, value):
     ],
 )
 def test_bad_gains_are_refused_in_one_line(gains, change, words):
-    with pytest.raises(gl.InputError, match=words) as caught:
+    with pytest.raises(gl.errors.InputError, match=words) as caught:
         gl.coordinate_map(change(gains), n_permutations=9)
     assert "\n" not in str(caught.value)
 
@@ -62,7 +62,7 @@ def test_bad_gains_are_refused_in_one_line(gains, change, words):
     ],
 )
 def test_bad_settings_are_refused(gains, settings):
-    with pytest.raises(gl.InputError):
+    with pytest.raises(gl.errors.InputError):
         gl.coordinate_map(gains, **{"n_permutations": 9, **settings})
 
 
@@ -72,43 +72,64 @@ def test_an_all_zero_layer_enters_no_mean(gains):
         found = gl.coordinate_map(dead, n_permutations=99)
     whole = gl.coordinate_map(gains, n_permutations=99)
     assert found.facts["dead_layers"] == [3]
-    for name in ("cosine", "centred_cosine", "spearman", "cv", "null_cosine"):
+    for name in ("residual_correlation", "cosine", "centred_cosine", "cv", "null_cosine"):
         assert found.summary()[name] == pytest.approx(whole.summary()[name])
     assert (found.cosine[3, :3] == 0).all()
     assert (found.p_values[3, :3] == 1).all()
     assert found.universal_units == whole.universal_units
-    assert found.universal.n_heads == whole.universal.n_heads
+    assert found.universal.n_places == whole.universal.n_places
 
 
 def test_a_dead_head_counts_for_nothing(gains):
     found = gl.coordinate_map(broken(gains, (2, 1), 0.0), n_permutations=99)
     assert found.facts["dead_layers"] == []
-    assert found.universal.n_heads == 8 * 3 - 1
+    assert found.universal.n_places == 8
+    assert found.universal_by_head.n_places == 8 * 3 - 1
 
 
 def test_one_head_per_layer_has_nothing_to_match(gains):
     found = gl.coordinate_map(gains[:, :1], n_permutations=99)
-    np.testing.assert_allclose(found.heads.matched, found.centred_cosine, atol=1e-6)
+    np.testing.assert_allclose(found.heads.matched, found.residual_correlation, atol=1e-6)
+    np.testing.assert_allclose(found.head_correlation, found.residual_correlation, atol=1e-6)
+    assert found.answer == found.answer_by_head
     assert (found.heads.order == 0).all()
 
 
-def test_two_layers_are_undecided_and_not_an_error(gains):
-    found = gl.coordinate_map(gains[:2], n_permutations=99)
-    assert found.effect_interval == (-1.0, 1.0)
-    assert found.verdict(0.1).status == "undecided"
+@pytest.mark.parametrize("layers", [2, 3])
+def test_two_or_three_layers_are_too_few_to_say(layers):
+    gains, _ = planted(0, 8, 0, noise=0.01, shape=(layers, 3, 32))
+    found = gl.coordinate_map(gains, n_permutations=99)
+    assert found.effect > 0.9
+    assert found.answer == found.answer_by_head == "too few layers to say"
+    assert found.universal_units == ()
+    for claim in ("shared", "shared by heads", "cosine"):
+        assert found.verdict(claim=claim).status == "undecided"
+        assert found.verdict(0.1, claim).status == "undecided"
+
+
+def test_six_pairs_are_too_few_to_say_beside_a_cubic():
+    gains, _ = planted(0, 2, 0, noise=0.01, shape=(12, 3, 6))
+    frequency = 1e4 ** (-np.arange(6) / 6)
+    assert gl.coordinate_map(gains, frequency=frequency).answer == "too few units to say"
+    assert gl.coordinate_map(gains).answer == "universal"
 
 
 def test_claims_without_evidence_say_what_is_missing(cmap):
     assert cmap.sinks is None
     assert cmap.red_line is None
     assert "with_evidence" in repr(cmap)
-    for claim in ("sinks", "price"):
-        with pytest.raises(gl.InputError, match="with_evidence"):
+    for claim in ("sinks", "sharing cost"):
+        with pytest.raises(gl.errors.InputError, match="with_evidence"):
             cmap.verdict(claim=claim)
-    with pytest.raises(gl.InputError, match="claim="):
+    with pytest.raises(gl.errors.InputError, match="claim="):
         cmap.verdict(claim="beauty")
-    with pytest.raises(gl.InputError, match="threshold="):
-        cmap.verdict(1.5)
+
+
+@pytest.mark.parametrize("claim", ["shared", "shared by heads", "cosine"])
+@pytest.mark.parametrize("threshold", [0, 0.0, -0.1, 1, 1.5, float("nan")])
+def test_a_threshold_of_nothing_or_of_more_than_all_is_refused(cmap, claim, threshold):
+    with pytest.raises(gl.errors.InputError, match="threshold="):
+        cmap.verdict(threshold, claim)
 
 
 def test_the_order_and_scale_of_heads_change_nothing(gains, cmap):
@@ -120,7 +141,8 @@ def test_the_order_and_scale_of_heads_change_nothing(gains, cmap):
         assert found.summary()[name] == pytest.approx(value, abs=1e-9), name
     assert found.universal_units == cmap.universal_units
     np.testing.assert_allclose(found.universal.presence, cmap.universal.presence)
-    np.testing.assert_allclose(found.universal.p_values["band"], cmap.universal.p_values["band"])
+    np.testing.assert_allclose(found.universal.p_values, cmap.universal.p_values)
+    np.testing.assert_allclose(found.universal_by_head.presence, cmap.universal_by_head.presence)
     for name, value in cmap.heads.summary().items():
         assert found.heads.summary()[name] == pytest.approx(value, abs=1e-5), name
 
@@ -155,12 +177,13 @@ def test_head_p_values_agree_with_a_loop():
     x = np.random.default_rng(0).exponential(size=(3, 2, 8))
     x[1, 0] += x[0, 1]
     found = gl.coordinate_map(x, n_permutations=200).heads
-    orders = shuffled_orders(200, 3, None, 8, seed=0)
-    seen = np.corrcoef(x[0, 1], x[1, 0])[0, 1]
-    hits = sum(np.corrcoef(x[0, 1][o[0]], x[1, 0][o[1]])[0, 1] >= seen - 1e-6 for o in orders)
-    assert found.p_raw["plain"][1, 2] == pytest.approx((1 + hits) / 201, abs=1e-6)
-    assert found.p_raw["plain"][2, 1] == found.p_raw["plain"][1, 2]
-    assert found.p_raw["plain"][0, 1] == 1
+    orders = shuffled_orders(200, np.zeros((3, 8), dtype=int), seed=0)
+    a, b = np.log(np.maximum(x / x.mean(-1, keepdims=True), 0.01))[[0, 1], [1, 0]]
+    seen = np.corrcoef(a, b)[0, 1]
+    hits = sum(np.corrcoef(a[o[0]], b[o[1]])[0, 1] >= seen - 1e-6 for o in orders)
+    assert found.p_raw[1, 2] == pytest.approx((1 + hits) / 201, abs=1e-6)
+    assert found.p_raw[2, 1] == found.p_raw[1, 2]
+    assert found.p_raw[0, 1] == 1
     assert found.centred[1, 2] == pytest.approx(seen, abs=1e-6)
 
 
@@ -169,19 +192,19 @@ def test_a_map_survives_its_file(cmap, tmp_path):
     cmap.save(path)
     found = gl.CoordinateMap.load(path)
     assert json.dumps(found.to_json()) == json.dumps(cmap.to_json())
-    np.testing.assert_array_equal(found.heads.p_raw["band"], cmap.heads.p_raw["band"])
+    np.testing.assert_array_equal(found.heads.p_raw, cmap.heads.p_raw)
     assert found.overlap.keys() == cmap.overlap.keys()
     cut = path.read_bytes()[:-100]
     path.write_bytes(cut)
-    with pytest.raises(gl.FileFormatError):
+    with pytest.raises(gl.errors.FileFormatError):
         gl.CoordinateMap.load(path)
 
 
 def test_other_files_are_no_maps(tmp_path):
     gl.KeyMask(torch.ones(2, 1, 4)).save(tmp_path / "mask")
-    with pytest.raises(gl.FileFormatError, match="kind"):
+    with pytest.raises(gl.errors.FileFormatError, match="kind"):
         gl.CoordinateMap.load(tmp_path / "mask")
-    with pytest.raises(gl.FileFormatError):
+    with pytest.raises(gl.errors.FileFormatError):
         gl.CoordinateMap.load(tmp_path / "none")
 
 
@@ -190,7 +213,7 @@ def test_a_map_file_builds_nothing_but_its_parts(cmap, tmp_path):
 
     tree = {"$class": "Popen", "fields": {"args": "true"}}
     save_tensors(tmp_path / "bad", "map", {}, {"map": tree})
-    with pytest.raises(gl.FileFormatError, match="field of a map"):
+    with pytest.raises(gl.errors.FileFormatError, match="holds no map: it lacks 'Popen'"):
         gl.CoordinateMap.load(tmp_path / "bad")
 
 
@@ -210,7 +233,7 @@ def test_a_map_with_itself_and_with_a_stranger(gains, cmap):
 
 
 def test_maps_of_other_widths_are_refused(gains, cmap):
-    with pytest.raises(gl.InputError, match="16 dims per head, b has 8"):
+    with pytest.raises(gl.errors.InputError, match="16 dims per head, b has 8"):
         compare_maps(cmap, gl.coordinate_map(gains[..., :8], n_permutations=9))
 
 
@@ -220,9 +243,9 @@ def test_stability_over_texts(gains):
     assert len(found.texts) == 3
     assert found.core == found.ever
     assert all(row["same_layer_correlation"] > 0.95 for row in found.pairs)
-    with pytest.raises(gl.InputError, match="two or more"):
+    with pytest.raises(gl.errors.InputError, match="two or more"):
         map_stability({"a": gains})
-    with pytest.raises(gl.InputError, match="different shapes"):
+    with pytest.raises(gl.errors.InputError, match="different shapes"):
         map_stability({"a": gains, "b": gains[:4]})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -16,12 +15,13 @@ import pytest
 import torch
 
 import gainlens as gl
+from gainlens.analysis.sweep import run as sweep_run
+from gainlens.analysis.sweep.resume_file import _line
 
 SWEEP = """
 import sys, torch
 import gainlens as gl
-import importlib
-s = importlib.import_module("gainlens.analysis.sweep.run")
+import gainlens.analysis.sweep.run as s
 torch.set_num_threads(1)
 model = gl.load_model("tiny")
 calibration = gl.load_tokens("sotu", model, n_docs=4, length=32, split="calibration")
@@ -102,29 +102,27 @@ def test_every_cut_recovers(sweep):
 
 def test_a_finished_sweep_runs_nothing(sweep, monkeypatch):
     first = sweep()
-    # By name: the package's attribute is the function.
-    module = importlib.import_module("gainlens.analysis.sweep.run")
-    monkeypatch.setattr(module, "_run_point", None)
+    monkeypatch.setattr(sweep_run, "_run_point", None)
     assert sweep().table() == first.table()
 
 
 def test_another_sweep_is_refused(sweep, tiny_calibration, tiny_validation, tiny):
     sweep()
     before = sweep.path.read_bytes()
-    with pytest.raises(gl.InputError, match="another text"):
+    with pytest.raises(gl.errors.InputError, match="another text"):
         sweep(tokens=tiny_validation[:3])
-    with pytest.raises(gl.InputError, match="another seeds"):
+    with pytest.raises(gl.errors.InputError, match="another seeds"):
         sweep(seeds=(1,))
-    with pytest.raises(gl.InputError, match="another points"):
+    with pytest.raises(gl.errors.InputError, match="another points"):
         sweep(fractions=(0.25,))
-    with pytest.raises(gl.InputError, match="another (gains|cuts)"):
+    with pytest.raises(gl.errors.InputError, match="another (gains|cuts)"):
         sweep(gains=gl.probe_gains(tiny, tiny_calibration[:3], progress=False))
-    with pytest.raises(gl.InputError, match="another stopping"):
+    with pytest.raises(gl.errors.InputError, match="another stopping"):
         sweep(stop_margin=0.5)
     other = gl.load_model("tiny")
     other.blocks[0].attn.k.weight.data.mul_(1.5)
     gains = gl.probe_gains(other, tiny_calibration, progress=False)
-    with pytest.raises(gl.InputError, match="another model"):
+    with pytest.raises(gl.errors.InputError, match="another model"):
         sweep(model=other, gains=gains)
     assert sweep.path.read_bytes() == before
 
@@ -141,10 +139,10 @@ def test_damage_elsewhere_is_an_error(sweep):
     )
     for number, bad in damages:
         sweep.path.write_text("".join([*lines[:number], bad, *lines[number + 1 :]]))
-        with pytest.raises(gl.FileFormatError):
+        with pytest.raises(gl.errors.FileFormatError):
             sweep()
     sweep.path.write_text("somebody's notes")
-    with pytest.raises(gl.FileFormatError):
+    with pytest.raises(gl.errors.FileFormatError):
         sweep()
     assert sweep.path.read_text() == "somebody's notes"
 
@@ -168,7 +166,7 @@ def test_any_other_weight_is_another_model(part, sweep, tiny_gains, tiny_validat
     else:
         names = [n for n in named if ("mlp" in n if part == "mlp" else named[n].ndim == 1)]
         named[names[0]].data.mul_(1.01)
-    with pytest.raises(gl.InputError, match="another model"):
+    with pytest.raises(gl.errors.InputError, match="another model"):
         sweep(model=other)
 
 
@@ -176,15 +174,15 @@ def test_a_line_with_too_few_losses_is_damage(sweep):
     """Not a point that stopped early: this sweep stops none."""
     sweep()
     lines = sweep.path.read_text().splitlines(keepends=True)
-    row = json.loads(lines[2])
+    row = {k: v for k, v in json.loads(lines[2]).items() if k != "check"}
     for losses in (row["losses"][:4], row["losses"] * 2):
-        short = json.dumps({**row, "losses": losses}) + "\n"
+        short = _line({**row, "losses": losses})
         sweep.path.write_text("".join([*lines[:2], short, *lines[3:]]))
-        with pytest.raises(gl.FileFormatError, match="line 3"):
+        with pytest.raises(gl.errors.FileFormatError, match="line 3"):
             sweep()
-    extra = json.dumps({**row, "index": len(lines) - 1}) + "\n"
+    extra = _line({**row, "index": len(lines) - 1})
     sweep.path.write_text("".join([*lines, extra]))
-    with pytest.raises(gl.FileFormatError, match="points"):
+    with pytest.raises(gl.errors.FileFormatError, match="points"):
         sweep()
 
 
@@ -199,5 +197,5 @@ def test_other_means_are_another_cut(sweep, tiny_gains):
     """In mode mean the gains are part of what is put in, also where they rank alike."""
     sweep(mode="mean")
     sums = {n: v * 1.5 if n.startswith("k_sum") else v for n, v in tiny_gains.sums.items()}
-    with pytest.raises(gl.InputError, match="another cuts"):
+    with pytest.raises(gl.errors.InputError, match="another cuts"):
         sweep(mode="mean", gains=replace(tiny_gains, sums=sums))

@@ -1,0 +1,88 @@
+"""``gainlens evaluate``: loss of a written folder on texts, and tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from gainlens.cli.verbs.common import (
+    add,
+    add_last,
+    check_device,
+    check_text,
+    length_for,
+    names,
+    needs,
+    whole,
+)
+from gainlens.data.texts import as_rows
+from gainlens.export.judging import losses_by_text
+from gainlens.export.running import harness_scores, open_folder
+from gainlens.model import load_tokens
+from gainlens.model.loading import load_hf
+
+HELP = "measure the loss of a written folder (or a model by name) on one text or several"
+EXAMPLES = [
+    "gainlens evaluate slim --original smollm2 --text sotu,pydoc",
+    "gainlens evaluate slim --tasks hellaswag --limit 100",
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    parser.add_argument("folder", help="written by gainlens slim or train, or a model's name")
+    parser.add_argument("--original", help="the intact model, for the rise of the loss")
+    parser.add_argument(
+        "--text", type=names, default=("sotu",), help="texts: sotu, stdlib, pydoc, files or folders"
+    )
+    add(parser, "margin", n_docs=16, length=None)
+    parser.add_argument("--tasks", type=names, help="of lm-evaluation-harness, if installed")
+    parser.add_argument("--limit", type=whole(1), help="examples of each task (default: all)")
+    add_last(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print."""
+    check_device(options.device)
+    if options.tasks:
+        needs("lm_eval", "--tasks")
+    for text in options.text:
+        check_text(text, validation=options.n_docs)
+    model, tokenizer = open_folder(options.folder, options.device)
+    original = options.original
+    intact = None if original is None else load_hf(original, device=options.device)
+    length = length_for(options, model)
+    texts = {
+        name: as_rows(
+            load_tokens(name, tokenizer, n_docs=options.n_docs, length=length, split="validation")
+        )
+        for name in options.text
+    }
+    found = losses_by_text(model, texts, intact, options.margin)
+    lines = []
+    for name, row in found.items():
+        lines.append(
+            f"{name}: loss {row['loss']:.4f} nats per token on {row['n_documents']} validation "
+            f"documents of {length} tokens"
+        )
+        if "verdict" in row:
+            verdict = row["verdict"]
+            low, high = verdict["interval"]
+            lines.append(
+                f"{name}: {verdict['estimate']:+.4f} nats [{low:+.4f}, {high:+.4f}] over the "
+                f"intact {original}; {verdict['status']}: {verdict['claim']}"
+            )
+    scores = {}
+    if options.tasks:
+        scores = harness_scores(model, tokenizer, options.tasks, limit=options.limit)
+        lines += [
+            f"{task}: {', '.join(f'{metric} {value:.4g}' for metric, value in row.items())}"
+            for task, row in scores.items()
+        ]
+    return {
+        "folder": options.folder,
+        "original": original,
+        "texts": found,
+        "tasks": scores,
+        "lines": lines,
+    }

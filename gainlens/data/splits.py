@@ -1,0 +1,127 @@
+"""Documents, and which split each belongs to: near-duplicates stay on one side."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from gainlens.data.pieces import letter_pieces
+
+Split = Literal["calibration", "training", "validation"]
+SPLITS: dict[str, range] = {
+    "calibration": range(0, 25),
+    "training": range(25, 60),
+    "validation": range(60, 100),
+}
+"""Per cent of all documents. Gains are gathered on the first, a cut model heals on the second,
+and only the third judges."""
+
+LETTERS = 2**22
+"""Of a document by which it is known; what follows after four million changes nothing."""
+ALIKE, FEWEST = 0.5, 4
+"""Share of the pieces of the shorter of two documents that makes them near-duplicates, and the
+fewest pieces of which that can be said."""
+OPENINGS = (150, 300, 1000)
+"""Characters at the head of a document that are compared besides the whole."""
+SHOWN = 8
+"""Documents with one piece in common of which each pair is counted; of more, neighbours are."""
+
+
+@dataclass(frozen=True, order=True)
+class Document:
+    """One document; sorting puts documents in the order of their hashes."""
+
+    digest: str
+    text: str
+
+    @staticmethod
+    def of(text: str) -> Document:
+        """The document of ``text``, without surrounding white space, with plain line ends.
+
+        Lone surrogates, which no tokenizer takes, become replacement characters.
+        """
+        plain = text.replace("\r\n", "\n").strip()
+        if not plain.isascii():
+            plain = plain.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        head = plain[:LETTERS]
+        return Document(hashlib.sha256(head.encode()).hexdigest(), plain)
+
+    @cached_property
+    def pieces(self) -> np.ndarray:
+        """Hashes of its overlapping pieces, in rising order."""
+        return letter_pieces(self.text[:LETTERS])
+
+    @property
+    def key(self) -> str:
+        """What decides its split where it stands alone: its least piece, or its hash."""
+        return f"{int(self.pieces[0]):x}" if len(self.pieces) >= FEWEST else self.digest
+
+    @property
+    def split(self) -> str:
+        """The split that it belongs to where no other document is much like it."""
+        return split_of(self.key)
+
+
+def split_of(key: str) -> str:
+    """The split of all documents with one key."""
+    bucket = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 100
+    return next(name for name, buckets in SPLITS.items() if bucket in buckets)
+
+
+def keys_of(documents: Sequence[Document]) -> list[str]:
+    """The key of each document: one for all that are near-duplicates, the least of their own.
+
+    Two documents are, where the longer has half of the pieces of the shorter, where they open
+    alike (rows of tokens are most often taken there), and where a third is that of both. The order
+    of documents makes no difference.
+    """
+    parents = list(range(len(documents)))
+
+    def root(i: int) -> int:
+        while parents[i] != i:
+            parents[i] = parents[parents[i]]
+            i = parents[i]
+        return i
+
+    order = sorted(range(len(documents)), key=lambda i: documents[i].digest)
+    wholes = [document.pieces for document in documents]
+    heads = ([letter_pieces(document.text[:n]) for document in documents] for n in OPENINGS)
+    for pieces in (wholes, *heads):
+        for (i, j), count in _shared(pieces, order).items():
+            fewer = min(len(pieces[i]), len(pieces[j]))
+            if fewer >= FEWEST and count >= ALIKE * fewer:
+                parents[root(i)] = root(j)
+    least: dict[int, str] = {}
+    for i, document in enumerate(documents):
+        at = root(i)
+        least[at] = min(least.get(at, document.key), document.key)
+    return [least[root(i)] for i in range(len(documents))]
+
+
+def _shared(found: Sequence[np.ndarray], order: Sequence[int]) -> Counter[tuple[int, int]]:
+    """How many pieces pairs of documents have in common; pairs are in the order given."""
+    counts: Counter[tuple[int, int]] = Counter()
+    if not found:
+        return counts
+    pieces = np.concatenate([found[i] for i in order])
+    owners = np.repeat(order, [len(found[i]) for i in order])
+    by_piece = np.argsort(pieces, kind="stable")
+    pieces, owners = pieces[by_piece], owners[by_piece]
+    starts = np.flatnonzero(np.r_[True, pieces[1:] != pieces[:-1]])
+    ends = np.r_[starts[1:], len(pieces)]
+    several = ends - starts > 1
+    for start, end in zip(starts[several], ends[several], strict=True):
+        group = owners[start:end].tolist()
+        if len(group) <= SHOWN:
+            pairs = ((a, b) for n, a in enumerate(group) for b in group[n + 1 :])
+            counts.update(pairs)
+        else:
+            counts.update(pairwise(group))
+    return counts

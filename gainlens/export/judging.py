@@ -1,0 +1,129 @@
+"""What a slim model costs, beside the intact one, on text that did not choose its cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from gainlens.data.batches import TOKENS_PER_BATCH
+from gainlens.errors import InputError
+from gainlens.export.modeling import plan_of
+from gainlens.model.fast_copy import family_head
+from gainlens.model.forward import cross_entropy
+from gainlens.model.running import model_device
+from gainlens.stats.intervals import t_interval
+from gainlens.stats.loss_rise import rise_verdict
+from gainlens.stats.verdicts import MARGIN, Verdict
+
+
+@torch.inference_mode()
+def document_losses(
+    model: Any, tokens: Int[torch.Tensor, "document pos"]
+) -> Float[np.ndarray, " document"]:
+    """Mean next-token loss of each document in nats per token.
+
+    The output head is applied to a few positions at a time.
+
+    Args:
+        model: a transformers model, slim or not.
+        tokens: documents of one length.
+
+    Raises:
+        InputError: a loss that is not finite.
+    """
+    device = model_device(model)
+    head = family_head(model)
+    rows = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+    parts = []
+    for start in range(0, len(tokens), rows):
+        batch = tokens[start : start + rows].to(device)
+        hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+        parts.append(cross_entropy(head, hidden, batch).double().mean(1))
+    losses: Float[np.ndarray, " document"] = torch.cat(parts).numpy()
+    if not np.isfinite(losses).all():
+        first = int(np.flatnonzero(~np.isfinite(losses))[0])
+        raise InputError(
+            f"the loss of document {first} of tokens is not finite; expected weights without NaN "
+            "or infinity"
+        )
+    return losses
+
+
+def judge_slim(
+    slim: Any,
+    intact: Any,
+    tokens: Int[torch.Tensor, "document pos"],
+    margin: float = MARGIN,
+    *,
+    trained: bool = False,
+) -> Verdict:
+    """Whether the loss of a slim model rises by less than ``margin`` over the intact one's.
+
+    Args:
+        slim: a transformers model, most often from ``slim`` or ``load_slim``.
+        intact: the transformers model that was cut (``slim`` of an identity plan also works).
+        tokens: validation text, documents of one length, at least two.
+        margin: nats per token that count as no rise.
+        trained: whether ``slim`` was trained after the cut, for the claim's words.
+
+    Returns:
+        Verdict: paired by document.
+
+    Raises:
+        InputError: fewer than two documents, a margin of zero or below, a loss that is not finite.
+
+    Example:
+        >>> verdict = judge_slim(gl.slim(model, plan), load_hf("tiny"), validation)
+        >>> verdict.status, verdict.estimate, verdict.interval
+    """
+    if len(tokens) < 2:
+        raise InputError(f"tokens holds {len(tokens)} document(s): a verdict needs at least 2")
+    rise = document_losses(slim, tokens) - document_losses(intact, tokens)
+    return rise_verdict(rise, _fraction_cut(slim), margin, trained=trained)
+
+
+def losses_by_text(
+    model: Any,
+    texts: Mapping[str, Int[torch.Tensor, "document pos"]],
+    intact: Any | None = None,
+    margin: float = MARGIN,
+) -> dict[str, dict[str, Any]]:
+    """Loss of a model on several texts, and its verdict beside the intact model.
+
+    Args:
+        model: a transformers model, slim or not.
+        texts: validation documents of one length, by the name of the text.
+        intact: the transformers model to compare with; None for the loss alone.
+        margin: nats per token that count as no rise.
+
+    Returns:
+        For each text ``loss`` (nats per token), ``interval`` of it, ``n_documents``, and with
+        ``intact`` the plain values of the ``Verdict`` as ``verdict``.
+
+    Raises:
+        InputError: as for ``judge_slim``.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, tokens in texts.items():
+        losses = document_losses(model, tokens)
+        row: dict[str, Any] = {"loss": float(losses.mean()), "n_documents": len(losses)}
+        row["interval"] = list(t_interval(losses))
+        if intact is not None:
+            rise = losses - document_losses(intact, tokens)
+            row["verdict"] = rise_verdict(
+                rise, _fraction_cut(model), margin, trained=False
+            ).to_json()
+        found[name] = row
+    return found
+
+
+def _fraction_cut(model: Any) -> float | None:
+    """Share of key dimensions that a slim model has not; None for other models."""
+    try:
+        return 1 - plan_of(model.config).fraction_kept
+    except InputError:
+        return None

@@ -1,0 +1,64 @@
+"""How far a report is, and one estimate of the time that is left for all of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from gainlens.report.build import Plan
+
+FORMAT = "{desc}: {percentage:3.0f}% done, {elapsed} so far, about {remaining} left"
+
+
+def stage_costs(plan: Plan, shape: tuple[int, int, int]) -> dict[str, float]:
+    """What each stage of a report costs, in tokens that pass through the model.
+
+    Args:
+        plan: what will run.
+        shape: ``(n_layers, n_kv_heads, d_head)`` of the model.
+    """
+    layers, heads, d_head = shape
+    text = plan.n_docs * plan.length
+    evidence = min(plan.evidence_docs, plan.n_docs) * plan.length
+    damage = min(plan.damage_docs, plan.n_docs) * min(plan.damage_length, plan.length)
+    given = 2 if plan.refit_rounds else 0
+    bisections = math.log2(max(2, d_head // 2))
+    return {
+        "probe": text,
+        # A backward pass counts as two forward passes.
+        "refit": 3 * min(8, plan.n_docs) * plan.length + 2 * text if plan.refit_rounds else 0,
+        "surgery": (len(plan.all_fractions) * (2 + len(plan.seeds)) + 1 + given) * text,
+        # A place is run from its layer on: half of the model on average.
+        "damage": layers * (1 + heads) * damage / 2,
+        "map": evidence * (35 + 6 * bisections) + damage * d_head / 2,
+    }
+
+
+class Stages:
+    """The bar of a whole report.
+
+    Args:
+        costs: of the stages, in any one unit, in their order.
+        shown: whether to show anything.
+    """
+
+    def __init__(self, costs: Mapping[str, float], *, shown: bool = True) -> None:
+        self._costs = dict(costs)
+        self._bar = tqdm(total=sum(costs.values()), bar_format=FORMAT, disable=not shown)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Show that a stage runs, and count it when it is over."""
+        number = list(self._costs).index(name) + 1
+        self._bar.set_description(f"report, stage {number} of {len(self._costs)} ({name})")
+        yield
+        self._bar.update(self._costs[name])
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()

@@ -1,0 +1,1 @@
+"""What tools/docs/fill.py writes: tables of recorded runs and of the code, and figures."""

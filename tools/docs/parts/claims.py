@@ -1,0 +1,201 @@
+"""What the recorded runs say about the claims: for the README and the page of claims."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from parts.markdown import RESULTS, interval, not_yet, number, provenance, recorded, table
+
+REPORT = "report_smollm2.json"
+
+
+def claims() -> str:
+    """The claims of a recorded report."""
+    facts = recorded(RESULTS / REPORT)
+    if facts is None:
+        return not_yet("the claims", "make report")
+    tokens, plan, machine = facts["tokens"], facts["plan"], facts["machine"]
+    judged = f"{plan['n_docs']} speeches × {plan['length']} tokens"
+    rows = [
+        (c["quote"], f"**{c['status']}**", c["number"], c["control"], judged)
+        for c in facts["claims"]
+    ]
+    return (
+        table(["claim", "on SmolLM2-135M", "number", "control", "measured on"], rows)
+        + f"\n\n{plan['n_docs']} speeches of {plan['length']} tokens chose the cuts "
+        f"({tokens['calibration']} tokens in all); {plan['n_docs']} other speeches judged them. "
+        f"Nothing was measured beyond position {plan['length']}. "
+        f"{machine['processor']}, {machine['cores']} cores, "
+        f"{facts['seconds']:.0f} s, torch {facts['versions']['torch']}."
+    )
+
+
+def findings() -> str:
+    """What the recorded runs say in four rows: for the README."""
+    report = recorded(RESULTS / REPORT)
+    cuts = recorded(RESULTS / "surgery_smollm2.json")
+    healed = recorded(RESULTS / "healing_layer-50.json")
+    speed = recorded(RESULTS / "slim_ledger.json")
+    if report is None or cuts is None or healed is None or speed is None:
+        return not_yet("the findings", "make report bench-cuts bench-heal acceptance")
+    at_half = {p["label"].rsplit(",", 1)[0]: p for p in cuts["points"] if p["fraction"] == 0.5}
+    zeroed, refitted = at_half["fisher, layer, zeroed"], at_half["fisher, layer, refitted"]
+    random, text = at_half["random, head"], cuts["text"]
+    verdict, heal = healed["verdict"], healed["text"]
+    mapped, margin = report["map"], verdict["margin"]
+    ratios = [row["decode_ratio"] for row in speed["contexts"]]
+    contexts = [row["context"] for row in speed["contexts"]]
+    return table(
+        ["question", "answer on SmolLM2-135M", "number", "measured on"],
+        [
+            (
+                "Can half of the key dimensions go without training?",
+                f"{_less_than(margin, refitted['interval'])} with a least-squares refit",
+                f"loss {refitted['delta']:+.3f} nats ({interval(refitted['interval'])}); "
+                f"zeroed without the refit {zeroed['delta']:+.3f}, random {random['delta']:+.3f}",
+                f"{text['validation_documents']} speeches × {text['length']} tokens",
+            ),
+            (
+                "Can they go if the rest is trained?",
+                f"a rise below {margin:g} nats **{verdict['status']}**",
+                f"loss {verdict['estimate']:+.3f} nats ({interval(verdict['interval'])}) after "
+                f"{healed['facts']['tokens']:,} tokens of training",
+                f"{heal['validation_documents']} speeches × {heal['length']} tokens",
+            ),
+            (
+                "Do all layers use the same dimensions?",
+                f"**{mapped['answer']}**",
+                f"cosine {mapped['summary']['cosine']:.3f} between layers; the rotary frequencies "
+                f"alone give {mapped['summary']['null_cosine_band']:.3f}",
+                f"{report['plan']['n_docs']} speeches × {report['plan']['length']} tokens",
+            ),
+            (
+                "Is a model with half of the key dimensions twice as fast?",
+                f"**{'yes' if max(ratios) >= 2 else 'no'}**",
+                f"decoding × {min(ratios):.2f} to × {max(ratios):.2f}; at most "
+                f"× {speed['twice_as_fast']['limit']:.2f} at any context",
+                f"contexts of {min(contexts):,} to {max(contexts):,} tokens, 2 CPU cores",
+            ),
+        ],
+    )
+
+
+def _less_than(margin: float, found: Sequence[float]) -> str:
+    low, high = found
+    status = "holds" if high < margin else "fails" if low > margin else "is undecided"
+    return f"a rise below {margin:g} nats **{status}**"
+
+
+def cuts() -> str:
+    """Rise of the loss by method and share cut, without training."""
+    facts = recorded(RESULTS / "surgery_smollm2.json")
+    if facts is None:
+        return not_yet("the cuts", "python benchmarks/surgery.py")
+    rows = [
+        (
+            f"{p['fraction']:.0%}",
+            p["label"].rsplit(",", 1)[0],
+            f"{p['delta']:+.3f}",
+            interval(p["interval"]),
+        )
+        for p in facts["points"]
+    ]
+    text = facts["text"]
+    return (
+        table(["cut", "how", "rise of the loss (nats)", "95% interval"], rows)
+        + f"\n\nJudged on {text['validation_documents']} speeches of {text['length']} tokens; "
+        f"nothing was measured beyond position {text['length']}. {text['score_documents']} "
+        f"calibration speeches ranked the pairs, {text['refit_documents']} fitted the refit. The "
+        f"loss of the intact model is {facts['intact_loss']:.3f} nats."
+    )
+
+
+def surgery() -> str:
+    """Every point of the recorded report."""
+    facts = recorded(RESULTS / REPORT)
+    if facts is None:
+        return not_yet("the surgery", "make report")
+    rows = []
+    for row in facts["surgery"]:
+        seed = "" if row["seed"] is None else f", seed {row['seed']}"
+        rows.append(
+            (
+                row["label"] or row["order"] + seed,
+                f"{row['fraction']:.0%}",
+                f"{row['loss']:.3f}",
+                f"{row['delta']:+.3f}",
+                interval(row["interval"]),
+            )
+        )
+    head = ["order", "cut", "loss (nats)", "rise of the loss (nats)", "95% interval"]
+    plan = facts["plan"]
+    return (
+        table(head, rows)
+        + f"\n\nJudged on {plan['n_docs']} speeches of {plan['length']} tokens. "
+        + provenance(facts, f"docs/results/{REPORT}")
+    )
+
+
+def similarity() -> str:
+    """The cosine beside its CV, its nulls and its centred value, for every gain."""
+    facts = recorded(RESULTS / REPORT)
+    if facts is None:
+        return not_yet("the map", "make report")
+    rows = [
+        (
+            row["score"],
+            row["stage"],
+            row["unit"],
+            f"{row['cosine']:.3f}",
+            f"{row['null_cosine']:.3f}",
+            f"{row['null_cosine_band']:.3f}" if "null_cosine_band" in row else "–",
+            f"{row['cv']:.2f}",
+            f"{row['centred_cosine']:.3f}",
+            row["answer"],
+        )
+        for row in facts["similarity"]
+    ]
+    head = ["gain", "stage", "unit", "cosine", "null", "band null", "CV", "centred", "answer"]
+    return table(head, rows) + "\n\n" + provenance(facts, f"docs/results/{REPORT}")
+
+
+def sharing_cost() -> str:
+    """What one set for all heads costs beside a set per layer and per head."""
+    facts = recorded(RESULTS / REPORT)
+    if facts is None:
+        return not_yet("the sharing cost", "make report")
+    found = facts["map"].get("price")
+    if not found:
+        return not_yet("the sharing cost", "make report")
+    # A record of before the scopes had one name each calls the set for all heads "model".
+    scopes = {"model": "universal", "random model": "universal, random (control)"}
+    rows = [
+        (scopes.get(r["sharing"], r["sharing"]), str(r["score"]), f"{r['cut']:.0%}",
+         f"{r['rise']:+.3f}", interval(r["interval"]))
+        for r in found["rows"]
+    ]  # fmt: skip
+    return (
+        table(["scope", "ranked by", "cut", "rise of the loss (nats)", "95% interval"], rows)
+        + f"\n\nMeasured on {found['n_documents']} speeches of "
+        f"{found['n_tokens'] // found['n_documents']} tokens."
+    )
+
+
+def planted() -> str:
+    """How often the map finds what was planted, and says no where nothing is shared."""
+    facts = recorded(RESULTS / "coordinate_map_planted.json")
+    if facts is None:
+        return not_yet("the planted maps", "python benchmarks/coordinate_map.py --planted")
+    rows = [
+        (name, f"{row['not_shared_of_100']}%", f"{row['no_universal_unit_of_100']}%",
+         f"{row['smallest_mean_cosine']:.3f}")
+        for name, row in facts["nothing_shared"].items()
+    ]  # fmt: skip
+    return (
+        f"Where the planted units are at least twice as large as the rest, the lowest mean F1 over "
+        f"{len(facts['recovery'])} settings is {number(facts['f1_mean_worst'])} "
+        f"({facts['seeds']} seeds each). Where nothing is shared, the map answers:\n\n"
+        + table(["gains", "not shared", "no universal unit", "smallest mean cosine"], rows)
+        + "\n\n"
+        + provenance(facts, "docs/results/coordinate_map_planted.json")
+    )
