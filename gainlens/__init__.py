@@ -1,7 +1,8 @@
-"""gainlens: what the key dimensions of a transformer do, which can go, and what that is worth."""
+"""gainlens: measure a transformer's key dimensions, cut the unneeded ones, export the result."""
 
 from typing import Any
 
+import gainlens.starting  # noqa: F401  first: it answers Ctrl-C while the rest is imported
 from gainlens.ablation import Cut, KeyMask, ablate, ablation_hooks, best_cut, load_cut
 from gainlens.analysis import (
     CoordinateMap,
@@ -65,7 +66,7 @@ _ONE_LEVEL_DOWN = {
 
 
 def __getattr__(name: str) -> Any:
-    """Names that notebooks of the first version took from the top are found a level down."""
+    """Resolve names that older notebooks import from the top level; they moved one level down."""
     from importlib import import_module
 
     for room, names in _ONE_LEVEL_DOWN.items():

@@ -1,4 +1,4 @@
-"""What a recorded number was measured with: versions and machine."""
+"""Package versions and machine description, stored with recorded numbers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PACKAGES = ("gainlens", "torch", "transformers", "transformer-lens", "numpy", "s
 
 
 def environment(*more: str) -> dict[str, Any]:
-    """Versions of the packages that matter (and of ``more``), and the machine.
+    """Versions of the relevant packages (and of ``more``), and a description of the machine.
 
     Returns:
-        ``{"versions": {...}, "machine": {...}}``, plain values for a JSON file.
+        ``{"versions": {...}, "machine": {...}}``, JSON-serialisable.
     """
     import torch
 

@@ -1,23 +1,23 @@
-"""Errors that a caller can cause. Each message is one line: what, where, what was expected."""
+"""Errors that a caller can cause. Each message is one line: what, where and what was expected."""
 
 from __future__ import annotations
 
 
 class GainlensError(Exception):
-    """Base of every error that gainlens raises on purpose."""
+    """Base class of all errors that gainlens raises on purpose."""
 
 
 class InputError(GainlensError, ValueError):
-    """An argument, a text or a model's weights are not what the call needs."""
+    """An argument, a text or a model's weights are not valid for the call."""
 
 
 class UnsupportedModelError(GainlensError):
-    """The model keeps its keys in a way that gainlens can't cut honestly; the message says why."""
+    """gainlens can't cut this model's keys correctly; the message says why."""
 
 
 class SilentSiteError(GainlensError, RuntimeError):
-    """A hook that had to fire stayed silent, so a result would be made of nothing."""
+    """A required hook did not fire, so there is no data to compute a result from."""
 
 
 class FileFormatError(GainlensError):
-    """A file is truncated, of another version, or not a gainlens file."""
+    """A file is truncated, has another format version, or is not a gainlens file."""

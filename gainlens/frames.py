@@ -1,4 +1,4 @@
-"""Rows as a pandas table, where pandas is installed; gainlens itself doesn't need it."""
+"""Convert rows to a pandas table. pandas is optional; gainlens itself doesn't need it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from gainlens.errors import InputError
 
 
 def data_frame(rows: Iterable[Mapping[str, Any]]) -> Any:
-    """A ``pandas.DataFrame`` with one row per mapping; intervals become two columns.
+    """A ``pandas.DataFrame`` with one row per mapping; an interval becomes ``low`` and ``high``.
 
     Args:
-        rows: plain values by column.
+        rows: mappings from column name to value.
 
     Raises:
         InputError: pandas is not installed.

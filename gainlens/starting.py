@@ -1,6 +1,6 @@
-"""Ctrl-C while the command line imports its libraries ends in one line, not in a traceback.
+"""Handle Ctrl-C while the command line imports its libraries: print one line, not a traceback.
 
-The package is imported before any function of it can run, so this is its first import.
+The package is imported before any of its functions can run, so this must be its first import.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _stop(*_: Any) -> NoReturn:
 
 
 def _is_command() -> bool:
-    """Whether this process is ``gainlens`` or ``python -m gainlens``, and nobody else's program."""
+    """Whether this process is ``gainlens`` or ``python -m gainlens``, not another program."""
     name = os.path.basename(sys.argv[0]) if sys.argv else ""
     words = list(getattr(sys, "orig_argv", ()))
     module = name == "-m" and "-m" in words and words[words.index("-m") + 1 :][:1] == ["gainlens"]
@@ -26,7 +26,7 @@ def _is_command() -> bool:
 
 
 def started() -> None:
-    """From here on an interruption is raised as usual."""
+    """Restore the default Ctrl-C handling."""
     main = threading.current_thread() is threading.main_thread()
     if main and signal.getsignal(signal.SIGINT) is _stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)

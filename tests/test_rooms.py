@@ -47,7 +47,7 @@ def test_the_rooms_of_the_guide_are_those_of_the_contract():
     contract = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for folder in sorted((ROOT / "gainlens").iterdir()):
-        if (folder / "__init__.py").exists():
+        if (folder / "__init__.py").exists() and folder.name != "files":  # below all rooms
             assert f'"{folder.name}"' in contract
             assert f"`gainlens/{folder.name}`" in guide
 

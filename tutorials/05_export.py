@@ -72,9 +72,9 @@ print(f"parameters: {sum(p.numel() for p in thin.parameters()):,} of {full_size:
 #
 # ## 3 What a stock engine can run
 #
-# transformers, vLLM and llama.cpp have one head size and one set of rotary frequencies for all layers and
-# heads, and values as wide as keys. A plan with a set per head does not fit. It is refused before
-# anything is written, and the error has the nearest plan that fits:
+# transformers, vLLM and llama.cpp have one key width and one set of rotary frequencies for all layers and
+# heads. A plan with a set per head does not fit. It is refused before anything is written, and the error
+# has the nearest plan that fits:
 
 # %%
 try:
@@ -85,7 +85,8 @@ except gl.errors.InputError as error:
 print("written:", (folder / "refused").exists())
 
 # %% [markdown]
-# So choose one universal set (`scope="universal"`) and cut the values to the same width.
+# So choose one universal set (`scope="universal"`). transformers and llama.cpp also run thin keys with
+# values of full width. vLLM wants values as wide as keys, so here the values are cut to the same width.
 # [Tutorial 3](03_map.md) asked what a universal set costs in loss. The least-squares refit of
 # [tutorial 4](04_healing.md) removes most of that cost and folds into the weights. Values are cut by the
 # best low-rank approximation on the calibration text.

@@ -1,4 +1,4 @@
-"""``AblationHooks``: hooks of a cut that count how often they fired."""
+"""``AblationHooks``: the hooks of a cut, with a count of how often each fired."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class AblationHooks(list[Hook]):
         self.fires = [0] * n_layers
 
     def check_fired(self) -> None:
-        """Raise unless every layer was cut, and all equally often.
+        """Raise unless every layer was cut the same number of times.
 
         Raises:
-            SilentSiteError: naming the layers whose hook stayed silent.
+            SilentSiteError: a hook did not fire; the message names its layer.
         """
         silent = [layer for layer, n in enumerate(self.fires) if n < max(self.fires) or n == 0]
         if silent:
             raise SilentSiteError(
-                f"the ablation hooks of layer(s) {silent} stayed silent, so the model was not cut "
+                f"the ablation hooks of layer(s) {silent} did not fire, so the model was not cut "
                 "there; was a full forward pass run, without reset_hooks?"
             )

@@ -1,8 +1,8 @@
-"""``Cut``: what goes from a model's keys, and what stays in its place.
+"""``Cut``: which key dimensions are removed, and what replaces them.
 
-A kind of cut is one file: a class that says what is kept, how queries and keys change in a running
-model, and what folds into the weights of a slim one. Everything downstream takes a ``Cut`` and asks
-no kind.
+Each kind of cut is one file with one class. The class defines what is kept, how queries and keys
+change in a running model, and what folds into the weights of a slim model. Downstream code takes
+any ``Cut`` and never checks its kind.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ C = TypeVar("C", bound="Cut")
 
 @dataclass(frozen=True, eq=False)
 class HeadMaps:
-    """What a cut does to projected queries and keys, per head; it folds into W_Q and W_K.
+    """Linear maps of projected queries and keys, per head; they fold into W_Q and W_K.
 
     Attributes:
         queries: ``query'[h] = queries[layer, h] @ query[h]``, before the rotation.
-        keys: the same for key heads; rows of cut dimensions are zero in both.
+        keys: the same for key heads. Rows of cut dimensions are zero in both.
         facts: how the maps were made.
         frequencies: that each kept rotary pair turns by after the maps, float64 radians per token;
             None where pairs keep the model's own.
@@ -53,11 +53,11 @@ class HeadMaps:
 
 
 class Cut(Kept, ABC):
-    """What goes and what stays in its place.
+    """Which key dimensions are removed, and what replaces them.
 
     Attributes:
-        kind: of the file that ``save`` writes; empty for a cut that has none.
-        facts: how it was made, plain values for a file.
+        kind: kind of the file that ``save`` writes; empty if the cut cannot be saved.
+        facts: how the cut was made, as plain values for a file.
     """
 
     kind: ClassVar[str] = ""
@@ -70,28 +70,37 @@ class Cut(Kept, ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor that decides what the cut does, by name, on the CPU."""
+        """All tensors that define the cut, by name, on the CPU."""
 
     @classmethod
     @abstractmethod
     def from_tensors(cls: type[C], tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> C:
-        """The cut of ``tensors()`` and ``all_facts``.
+        """Rebuild a cut from its ``tensors()`` and ``all_facts``.
+
+        Args:
+            tensors: every tensor by name, as ``tensors`` returns them.
+            facts: the facts of the file.
 
         Raises:
-            InputError, KeyError, TypeError: they describe no cut of this kind.
+            InputError, KeyError, TypeError: they do not describe a cut of this kind.
         """
 
     @classmethod
     def check_file(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
-        """Raise ``gainlens.files.schema.Mismatch`` unless a file holds what this kind needs."""
+        """Raise ``gainlens.files.schema.Mismatch`` unless the file has what this kind needs.
+
+        Args:
+            tensors: every tensor of the file, by name.
+            facts: the facts of the file.
+        """
 
     @abstractmethod
     def edit(self, model: Any, batch: Int[torch.Tensor, "document pos"]) -> Edit:
-        """The cut on queries and keys after every norm and rotation, for the fast copy.
+        """The cut as an edit of queries and keys after norms and rotation, for the fast copy.
 
         Args:
-            model: to be cut.
-            batch: the text that is run, at positions 0, 1, ….
+            model: the model to cut.
+            batch: the text to run, at positions 0, 1, ….
 
         Raises:
             InputError: a cut of another model.
@@ -104,8 +113,8 @@ class Cut(Kept, ABC):
         """The cut as forward hooks for ``run_with_hooks``.
 
         Args:
-            model: to be cut.
-            batch: the text that is run, where what is put in depends on it.
+            model: the model to cut.
+            batch: the text to run; needed if the replacement values depend on it.
 
         Raises:
             InputError: a cut of another model.
@@ -113,16 +122,21 @@ class Cut(Kept, ABC):
 
     @abstractmethod
     def only(self, layer: int, kv_head: int | None = None) -> Cut:
-        """The same cut in one layer (or one of its key heads) alone; the rest stays intact."""
+        """The same cut in only one layer or key head; the rest stays intact.
+
+        Args:
+            layer: index of the layer.
+            kv_head: index of the key head; all heads of the layer if None.
+        """
 
     @property
     def maps(self) -> HeadMaps | None:
-        """What folds into the projections of a slim model; None for plain selection."""
+        """Maps that fold into the projections of a slim model; None for plain selection."""
         return None
 
     @property
     def all_facts(self) -> dict[str, Any]:
-        """Facts of the cut and of what it was made from, for files and plans."""
+        """Facts about the cut and its sources, for files and plans."""
         return dict(self.facts)
 
     @property
@@ -133,7 +147,7 @@ class Cut(Kept, ABC):
 
     @property
     def fraction_kept(self) -> float:
-        """Share of key dimensions that stay, 0 to 1."""
+        """Share of key dimensions that are kept, 0 to 1."""
         return int(self.keep.sum()) / self.keep.numel()
 
     def whole_pairs(self, partner: Int[torch.Tensor, " d_head"]) -> bool:
@@ -150,20 +164,28 @@ class Cut(Kept, ABC):
         donors: Any = None,
         seed: int = 0,
     ) -> Cut:
-        """The cut with something else in the place of what goes; see ``ablation_hooks``.
+        """The cut with other replacement values; see ``ablation_hooks``.
+
+        Args:
+            mode: name of the mode.
+            stage: where the cut acts; the stage of the mode if None.
+            gains: means and variances, for the modes that need them.
+            cache: cached keys, for the modes that patch.
+            donors: documents of the cache to take values from.
+            seed: seed of the modes that draw at random.
 
         Raises:
-            InputError: this kind of cut has one mode, and another was asked for.
+            InputError: this kind of cut does not support the requested mode.
         """
         if mode != "zero" or stage not in (None, "rotated"):
             raise InputError(
-                f"mode={mode!r}, stage={stage!r}: a {type(self).__name__} says itself what "
-                "stands in for what it cuts; expected mode='zero' at stage='rotated'"
+                f"mode={mode!r}, stage={stage!r}: a {type(self).__name__} has its own "
+                "replacement values; expected mode='zero' at stage='rotated'"
             )
         return self
 
     def check(self, sites: KeySites) -> None:
-        """Raise ``InputError`` unless the cut has the shape of the model with these sites."""
+        """Raise ``InputError`` unless the cut fits the shape of the model with these sites."""
         if self.shape != sites.shape:
             raise InputError(
                 f"cut has shape {self.shape}: this model ({sites.architecture}) has "
@@ -171,12 +193,12 @@ class Cut(Kept, ABC):
             )
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of all that decides what the cut does."""
+        """Hexadecimal SHA-256 of everything that defines the cut."""
         tensors = self.tensors()
         return tensor_digest(tensors[name] for name in sorted(tensors))
 
     def chosen_on(self) -> tuple[set[str], set[str]]:
-        """Fingerprints of the texts, and marks of the documents, that chose or fitted the cut."""
+        """Fingerprints of the texts and hashes of the documents used to choose or fit the cut."""
         texts: set[str] = set()
         documents: set[str] = set()
         waiting: list[Mapping[str, Any]] = [self.all_facts]
@@ -191,23 +213,21 @@ class Cut(Kept, ABC):
         return texts, documents
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, which ``load`` and ``gainlens.load_cut`` read.
+        """Write one safetensors file, readable by ``load`` and ``gainlens.load_cut``.
 
         Raises:
-            InputError: a cut that has no file, or a path that can't be written.
+            InputError: this kind of cut cannot be saved, or the path is not writable.
         """
         if not self.kind:
-            raise InputError(
-                f"a {type(self).__name__} has no file of its own: save the mask that it cuts"
-            )
+            raise InputError(f"a {type(self).__name__} cannot be saved; save its mask instead")
         save_tensors(path, self.kind, self.tensors(), self.all_facts)
 
     @classmethod
     def load(cls: type[C], path: str | Path) -> C:
-        """Read what ``save`` wrote; executes nothing.
+        """Read a file written by ``save``; executes no code.
 
         Raises:
-            FileFormatError: missing, truncated, or of another kind.
+            FileFormatError: the file is missing, truncated or of another kind.
         """
         tensors, facts = load_tensors(path, cls.kind)
         with checking(str(path), f"cut of kind {cls.kind!r}"):
@@ -216,18 +236,18 @@ class Cut(Kept, ABC):
 
 
 def check_cut(value: Any, name: str = "cut") -> Cut:
-    """``value`` if it is a cut.
+    """Return ``value`` if it is a cut.
 
     Args:
-        value: what a caller passed.
-        name: of the argument, for the message.
+        value: the argument that the caller passed.
+        name: name of the argument, for the error message.
 
     Raises:
-        InputError: it is not.
+        InputError: ``value`` is not a cut.
     """
     if not isinstance(value, Cut):
         raise InputError(
-            f"{name}={type(value).__name__}: expected a cut (KeyMask(keep) makes one of a boolean "
-            "array, gainlens.best_cut the best one)"
+            f"{name}={type(value).__name__}: expected a cut (make one with KeyMask(keep) from a "
+            "boolean array, or with gainlens.best_cut)"
         )
     return value

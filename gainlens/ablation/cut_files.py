@@ -1,4 +1,4 @@
-"""What the files of cuts may hold: checked before a cut is made of them."""
+"""Validation of cut files, before a cut is built from them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gainlens.files.schema import (
 
 
 def check_mask_file(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
-    """Check what a mask's file holds.
+    """Check the content of a mask file.
 
     Args:
-        tensors: ``keep`` alone, boolean ``[layer, kv_head, d_head]``.
-        about: its facts.
+        tensors: only ``keep``, boolean ``[layer, kv_head, d_head]``.
+        about: the facts of the mask.
 
     Raises:
-        Mismatch: another type, shape or size; something missing or unknown.
+        Mismatch: wrong type, shape or size, or a missing or unknown entry.
     """
     check_names(tensors, ("keep",))
     _check_keep(tensors["keep"])
@@ -35,15 +35,15 @@ def check_mask_file(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any
 
 
 def check_refit_file(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
-    """Check what a refitted cut's file holds.
+    """Check the content of a refitted cut's file.
 
     Args:
         tensors: ``keep``, ``query_maps`` ``[layer, head, d_head, d_head]`` and ``key_maps``
             ``[layer, kv_head, d_head, d_head]``.
-        about: its facts, those of the fit under ``refit``.
+        about: the facts of the cut; those of the fit are under ``refit``.
 
     Raises:
-        Mismatch: as for a mask; what the maps write is checked by ``RefitCut``.
+        Mismatch: as for a mask. ``RefitCut`` checks which dimensions the maps write to.
     """
     check_names(tensors, ("keep", "query_maps", "key_maps"))
     _check_mapped(tensors)
@@ -81,23 +81,23 @@ def check_maps(
     query_maps: Float[torch.Tensor, "layer head d_head d_head2"],
     key_maps: Float[torch.Tensor, "layer kv_head d_head d_head2"],
 ) -> None:
-    """Raise ``Mismatch`` where maps are not finite or write a dimension that the mask cuts.
+    """Raise ``Mismatch`` if maps are not finite or write to a dimension that the mask cuts.
 
-    Such a cut would say that dimensions are gone which still carry the logits.
+    Such a cut would report dimensions as removed that still contribute to the logits.
     """
     n_heads, n_kv_heads = query_maps.shape[1], key_maps.shape[1]
     if n_heads == 0 or n_heads % n_kv_heads:
-        raise Mismatch(f"{n_heads} query heads are no multiple of {n_kv_heads} key heads")
+        raise Mismatch(f"{n_heads} query heads is not a multiple of {n_kv_heads} key heads")
     by_query = keep.repeat_interleave(n_heads // n_kv_heads, 1)
     for name, maps, kept in (("query", query_maps, by_query), ("key", key_maps, keep)):
         if not bool(torch.isfinite(maps).all()):
-            raise Mismatch(f"{name} maps hold NaN or infinity: expected finite numbers")
+            raise Mismatch(f"{name} maps contain NaN or infinity; expected finite numbers")
         written = (maps != 0).any(-1) & ~kept
         if bool(written.any()):
             layer, head, dim = (int(i) for i in written.nonzero()[0])
             raise Mismatch(
                 f"the map of {name} head {head} of layer {layer} writes dimension {dim}, which "
-                "its mask cuts"
+                "the mask cuts"
             )
 
 
@@ -117,4 +117,4 @@ def _check_keep(keep: torch.Tensor) -> None:
     check_tensor(keep, "keep", torch.bool, (None, None, None))
     for size, most in zip(keep.shape, (MAX_LAYERS, MAX_HEADS, MAX_WIDTH), strict=True):
         if not 1 <= size <= most:
-            raise Mismatch(f"keep has shape {tuple(keep.shape)}, which no model has")
+            raise Mismatch(f"keep has shape {tuple(keep.shape)}, which no model can have")

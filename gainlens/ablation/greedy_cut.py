@@ -1,4 +1,4 @@
-"""Cut in rounds, scoring again after each: what is left takes over from what went."""
+"""Cut in rounds and score again after each, because the kept dimensions compensate for cut ones."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def greedy_mask(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = True,
 ) -> KeyMask:
-    """Cut the quietest ``fraction`` in equal rounds; each is scored on the model as cut so far.
+    """Cut the quietest ``fraction`` in equal rounds, scoring the model as cut so far in each.
 
     Args:
         model: a TransformerBridge or HookedTransformer; left as it was.
-        tokens: calibration text; run once per round.
-        fraction: share of dimensions to cut in the end, above 0 and below 1.
-        score: which gain ranks them; see ``gainlens.probes.scores.SCORES``.
-        scope, unit: as for ``KeyMask.quietest``. Scopes ``layer`` and ``model`` leave each head a
-            budget of its own.
-        rounds: in how many steps.
+        tokens: calibration text; it is run once per round.
+        fraction: total share of dimensions to cut, above 0 and below 1.
+        score: which gain ranks the units; see ``gainlens.probes.scores.SCORES``.
+        scope, unit: as for ``KeyMask.quietest``. With ``layer`` and ``model``, heads
+            may lose different shares.
+        rounds: number of rounds.
         tokens_per_batch: upper bound on tokens per forward pass.
         progress: show a progress bar per round.
 
     Returns:
-        KeyMask: its facts name the text, so ``surgery`` refuses to judge on it.
+        KeyMask: its facts include the text, so ``surgery`` refuses to evaluate on the same text.
 
     Raises:
         InputError: a fraction that cuts nothing or everything, fewer than one round, an unknown
@@ -65,7 +65,7 @@ def greedy_mask(
     mask = KeyMask(torch.ones(key_sites(model).shape, dtype=torch.bool))
     texts: set[str] = set()
     for number in range(1, rounds + 1):
-        # Not ablate, inside which a probe warns: here the cut model is what is to be scored.
+        # Not ``ablate``: a probe inside it warns, but here we do want to score the cut model.
         with attached(model, ablation_hooks(model, mask)):
             gains = probe_gains(
                 model, documents, (score,), tokens_per_batch=tokens_per_batch, progress=progress
@@ -73,7 +73,7 @@ def greedy_mask(
         texts |= set(gains.texts)
         values = gains.score(score, unit=unit).double()
         shared = scope == "universal"
-        if shared:  # shares of what is left, before those that went are put below all others
+        if shared:  # shares of the remaining sum; cut units are then ranked below all others
             values = share(values.masked_fill(~mask.keep, 0.0))
         values = torch.where(mask.keep, values, values.min() - 1.0)
         target = fraction * number / rounds

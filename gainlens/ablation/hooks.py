@@ -24,25 +24,25 @@ def ablation_hooks(
     cache: KeyCache | None = None,
     seed: int = 0,
 ) -> AblationHooks:
-    """Hooks that make a cut in a running model.
+    """Make the hooks that apply a cut in a running model.
 
-    The hooks return a new tensor and never write into the model's own. Where a split rotary pair
-    is cut on a model without a hook after its rotation, the rotation of the running pass is
-    followed, positions and all.
+    The hooks return a new tensor and never modify the model's tensors in place. If a split rotary
+    pair is cut on a model without a hook after its rotation, the hooks use the rotation of the
+    running pass, including its positions.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
-        cut: what goes: a ``KeyMask``, or any other kind of cut of this model.
-        mode: what cut dimensions of a mask carry: a row of ``gainlens.ablation.modes.MODES``.
-        stage: where a mask is cut; by default after every norm and rotation (``rotated``), also on
-            models that fire no hook there: their keys are turned, cut and turned back.
-        gains: for the modes that need calibration statistics (``mean``).
-        cache: for the modes that need the keys of another run (``resample``, ``patch``).
-        seed: which other document gives its value in ``resample``.
+        cut: a ``KeyMask`` or any other kind of cut of this model.
+        mode: replacement values for a mask: a row of ``gainlens.ablation.modes.MODES``.
+        stage: where a mask is applied; by default after all norms and the rotation (``rotated``).
+            On models without a hook there, keys are rotated, cut and rotated back.
+        gains: calibration statistics, for the modes that need them (``mean``).
+        cache: keys of another run, for the modes that need them (``resample``, ``patch``).
+        seed: selects the other document whose values ``resample`` uses.
 
     Raises:
-        InputError: a cut of another model, gains of another model, an unknown mode or stage, a
-            mode without what it needs, a mode for a kind of cut that has none.
+        InputError: a cut or gains of another model, an unknown mode or stage, a mode without the
+            arguments that it needs, or a mode that this kind of cut does not support.
         UnsupportedModelError: a cut at ``projected`` on a model with a norm after it.
 
     Example:
@@ -64,12 +64,22 @@ def ablate(
     cache: KeyCache | None = None,
     seed: int = 0,
 ) -> Iterator[AblationHooks]:
-    """Cut inside a ``with``; the model is as before on leaving, also after an exception.
+    """Context manager that cuts the model and restores it on exit, also after an exception.
 
-    Arguments and errors as for ``ablation_hooks``; hooks of the user's own stay.
+    The user's own hooks stay attached.
+
+    Args:
+        model: a TransformerBridge or HookedTransformer.
+        cut: the cut, of any kind.
+        mode: name of the mode; see ``ablation_hooks``.
+        stage: where the cut acts; the stage of the mode if None.
+        gains: means and variances, for the modes that need them.
+        cache: cached keys, for the modes that patch.
+        seed: seed of the modes that draw at random.
 
     Raises:
-        SilentSiteError: on leaving, if no forward pass went through every layer.
+        InputError: see ``ablation_hooks``.
+        SilentSiteError: on exit, if no forward pass went through every layer.
 
     Example:
         >>> with gl.ablate(model, mask, mode="mean", gains=gains):

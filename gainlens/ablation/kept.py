@@ -1,4 +1,4 @@
-"""How a choice of key dimensions is shown, whoever holds it: a mask, a plan, a refitted cut."""
+"""Display of a choice of key dimensions: shared by masks, plans and refitted cuts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Kept:
-    """Table and figure of anything with ``keep``, boolean ``[layer, kv_head, d_head]``."""
+    """Table and figure for any object with ``keep``, boolean ``[layer, kv_head, d_head]``."""
 
     if TYPE_CHECKING:
 
@@ -41,7 +41,7 @@ class Kept:
         ]
 
     def plot(self, ax: Any = None) -> Any:
-        """Heat map of what stays, layers × dimensions; returns the matplotlib axes, shows nothing.
+        """Heat map of what stays, layers × dimensions; returns the matplotlib axes without showing.
 
         Args:
             ax: axes to draw into; new ones by default.

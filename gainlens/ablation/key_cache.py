@@ -1,4 +1,4 @@
-"""``KeyCache``: the keys of one run, to be put into another."""
+"""``KeyCache``: the keys of one run, for use in another."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class KeyCache:
     """The keys of every layer in one run.
 
     Attributes:
-        keys: per layer ``[document, pos, kv_head, d_head]``, in the units of the activation.
-        stage: where they were read.
+        keys: one tensor per layer, ``[document, pos, kv_head, d_head]``, in activation units.
+        stage: where the keys were recorded.
     """
 
     keys: list[Float[torch.Tensor, "document pos kv_head d_head"]]
@@ -40,7 +40,7 @@ class KeyCache:
         return self.keys[0].shape[1]
 
     def check(self, sites: KeySites, stage: Stage) -> None:
-        """Raise ``InputError`` unless the keys are of a model with ``sites``, read at ``stage``."""
+        """Raise ``InputError`` unless the keys match ``sites`` and were recorded at ``stage``."""
         if self.stage != stage:
             raise InputError(
                 f"cache was read at stage={self.stage!r}: this cut acts at {stage!r}, expected the "
@@ -58,11 +58,11 @@ class KeyCache:
     def run(cls, model: Any, tokens: Tokens, stage: Stage = "rotated") -> KeyCache:
         """Run ``model`` on ``tokens`` and keep its keys.
 
-        Where the model fires no hook after its rotation the rotation is computed here.
+        If the model has no hook after its rotation, the rotation is computed here.
 
         Raises:
             InputError: documents of unequal length, an unknown stage.
-            SilentSiteError: a layer's hook did not fire.
+            SilentSiteError: the hook of a layer did not fire.
         """
         if stage not in STAGES:
             raise InputError(f"stage={stage!r} is not one of {', '.join(STAGES)}")
@@ -78,7 +78,7 @@ class KeyCache:
             forward_layers(model, batch)
         silent = [layer for layer in range(sites.n_layers) if layer not in found]
         if silent:
-            raise SilentSiteError(f"the key hooks of layer(s) {silent} stayed silent")
+            raise SilentSiteError(f"the key hooks of layer(s) {silent} did not fire")
         return cls([found[layer] for layer in range(sites.n_layers)], stage)
 
 
@@ -86,9 +86,9 @@ def one_length(tokens: Tokens, vocabulary: int, name: str) -> Int[torch.Tensor, 
     """Tokens as one batch.
 
     Args:
-        tokens: documents, checked as ``batches`` does.
-        vocabulary: number of token ids of the model.
-        name: of the argument, for the message.
+        tokens: documents, checked as in ``batches``.
+        vocabulary: size of the vocabulary of the model.
+        name: name of the argument, for the error message.
 
     Raises:
         InputError: documents of unequal length.

@@ -22,7 +22,7 @@ from gainlens.probes.gains import UNITS, KeyGains
 Scope = Literal["head", "layer", "model", "universal"]
 SCOPES: tuple[Scope, ...] = ("head", "layer", "model", "universal")
 PROVENANCE = ("fingerprint", "texts", "documents")
-"""Facts of a mask that say where it comes from: hashes, not for people."""
+"""Facts about the origin of a mask. They are hashes, so ``repr`` leaves them out."""
 
 
 class KeyMask(Cut):
@@ -30,10 +30,10 @@ class KeyMask(Cut):
 
     Attributes:
         keep: the mask, on the CPU.
-        facts: how it was made (score, scope, unit, fraction, …), for reports; empty if by hand.
+        facts: how it was made (score, scope, unit, fraction, …); empty if made by hand.
 
     Raises:
-        InputError: ``keep`` is not three-dimensional or not boolean (0 and 1 are taken).
+        InputError: ``keep`` is not three-dimensional or not boolean (0 and 1 are accepted).
     """
 
     kind = "mask"
@@ -43,7 +43,7 @@ class KeyMask(Cut):
             keep = torch.as_tensor(keep).detach().cpu()
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"keep={type(keep).__name__} can't be read as an array: {error}"
+                f"keep={type(keep).__name__} cannot be converted to an array: {error}"
             ) from None
         if keep.ndim != 3 or 0 in keep.shape:
             raise InputError(
@@ -51,7 +51,7 @@ class KeyMask(Cut):
             )
         if keep.dtype != torch.bool:
             if not bool(((keep == 0) | (keep == 1)).all()):
-                raise InputError("keep holds values other than 0 and 1: expected booleans")
+                raise InputError("keep contains values other than 0 and 1; expected booleans")
             keep = keep.bool()
         self._keep: Bool[torch.Tensor, "layer kv_head d_head"] = keep.clone()
         self.facts = dict(facts or {})
@@ -95,26 +95,26 @@ class KeyMask(Cut):
         stage: Stage | None = None,
         gains: KeyGains | None = None,
         cache: KeyCache | None = None,
-        donors: Sequence[torch.Tensor] | None = None,
+        donors: Sequence[Int[torch.Tensor, "document pos"]] | None = None,
         seed: int = 0,
     ) -> MaskedCut:
-        """What is cut carries something else than zero; see ``MaskedCut``."""
+        """The mask with replacement values other than zero; see ``MaskedCut``."""
         return MaskedCut(
             self, mode, stage=stage, gains=gains, cache=cache, donors=donors, seed=seed
         )
 
     def edit(self, model: Any, batch: Int[torch.Tensor, "document pos"]) -> Edit:
-        """See ``Cut.edit``: what is cut is zero."""
+        """See ``Cut.edit``; cut dimensions are zero."""
         return self.in_mode().edit(model, batch)
 
     def hooks(
         self, model: Any, batch: Int[torch.Tensor, "document pos"] | None = None
     ) -> AblationHooks:
-        """See ``Cut.hooks``: what is cut is zero."""
+        """See ``Cut.hooks``; cut dimensions are zero."""
         return self.in_mode().hooks(model, batch)
 
     def only(self, layer: int, kv_head: int | None = None) -> KeyMask:
-        """The same in one layer, or one of its key heads, alone."""
+        """The same mask in only one layer or one of its key heads."""
         keep = torch.ones_like(self.keep)
         heads = slice(None) if kv_head is None else kv_head
         keep[layer, heads] = self.keep[layer, heads]
@@ -136,12 +136,12 @@ class KeyMask(Cut):
             gains: from ``probe_gains``.
             fraction: share of dimensions to cut, 0 to 1, within each group of the scope; rounded
                 to the nearest whole number of units.
-            score: which gain ranks them.
-            scope: over what the fraction is taken: each ``head``, each ``layer``, the whole
+            score: which gain ranks the units.
+            scope: over which group the fraction is taken: each ``head``, each ``layer``, the whole
                 ``model``, or one ``universal`` index set for all heads (ranked by the mean over
                 heads of each unit's share of its head's gain).
             unit: ``pair`` cuts whole rotary pairs, ``dim`` single dimensions.
-            stage: of the gains.
+            stage: which gains to use, ``projected`` or ``rotated``.
 
         Raises:
             InputError: a fraction outside 0..1, an unknown score, scope, unit or stage.
@@ -158,7 +158,7 @@ class KeyMask(Cut):
         unit: str = "pair",
         stage: Stage = "rotated",
     ) -> KeyMask:
-        """Cut the loudest ``fraction``: a control; arguments as for ``quietest``."""
+        """Cut the loudest ``fraction``, as a control. Arguments as for ``quietest``."""
         return cls._ranked("loudest", gains, fraction, score, scope, unit, stage)
 
     @classmethod
@@ -189,12 +189,12 @@ class KeyMask(Cut):
         scope: Scope = "head",
         unit: str = "pair",
     ) -> KeyMask:
-        """Cut units at random: a control.
+        """Cut units at random, as a control.
 
         Args:
             like: gains of the model, for its shape and pairs.
             fraction, scope, unit: as for ``quietest``.
-            seed: of the generator; the same on every machine.
+            seed: seed of the generator. The result is the same on every machine.
         """
         noise = torch.rand(like.shape, generator=torch.Generator().manual_seed(seed))
         if scope == "universal":
@@ -218,14 +218,14 @@ class KeyMask(Cut):
         unit: str = "pair",
         seed: int = 0,
     ) -> KeyMask:
-        """Give every head's quietest cut to another head: random, matched in rotary frequency.
+        """Apply every head's quietest cut to another head: a random control matched in frequency.
 
-        How many units go at each frequency stays what it is in ``quietest``, so what is left of
-        its advantage is the choice of units within a frequency. Arguments as for ``quietest``.
+        The number of units cut at each frequency equals that of ``quietest``, so a remaining
+        advantage comes from the choice of units within a frequency. Arguments as for ``quietest``.
 
         Raises:
-            InputError: scope ``universal``, where every head has the same cut already, or a model
-                with one key head in all.
+            InputError: scope ``universal``, where all heads share one cut, or a model with only one
+                key head.
         """
         if scope == "universal":
             raise InputError(
@@ -235,11 +235,11 @@ class KeyMask(Cut):
         heads = keep.flatten(0, 1)
         if len(heads) < 2:
             raise InputError(
-                "gains are of one key head in all: a frequency-matched control takes another "
-                "head's cut, so it needs two or more"
+                "gains have only one key head: a frequency-matched control uses the cut of "
+                "another head, so it needs two or more"
             )
         order = torch.randperm(len(heads), generator=torch.Generator().manual_seed(seed))
-        # In the cycle ``order`` each head takes over from the one before: none keeps its own.
+        # In the cycle ``order`` each head gets the cut of the previous one, so none keeps its own.
         moved = torch.empty_like(heads)
         moved[order] = heads[order.roll(1)]
         return cls(
@@ -252,10 +252,10 @@ class KeyMask(Cut):
     def split(
         cls, gains: KeyGains, fraction: float, score: str = "qk", scope: Scope = "head"
     ) -> KeyMask:
-        """Cut one dimension of as many of the quietest pairs as give the fraction.
+        """Cut one dimension in each of the quietest pairs, until the fraction is reached.
 
-        The negative control of the pair: a pair cut in half no longer turns with position. The
-        second dimensions follow, in the same order, when one of every pair is not enough.
+        This is the negative control for whole pairs: half a pair no longer rotates with position.
+        If one dimension of every pair is not enough, the second ones follow in the same order.
         Arguments as for ``quietest``.
         """
         values = gains.score(score, unit="pair").double()
@@ -273,7 +273,7 @@ class KeyMask(Cut):
 
 
 def _origin(gains: KeyGains) -> dict[str, Any]:
-    """Whose gains these were: a plan made of the mask fits that model, other text has to judge."""
+    """Origin of the gains: a plan from the mask fits only that model, and needs other test text."""
     return {
         "fingerprint": gains.model.fingerprint,
         "texts": list(gains.texts),
@@ -282,7 +282,7 @@ def _origin(gains: KeyGains) -> dict[str, Any]:
 
 
 def share(values: torch.Tensor) -> torch.Tensor:
-    """What each unit has of its head's sum, so that loud heads do not outvote quiet ones."""
+    """Each unit's share of the sum over its head, so that loud heads do not dominate."""
     return values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
 
 
@@ -294,11 +294,11 @@ def check_fraction(fraction: Any) -> None:
 
 
 def check_something_stays(mask: KeyMask, fraction: float) -> None:
-    """Raise ``InputError`` where ``fraction``, rounded to whole units, left nothing at all."""
+    """Raise ``InputError`` if ``fraction``, rounded to whole units, cuts everything."""
     if not bool(mask.keep.any()):
         raise InputError(
-            f"fraction={fraction!r} cuts everything: rounded to whole units none of the "
-            f"{mask.shape[-1]} dimensions of a head is left; expected less"
+            f"fraction={fraction!r} cuts everything: rounded to whole units, it leaves none "
+            f"of the {mask.shape[-1]} dimensions of a head; expected a smaller fraction"
         )
 
 
@@ -312,15 +312,15 @@ def keep_by_order(
     shared: bool = False,
     loudest: bool = False,
 ) -> Bool[torch.Tensor, "layer kv_head d_head"]:
-    """Cut the units with the smallest values; ties go by index.
+    """Cut the units with the smallest values; ties are broken by index.
 
     Args:
-        values: equal on both dimensions of a pair when ``unit`` is ``pair``.
-        fraction, scope, unit: as for ``KeyMask.quietest``. Under a fraction below 1, the scopes
-            ``layer`` and ``model`` leave every head the unit that would go last.
-        partner: which dimension each rotates with.
-        shared: ``values`` are comparable between heads already (universal scope).
-        loudest: cut those with the largest values instead.
+        values: the ranking; equal on both dimensions of a pair if ``unit`` is ``pair``.
+        fraction, scope, unit: as for ``KeyMask.quietest``. If the fraction is below 1, the
+            scopes ``layer`` and ``model`` always leave every head its last unit.
+        partner: the dimension that each dimension rotates with.
+        shared: ``values`` are already comparable between heads (universal scope).
+        loudest: cut the units with the largest values instead.
 
     Raises:
         InputError: a fraction outside 0..1, NaN in the values, an unknown scope or unit.
@@ -331,7 +331,7 @@ def keep_by_order(
     if unit not in UNITS:
         raise InputError(f"unit={unit!r} is not one of {', '.join(UNITS)}")
     if not bool(torch.isfinite(values).all()):
-        raise InputError("scores hold NaN or infinity, so no order can be made of them")
+        raise InputError("scores contain NaN or infinity, so they cannot be ranked")
     layers, heads, d_head = values.shape
     first = torch.arange(d_head)
     if unit == "pair":
@@ -369,10 +369,10 @@ def keep_by_order(
 def _smallest(
     flat: Float[torch.Tensor, "group unit"], sizes: Int[torch.Tensor, " unit"], fraction: float
 ) -> Bool[torch.Tensor, "group unit"]:
-    """Mark in each row the smallest units until the share of dimensions is nearest ``fraction``."""
+    """Mark the smallest units of each row, up to the share of dimensions nearest ``fraction``."""
     order = torch.argsort(flat, dim=1, stable=True)
     ends = sizes[order].cumsum(1)
     target = fraction * int(sizes.sum())
-    # A unit is cut when that brings the number of cut dimensions nearer to the target.
+    # Cut a unit only if that brings the number of cut dimensions nearer to the target.
     taken = (ends - sizes[order] / 2) < target
     return torch.zeros_like(flat, dtype=torch.bool).scatter(1, order, taken)

@@ -1,4 +1,4 @@
-"""The table of cuts that have a file: one file and one row each."""
+"""The table of cuts that can be saved: one module and one row each."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ CUTS: dict[str, type[Cut]] = {c.kind: c for c in (KeyMask, RefitCut, SlotCut)}
 
 
 def load_cut(path: str | Path) -> Cut:
-    """Read a cut of any kind; executes nothing.
+    """Read a cut of any kind; executes no code.
 
     Args:
-        path: what a cut's ``save`` wrote.
+        path: file written by the ``save`` of a cut.
 
     Raises:
-        FileFormatError: missing, truncated, or not a cut.
+        FileFormatError: the file is missing, truncated or not a cut.
 
     Example:
         >>> cut = gl.load_cut("cut.safetensors")
@@ -29,5 +29,5 @@ def load_cut(path: str | Path) -> Cut:
     """
     kind = file_kind(path)
     if kind not in CUTS:
-        raise FileFormatError(f"{path} holds a {kind!r}: expected one of {', '.join(CUTS)}")
+        raise FileFormatError(f"{path} contains a {kind!r}; expected one of {', '.join(CUTS)}")
     return CUTS[kind].load(path)

@@ -1,4 +1,4 @@
-"""``MaskedCut``: a mask, and what the dimensions that it cuts carry instead."""
+"""``MaskedCut``: a mask with replacement values for the dimensions that it cuts."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class MaskedCut(Cut):
     """A mask in one of the ablation modes.
 
     Args:
-        mask: what stays.
+        mask: the dimensions that stay.
         mode: a row of ``gainlens.ablation.modes.MODES``.
-        stage: where to cut; by default ``rotated``, after every norm and rotation.
-        gains: for the modes that need calibration statistics (``mean``).
-        cache: for the modes that need the keys of another run (``resample``, ``patch``).
-        donors: batches ``[document, pos]`` whose keys ``resample`` may take, where there is no
-            ``cache``; a batch of several documents serves itself.
-        seed: which other document gives its value in ``resample``.
+        stage: where to cut; by default ``rotated``, after all norms and the rotation.
+        gains: calibration statistics, for the modes that need them (``mean``).
+        cache: keys of another run, for the modes that need them (``resample``, ``patch``).
+        donors: batches ``[document, pos]`` whose keys ``resample`` may use if there is no
+            ``cache``. A batch of several documents uses its own.
+        seed: selects the other document whose values ``resample`` uses.
 
     Raises:
         InputError: an unknown mode or stage.
@@ -47,7 +47,7 @@ class MaskedCut(Cut):
         stage: Stage | None = None,
         gains: KeyGains | None = None,
         cache: KeyCache | None = None,
-        donors: Sequence[torch.Tensor] | None = None,
+        donors: Sequence[Int[torch.Tensor, "document pos"]] | None = None,
         seed: int = 0,
     ) -> None:
         self._row = get_mode(mode)
@@ -63,7 +63,7 @@ class MaskedCut(Cut):
         return self.mask.keep
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The mask, and what decides the replacement."""
+        """The mask, and everything that determines the replacement values."""
         found = self.mask.tensors()
         if self.mode != "zero":
             found["mode"] = torch.tensor(list(f"{self.mode} {self.stage} {self.seed}".encode()))
@@ -75,11 +75,11 @@ class MaskedCut(Cut):
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> MaskedCut:
-        """Not supported: the mask has a file."""
-        raise InputError("a MaskedCut has no file of its own: save the mask that it cuts")
+        """Not supported: only the mask can be saved."""
+        raise InputError("a MaskedCut cannot be saved; save its mask instead")
 
     def only(self, layer: int, kv_head: int | None = None) -> Cut:
-        """The same in one layer, or one of its key heads, alone."""
+        """The same cut in only one layer or one of its key heads."""
         return self.mask.only(layer, kv_head).in_mode(
             self.mode,
             stage=self.stage,
@@ -90,10 +90,10 @@ class MaskedCut(Cut):
         )
 
     def check(self, sites: KeySites) -> None:
-        """As for any cut; gains, cache and stage must be of the model too.
+        """As for any cut; gains, cache and stage must match the model too.
 
         Raises:
-            InputError: another shape or model.
+            InputError: the shape or the model differs.
             UnsupportedModelError: a cut at ``projected`` on a model with a norm after it.
         """
         super().check(sites)
@@ -124,8 +124,8 @@ class MaskedCut(Cut):
     def hooks(
         self, model: Any, batch: Int[torch.Tensor, "document pos"] | None = None
     ) -> AblationHooks:
-        """See ``Cut.hooks``; on models that fire no hook after the rotation, keys are turned, cut
-        and turned back.
+        """See ``Cut.hooks``. On models without a hook after the rotation, keys are rotated, cut
+        and rotated back.
         """
         sites = key_sites(model)
         replacement = self._replacement(model, batch)
@@ -155,7 +155,7 @@ class MaskedCut(Cut):
         cache = self.cache
         if cache is None and self._row.takes_donors and self.donors is not None:
             if batch is None:
-                raise InputError(f"mode={self.mode!r} with donors needs the batch that is run")
+                raise InputError(f"mode={self.mode!r} with donors needs the batch to run")
             cache = KeyCache.run(model, donors_for(batch, self.donors))
         return self._row.replacement(Context(sites, self.stage, self.gains, cache, self.seed))
 
@@ -181,13 +181,13 @@ def _cut(
 def donors_for(
     batch: Int[torch.Tensor, "document pos"], pool: Sequence[torch.Tensor], most: int = 3
 ) -> Int[torch.Tensor, "donor pos"]:
-    """The documents among which ``resample`` looks for the keys of a batch.
+    """The documents from which ``resample`` takes keys for a batch.
 
-    A batch of several documents serves itself. One of a single document gets up to ``most`` more
-    from the batches of ``pool`` after (and before) it, cut to its length.
+    A batch of several documents uses its own. A batch of one document gets up to ``most`` others
+    from the batches of ``pool`` after (and before) it, truncated to its length.
 
     Raises:
-        InputError: no other document has keys at all of its positions.
+        InputError: no other document is as long as the batch.
     """
     if len(batch) > 1:
         return batch
@@ -199,7 +199,7 @@ def donors_for(
     others += [row for n, row in rows if n < place and len(row) >= length]
     if not others:
         raise InputError(
-            "mode='resample' takes keys from another document at the same position: no other "
-            f"document of tokens has the {length} positions of the longest one"
+            "mode='resample' takes keys from another document at the same position, but no other "
+            f"document in tokens has {length} positions like the longest one"
         )
     return torch.stack([batch[0], *(row[:length] for row in others[:most])])

@@ -1,6 +1,8 @@
-"""What breaks when key dimensions go, and whether layers share them."""
+"""The effect of cutting key dimensions, and whether layers share them."""
 
 from gainlens.analysis.behaviour_curves import Behaviours, behaviours
+from gainlens.analysis.damage_by_distance import DistanceChange, change_by_distance
+from gainlens.analysis.damage_by_position import PositionRise, rise_by_position
 from gainlens.analysis.map.canonical import canonical_gains
 from gainlens.analysis.map.comparison import compare_maps
 from gainlens.analysis.map.coordinates import CoordinateMap, coordinate_map
@@ -14,15 +16,19 @@ from gainlens.stats.verdicts import Verdict
 __all__ = [
     "Behaviours",
     "CoordinateMap",
+    "DistanceChange",
     "PatchEffects",
+    "PositionRise",
     "SurgeryCurve",
     "Verdict",
     "attribution_patching",
     "behaviours",
     "canonical_gains",
+    "change_by_distance",
     "compare_maps",
     "coordinate_map",
     "patch_keys",
+    "rise_by_position",
     "surgery",
     "with_evidence",
 ]

@@ -1,7 +1,7 @@
-"""What the loss hardly shows: induction, copying over a distance, agreement with the intact model.
+"""Behaviours that barely affect the loss: induction, copying over a distance, agreement.
 
-A mean loss is made of tokens that need no far-reaching attention. These curves ask for what
-attention alone can do, over the same fractions, each with the value that chance would give.
+Most tokens in a mean loss need no long-range attention. These curves measure behaviours that only
+attention can produce, over the same fractions, each next to its chance level.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from gainlens.model.tokens import model_documents
 from gainlens.probes.gains import KeyGains, check_same_weights
 
 CANDIDATES = 8
-"""A copied value is told from seven other tokens of the prompt, so chance is 1/8."""
+"""A copied value competes with seven other tokens of the prompt, so chance is 1/8."""
 
 
 @dataclass(frozen=True)
 class BehaviourRow:
-    """One figure.
+    """One measured value.
 
     Attributes:
         behaviour: ``induction``, ``copying``, ``agreement`` (shares, 0 to 1), ``kl`` or ``loss``
-            (nats per token), the last for comparison.
-        fraction: of key dimensions cut; 0 is the intact model.
-        order: of the cut, as in a sweep; ``given`` for cuts passed in.
-        seed: of a random order, else None.
+            (nats per token); the loss is for comparison.
+        fraction: share of key dimensions cut; 0 is the intact model.
+        order: order of the cut, as in a sweep; ``given`` for cuts passed in.
+        seed: seed of a random order, else None.
         distance: tokens between the pair and its second key (``copying`` only).
-        value: the figure; for ``kl`` and ``loss`` lower is better, else higher.
-        standard_error: over sequences or documents, in the same units.
-        chance: what a model without the behaviour would score.
-        label: of a given cut, else None.
+        value: the measured value. Lower is better for ``kl`` and ``loss``, else higher.
+        standard_error: standard error over sequences or documents, in the same units.
+        chance: the value for a model without the behaviour.
+        label: name of a given cut, else None.
     """
 
     behaviour: str
@@ -66,7 +66,7 @@ class Behaviours:
     """Curves of behaviours over fractions.
 
     Attributes:
-        rows: all figures.
+        rows: all measured values.
         facts: model, seed, sizes.
     """
 
@@ -74,7 +74,7 @@ class Behaviours:
     facts: dict[str, Any]
 
     def table(self) -> list[dict[str, Any]]:
-        """One plain row per figure."""
+        """One plain row per measured value."""
         return [dict(vars(row)) for row in self.rows]
 
     def find(self, **wanted: Any) -> list[BehaviourRow]:
@@ -94,10 +94,10 @@ class Behaviours:
         return data_frame(self.table())
 
     def plot(self, ax: Any = None) -> Any:
-        """One panel per behaviour, chance drawn in; returns the axes, shows nothing.
+        """One panel per behaviour, with its chance level; returns the axes without showing.
 
         Args:
-            ax: as many matplotlib axes as there are panels; new ones by default.
+            ax: matplotlib axes, one per panel; new ones by default.
         """
         from gainlens.plots.curves import plot_behaviours
 
@@ -115,8 +115,8 @@ class Behaviours:
         panels = len({(row.behaviour, row.distance) for row in self.rows})
         return figure_html(
             self,
-            "Behaviours of the model against the share of key dimensions cut, each beside what "
-            "chance would give.",
+            "Behaviours of the model against the share of key dimensions cut, each with its "
+            "chance level.",
             size=(3.2 * panels, 3),
             panels=(1, panels),
         )
@@ -143,23 +143,23 @@ def behaviours(
 
     Args:
         model: a TransformerBridge or HookedTransformer.
-        tokens: validation text, for loss, agreement and KL, and the pool that random tokens come
-            from.
+        tokens: validation text for loss, agreement and KL; random sequences draw tokens from it
+            too.
         gains: calibration gains, which choose what is cut.
-        fractions: of key dimensions, below 1; the intact model is always measured.
-        score, scope, orders: of the cuts; see ``surgery``.
+        fractions: shares of key dimensions to cut, below 1. The intact model is always measured.
+        score, scope, orders: how cuts are made; see ``surgery``.
         cuts: further cuts by name.
-        distances: tokens between a key–value pair and the second appearance of its key, 2 or
+        distances: tokens between a key–value pair and the second occurrence of its key, 2 or
             more.
         n_sequences: random sequences per figure.
-        repeat: length of the random sequence that is repeated for induction.
-        seed: of the random sequences and the random order.
-        evaluator: of this model, where several calls share one.
+        repeat: length of the repeated random sequence for induction.
+        seed: seed of the random sequences and the random order.
+        evaluator: an ``Evaluator`` of this model, to share between calls.
         progress: show a progress bar over cuts.
 
     Raises:
         InputError: fractions or sizes out of range, prompts beyond the context, gains of another
-            model, text that also chose the cut or has too few different tokens.
+            model, text that was also used to choose the cut, or has too few distinct tokens.
     """
     check_fractions(tuple(fractions))
     check_intact(model, "behaviours")
@@ -175,7 +175,7 @@ def behaviours(
             f"2 or more each, and prompts of at most {context} tokens"
         )
     if len(pool) < max(repeat, longest):
-        raise InputError(f"tokens has {len(pool)} different ids: expected at least {longest}")
+        raise InputError(f"tokens has {len(pool)} distinct ids: expected at least {longest}")
     generator = torch.Generator().manual_seed(seed)
     repeated = random_rows(pool, n_sequences, repeat, generator).repeat(1, 2)
     prompts = {
@@ -238,7 +238,7 @@ def behaviours(
 def random_rows(
     pool: Int[torch.Tensor, " token"], rows: int, length: int, generator: torch.Generator
 ) -> Int[torch.Tensor, "row pos"]:
-    """Rows of different tokens from ``pool``, in random order."""
+    """Rows of distinct tokens from ``pool``, in random order."""
     drawn = [pool[torch.randperm(len(pool), generator=generator)[:length]] for _ in range(rows)]
     return torch.stack(drawn)
 
@@ -246,9 +246,9 @@ def random_rows(
 def copying_prompts(
     rows: Int[torch.Tensor, "row pos"], distance: int
 ) -> tuple[Int[torch.Tensor, "row prompt_pos"], Int[torch.Tensor, "row candidate"]]:
-    """Prompts that end in a key whose pair stands ``distance`` tokens back, and the candidates.
+    """Prompts that end in a key whose pair is ``distance`` tokens earlier, and the candidates.
 
-    The first candidate is the pair's value, the others are tokens from before the pair.
+    The first candidate is the value of the pair. The others are tokens from before the pair.
     """
     prompt = rows[:, : CANDIDATES + distance + 1].clone()
     key_at = prompt.shape[1] - 1 - distance
@@ -260,7 +260,7 @@ def copying_prompts(
 def induction_score(
     logits: Float[torch.Tensor, "row pos vocab"], tokens: Int[torch.Tensor, "row pos"]
 ) -> Float[torch.Tensor, " row"]:
-    """Share of the repeated half (after its first token) that is predicted exactly, per row."""
+    """Share of the repeated half (after its first token) predicted exactly, per row."""
     half = tokens.shape[1] // 2
     hits = logits[:, half:-1].argmax(-1) == tokens[:, half + 1 :]
     return hits.float().mean(1)
@@ -269,7 +269,7 @@ def induction_score(
 def copying_score(
     last: Float[torch.Tensor, "row vocab"], candidates: Int[torch.Tensor, "row candidate"]
 ) -> Float[torch.Tensor, " row"]:
-    """1 where the value has the largest logit of all candidates, per row."""
+    """1 if the value has the largest logit of all candidates, per row."""
     return (last.gather(1, candidates).argmax(1) == 0).float()
 
 
@@ -283,7 +283,7 @@ def _loss(
 def _chances(
     reference: list[torch.Tensor], documents: list[torch.Tensor], n_pool: int
 ) -> dict[str, float]:
-    """Agreement, KL and loss of the intact model's predictions for other positions of the text."""
+    """Chance levels: agreement, KL and loss of intact predictions for other positions."""
     same, divergence, losses = [], [], []
     for logp, document in zip(reference, documents, strict=True):
         other = logp.roll(max(1, len(logp) // 2), 0)

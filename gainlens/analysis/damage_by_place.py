@@ -1,4 +1,4 @@
-"""Where it hurts: the rise of the loss when one layer, or one of its key heads, alone is cut."""
+"""Damage by place: the rise of the loss when only one layer or one key head is cut."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def damage_by_head(
     evaluator: Evaluator | None = None,
     progress: bool = True,
 ) -> Float[np.ndarray, "layer part"]:
-    """Mean rise of the loss in nats per token when a cut is made in one place at a time.
+    """Mean rise of the loss, in nats per token, when the cut is applied in one place at a time.
 
-    The layers before the one that is cut are run once, not again for every place.
+    The layers before the cut layer are run once, not once per place.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
         tokens: validation text.
-        cut: of any kind; made in one place, the rest is intact.
+        cut: a cut of any kind, applied in one place; the rest stays intact.
         by: ``head`` gives ``[layer, kv_head]``, ``layer`` gives ``[layer, 1]``.
         tokens_per_batch: upper bound on tokens per forward pass.
-        evaluator: of this model, where several calls share one.
+        evaluator: an ``Evaluator`` of this model, to share between calls.
         progress: show a progress bar.
 
     Raises:
-        InputError: another ``by``, or a cut of another model's shape.
+        InputError: an unknown ``by``, or a cut that does not fit the model.
     """
     if by not in PLACES:
         raise InputError(f"by={by!r} is not one of {', '.join(PLACES)}")

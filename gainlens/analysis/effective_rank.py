@@ -1,8 +1,8 @@
-"""Effective rank of queries and keys: how many directions of a head carry their variance.
+"""Effective rank of queries and keys: how many directions carry the variance of a head.
 
-A head whose keys fill four directions of 64 could lose dimensions in a basis of its own even where
-no single dimension is quiet. The rotation spreads a pair's variance over positions, so the rank is
-given before and after it.
+If the keys of a head span four directions of 64, the head could lose dimensions in its own basis
+even if no single dimension is quiet. The rotation spreads the variance of a pair over positions, so
+the rank is reported before and after it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class EffectiveRank:
 
     Attributes:
         participation: (Σλ)² / Σλ² over the eigenvalues λ, ``[layer, head]``, keyed by
-            ``(side, stage)``; the side is ``query`` or ``key``. 1 to d_head; 0 for a head that is
-            constant.
-        entropy: exp of the entropy of λ / Σλ (Roy and Vetterli, 2007), in the same way.
+            ``(side, stage)``; the side is ``query`` or ``key``. 1 to d_head; 0 for a constant
+            head.
+        entropy: exp of the entropy of λ / Σλ (Roy and Vetterli, 2007), keyed the same way.
         d_head: dimensions of a head.
-        n_tokens, n_documents: length of the text.
+        n_tokens, n_documents: size of the text.
     """
 
     participation: dict[tuple[str, Stage], Float[np.ndarray, "layer head"]]
@@ -91,8 +91,8 @@ def effective_rank(
 ) -> EffectiveRank:
     """Effective rank of queries and keys before and after the rotation, in one streaming pass.
 
-    The covariance is that over all tokens, with the mean taken off: a key that is the same at
-    every position changes no attention. Memory does not grow with the text.
+    The covariance is over all tokens, with the mean subtracted: a key that is the same at every
+    position has no effect on attention. Memory does not grow with the text.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
@@ -102,7 +102,7 @@ def effective_rank(
 
     Raises:
         InputError: fewer than two tokens.
-        SilentSiteError: a hook of some layer did not fire.
+        SilentSiteError: the hook of a layer did not fire.
 
     Example:
         >>> effective_rank(model, tokens).summary()
@@ -148,10 +148,12 @@ class _Sums:
     def ranks(self, n_documents: int) -> EffectiveRank:
         counts = {n for per_layer in self.count.values() for n in per_layer}
         if len(counts) != 1 or 0 in counts:
-            raise SilentSiteError("some query or key hooks stayed silent: no rank can be given")
+            raise SilentSiteError(
+                "some query or key hooks did not fire, so the rank cannot be computed"
+            )
         n = counts.pop()
         if n < 2:
-            raise InputError(f"tokens hold {n} token: expected two or more")
+            raise InputError(f"tokens has {n} token: expected two or more")
         participation, entropy = {}, {}
         for key in self.keys:
             mean = self.first[key] / n

@@ -1,4 +1,4 @@
-"""``PatchEffects``: what patching each key unit changes."""
+"""``PatchEffects``: the effect of patching each key unit."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gainlens.frames import data_frame
 
 @dataclass(frozen=True, eq=False)
 class PatchEffects:
-    """What patching each unit changes.
+    """The effect of patching each unit.
 
     Attributes:
         effect: metric of the patched run minus that of the corrupted run, in the metric's units,
-            ``[layer, kv_head, unit]``; NaN in layers that were not asked for.
-        clean, corrupted: the metric on either prompt.
+            ``[layer, kv_head, unit]``; NaN in layers that were not requested.
+        clean, corrupted: the metric on each prompt.
         dims: the dimension (for a pair: the first of the two) behind each unit.
         unit: ``pair`` or ``dim``.
         method: ``exact`` or ``attribution``.
@@ -45,16 +45,14 @@ class PatchEffects:
         """Share of the gap between corrupted (0) and clean (1) that each unit restores.
 
         Raises:
-            InputError: the metric is the same on both prompts, or not known on the clean one.
+            InputError: the metric is the same on both prompts, or unknown on the clean one.
         """
         if not np.isfinite(self.clean):
             raise InputError(
-                "clean was given as a KeyCache, so its metric is not known: give tokens"
+                "clean was given as a KeyCache, so its metric is unknown; pass tokens instead"
             )
         if self.clean == self.corrupted:
-            raise InputError(
-                f"metric is {self.clean!r} on both prompts: there is no gap to take a share of"
-            )
+            raise InputError(f"metric is {self.clean!r} on both prompts, so shares are undefined")
         share: Float[np.ndarray, "layer kv_head unit"] = self.effect / (self.clean - self.corrupted)
         return share
 
@@ -69,23 +67,23 @@ class PatchEffects:
         return rows
 
     def correlation(self, other: PatchEffects) -> float:
-        """Pearson's correlation with the effects of another method, over units that both have.
+        """Pearson correlation with the effects of another method, over the units of both.
 
         Raises:
-            InputError: they have other shapes or nothing varies.
+            InputError: the shapes differ, or the effects do not vary.
         """
         if self.effect.shape != other.effect.shape:
             raise InputError(
-                f"effects have shapes {self.effect.shape} and {other.effect.shape}: expected one"
+                f"effects have shapes {self.effect.shape} and {other.effect.shape}: expected equal"
             )
         both = np.isfinite(self.effect) & np.isfinite(other.effect)
         a, b = self.effect[both], other.effect[both]
         if len(a) < 2 or a.std() == 0 or b.std() == 0:
-            raise InputError("effects do not vary, so they have no correlation")
+            raise InputError("effects do not vary, so their correlation is undefined")
         return float(np.corrcoef(a, b)[0, 1])
 
     def to_dataframe(self) -> Any:
-        """One row per unit: layer, kv_head, dim (a pair's first), effect in the metric's units.
+        """One row per unit: layer, kv_head, dim (the first of a pair), effect in metric units.
 
         Raises:
             InputError: pandas is not installed.
@@ -96,7 +94,7 @@ class PatchEffects:
         )
 
     def plot(self, ax: Any = None) -> Any:
-        """A heat map, layers and heads down, units across; returns the axes, shows nothing.
+        """Heat map, layers and heads × units; returns the axes without showing.
 
         Args:
             ax: matplotlib axes to draw into; new ones by default.

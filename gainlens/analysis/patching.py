@@ -1,8 +1,8 @@
-"""Cached-activation patching of single key units, and its estimate by one backward pass.
+"""Activation patching of single key units, and its estimate from one backward pass.
 
-The corrupted prompt is run with one unit's key taken from the clean prompt, and a metric of the
-logits says what that changes; one figure per layer × key head × unit. A change in layer l can't
-reach the layers below it, so those are not run again.
+The corrupted prompt is run with the key of one unit taken from the clean prompt, and the change
+in a metric of the logits is recorded: one value per layer × key head × unit. A change in layer l
+does not affect the layers below it, so those are not run again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gainlens.model.sites import KeySites
 from gainlens.probes.gains import UNITS
 
 Metric = Callable[[torch.Tensor], Any]
-"""From logits ``[document, pos, vocab]`` of the patched run to one number."""
+"""Maps logits ``[document, pos, vocab]`` of the patched run to one number."""
 
 
 def unit_dims(sites: KeySites, unit: str) -> list[list[int]]:
@@ -65,17 +65,17 @@ def patch_keys(
         clean: tokens ``[document, pos]``, or their ``KeyCache`` (``PatchEffects.clean`` is then
             NaN).
         corrupted: tokens ``[document, pos]`` of the same shape.
-        metric: from logits ``[document, pos, vocab]`` to one number.
+        metric: maps logits ``[document, pos, vocab]`` to one number.
         unit: ``pair`` (both dimensions of a rotary pair at once) or ``dim``.
         layers: which layers; by default all.
-        cut: made in every run, of the clean prompt too: which units carry it in the cut model?
-        tokens_per_batch: how many tokens are run at once; several units share a batch.
-        evaluator: of this model, where several calls share one.
+        cut: applied in every run, also of the clean prompt, to study the cut model.
+        tokens_per_batch: upper bound on tokens per forward pass; units are batched together.
+        evaluator: an ``Evaluator`` of this model, to share between calls.
         progress: show a progress bar over units.
 
     Raises:
-        InputError: prompts of different shape, an unknown unit or layer, a metric that gives NaN
-            or not one number.
+        InputError: prompts of different shape, an unknown unit or layer, or a metric that does not
+            return one finite number.
     """
     sites = key_sites(model)
     groups = unit_dims(sites, unit)
@@ -127,7 +127,7 @@ def attribution_patching(
     ``patch_keys``; ``metric`` must be differentiable.
 
     Raises:
-        InputError: as for ``patch_keys``; a metric that does not depend on the logits.
+        InputError: as for ``patch_keys``, or a metric that does not depend on the logits.
     """
     sites = key_sites(model)
     groups = unit_dims(sites, unit)
@@ -147,7 +147,7 @@ def attribution_patching(
         layer = int(np.argwhere(~np.isfinite(effect))[0, 0])
         raise InputError(
             f"metric={_name(metric)} has no finite gradient at the keys of layer {layer}: "
-            "attribution needs one"
+            "attribution patching needs one"
         )
     end = float("nan")
     if not isinstance(clean, KeyCache):
@@ -157,7 +157,7 @@ def attribution_patching(
 
 
 class _Runner:
-    """Forward passes of the corrupted prompt from a layer on, several patches at once."""
+    """Forward passes of the corrupted prompt from a given layer on, several patches at once."""
 
     def __init__(self, evaluator: Evaluator, prompt: torch.Tensor, cut: Cut | None) -> None:
         self.model, self.prompt, self.cut = evaluator.model, prompt, cut
@@ -169,7 +169,7 @@ class _Runner:
 
     @torch.inference_mode()
     def intact(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits of a prompt; keeps what each layer reads in the last one asked for."""
+        """Logits of a prompt; stores the input of each layer for the last prompt run."""
         tokens = tokens.to(self.prompt.device)
         if self.fast_copy is not None:
             with self.fast_copy.edited(self._edit(tokens)):
@@ -183,7 +183,7 @@ class _Runner:
         def keep(x: torch.Tensor, hook: Any, *, layer: int) -> None:
             found[layer] = x
 
-        # What a block gives, so that hooks on what the next one reads act in the run from there.
+        # The output of a block, so that hooks on the input of the next one act in the partial run.
         hooks: list[Hook] = [
             (f"blocks.{layer - 1}.hook_resid_post", partial(keep, layer=layer))
             for layer in range(1, self.sites.n_layers)
@@ -249,7 +249,7 @@ def _made(model: Any, cut: Cut | None, tokens: torch.Tensor) -> AbstractContextM
 def _key_gradients(
     model: Any, prompt: torch.Tensor, metric: Metric, sites: KeySites
 ) -> tuple[float, list[torch.Tensor], list[torch.Tensor]]:
-    """The metric, rotated keys and its gradient with respect to them, per layer."""
+    """The metric, and per layer the rotated keys and its gradient with respect to them."""
     stage = sites.hook_stage("rotated")
     at_site: dict[int, torch.Tensor] = {}
     following = sites.rotation.follow()
@@ -281,7 +281,7 @@ def _key_gradients(
 
 def _check_cache(cache: KeyCache, prompt: torch.Tensor, sites: KeySites) -> None:
     if cache.stage != "rotated":
-        raise InputError(f"clean was read at stage={cache.stage!r}: expected 'rotated'")
+        raise InputError(f"clean was recorded at stage={cache.stage!r}: expected 'rotated'")
     shape = (cache.n_documents, cache.n_pos)
     if cache.n_pos != prompt.shape[1] or cache.n_documents not in (1, prompt.shape[0]):
         raise InputError(

@@ -1,14 +1,14 @@
-"""Controls of a cut of keys: the same on the query side and on values, and what the rest can do.
+"""Controls for a cut of keys: the same cut in queries and values, the complement, and random cuts.
 
-A claim that key dimensions can go needs three answers:
+A claim that key dimensions can be cut raises three questions:
 
 - *Is it about keys?* Zeroing a key dimension and zeroing the same query dimension remove the same
-  product from every logit, so the two are one cut (a check of the machinery, in the table as
-  such). What differs is the choice: the units that are quiet in queries alone. Values live in
-  another space: the same indices cut from values should cost no less than indices drawn at random.
-- *Is what was kept sufficient, and is what was cut not?* The complement, what was cut kept and
-  what was kept cut, is run too.
-- *Would any units do?* As many drawn at random.
+  product from every logit, so the two are the same cut (in the table as a sanity check). The
+  real control cuts the units that are quiet in queries alone. Values live in another space: cutting
+  the same indices from values should cost no less than cutting random indices.
+- *Are the kept units sufficient, and the cut ones not?* The complement, which keeps what was cut
+  and cuts what was kept, is run too.
+- *Would any other units work as well?* Equally many units drawn at random are cut.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ Cut = Bool[torch.Tensor, "layer head dim"]
 
 @dataclass(frozen=True, eq=False)
 class SideControls:
-    """What a cut of keys costs, beside its controls.
+    """The cost of a cut of keys and of its controls.
 
     Attributes:
-        rows: per run the side that was cut (``key``, ``query``, ``value``), which units
-            (``given``, ``quietest queries``, ``complement``, ``random``), the seed of what was
-            drawn, the share cut, the rise of the loss in nats per token and its 95% interval.
+        rows: per run the cut side (``key``, ``query``, ``value``), the cut units (``given``,
+            ``quietest queries``, ``complement``, ``random``), the seed of random units, the share
+            cut, the rise of the loss in nats per token and its 95% interval.
         rises: rise per document, ``[row, document]``.
         intact: loss of each document without a cut.
-        without: runs that this model has no hooks for, with the reason.
+        without: runs that were skipped because this model lacks the hooks, with the reason.
     """
 
     rows: list[dict[str, Any]]
@@ -68,20 +68,20 @@ class SideControls:
     def difference(
         self, a: tuple[str, str], b: tuple[str, str]
     ) -> tuple[float, tuple[float, float]]:
-        """Mean and 95% interval of the paired difference in loss of two runs, nats per token.
+        """Mean and 95% interval of the paired loss difference between two runs, nats per token.
 
         Args:
             a, b: side and units of each, e.g. ``("value", "given")``; seeds are averaged.
 
         Raises:
-            InputError: a run that was not made.
+            InputError: the run does not exist.
         """
         found = []
         for run in (a, b):
             at = [i for i, r in enumerate(self.rows) if (r["side"], r["units"]) == run]
             if not at:
                 runs = sorted({(r["side"], r["units"]) for r in self.rows})
-                raise InputError(f"run={run!r} was not made: expected one of {runs}")
+                raise InputError(f"run={run!r} does not exist: expected one of {runs}")
             found.append(self.rises[at].mean(0))
         difference = found[0] - found[1]
         return float(difference.mean()), t_interval(difference)
@@ -97,19 +97,20 @@ def side_controls(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = True,
 ) -> SideControls:
-    """Run a cut and its controls on one text; all by zeroing, queries and keys after the rotation.
+    """Evaluate a cut and its controls on one text, by zeroing (queries and keys: after rotation).
 
     Args:
         model: a TransformerBridge or HookedTransformer.
         tokens: validation text.
-        gains: calibration gains of this model, with the statistics of ``qk``.
+        gains: calibration gains of this model, with the statistics for ``qk``.
         mask: the cut of keys that is claimed to be harmless.
-        seeds: of the units drawn at random.
+        seeds: seeds of the random units.
         tokens_per_batch: upper bound on tokens per forward pass.
         progress: show a progress bar.
 
     Raises:
-        InputError: a mask of another shape, one that cuts nothing, or text that chose the cut.
+        InputError: a mask of another shape or one that cuts nothing, or text that was used to
+            choose the cut.
         SilentSiteError: a layer was not cut.
 
     Example:
@@ -168,12 +169,12 @@ def _runs(
 
 
 def _quietest_queries(sites: KeySites, gains: KeyGains, cut: Cut) -> Cut:
-    """As many dimensions in each head as ``cut`` has, in whole pairs, quietest queries first."""
+    """As many dimensions per head as in ``cut``, in whole pairs, quietest queries first."""
     stage = "rotated" if sites.rotary_dim else "projected"
     name = f"q_sq.{stage}"
     if name not in gains.sums:
         raise InputError(
-            "gains hold no query statistics: expected gains probed with the score 'qk'"
+            "gains have no query statistics: expected gains probed with the score 'qk'"
         )
     energy = gains.sums[name]
     return _lowest(energy + energy[..., sites.partner], cut)
@@ -185,16 +186,16 @@ def _random(cut: Cut, seed: int, partner: torch.Tensor) -> Cut:
 
 
 def _lowest(values: torch.Tensor, cut: Cut) -> Cut:
-    """The dimensions of lowest value, as many in each head as are cut.
+    """The dimensions with the lowest values, as many per head as are cut.
 
-    The two of a pair are equal in value, so a stable order keeps them together.
+    The two dimensions of a pair have equal values, so a stable sort keeps them together.
     """
     places = values.argsort(dim=-1, stable=True).argsort(dim=-1)
     return places < cut.sum(-1, keepdim=True)
 
 
 def _no_values(model: Any, sites: KeySites, batch: torch.Tensor) -> dict[str, str]:
-    """Why values can't be cut at the indices of keys, if so: seen on a few tokens."""
+    """Why values cannot be cut at the indices of keys, if so; tested on a few tokens."""
     shapes: list[tuple[int, ...]] = []
     names = [f"blocks.{layer}.attn.hook_v" for layer in range(sites.n_layers)]
     for name in names:
@@ -207,7 +208,7 @@ def _no_values(model: Any, sites: KeySites, batch: torch.Tensor) -> dict[str, st
     with attached(model, [(name, see) for name in names]):
         forward_layers(model, batch[:1, :4])
     if len(shapes) < sites.n_layers:
-        return {"value": "hook_v stays silent on this model"}
+        return {"value": "hook_v does not fire on this model"}
     if set(shapes) != {sites.shape[1:]}:
         return {"value": f"values have [head, dim] = {shapes[0]}, keys {sites.shape[1:]}"}
     return {}
@@ -225,7 +226,7 @@ def _losses(
         found = token_losses(model, batch).double().mean(1).numpy()
     if run is not None and 0 in fires:
         silent = [layer for layer, n in enumerate(fires) if n == 0]
-        raise SilentSiteError(f"the {run[0]['side']} hooks of layer(s) {silent} stayed silent")
+        raise SilentSiteError(f"the {run[0]['side']} hooks of layer(s) {silent} did not fire")
     losses: Float[np.ndarray, " document"] = found
     return losses
 
@@ -235,7 +236,7 @@ def _hooks(
 ) -> list[Hook]:
     side = facts["side"]
     at = sites.hook_stage("rotated")
-    # Zeroing whole pairs commutes with the rotation; half a pair has to be turned first.
+    # Zeroing whole pairs commutes with the rotation; half a pair must be rotated first.
     partner = sites.partner
     split = side != "value" and at == "projected" and not torch.equal(cut, cut[..., partner])
     device = model_device(model)

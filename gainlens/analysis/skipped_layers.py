@@ -1,7 +1,7 @@
-"""A bridge run from a block on: the blocks before it hand the residual through, uncomputed.
+"""Run a bridge from a given block on: earlier blocks pass the residual through without computing.
 
-transformer-lens 3.9 can't start a bridge at a layer, and 4 runs the layers before all the same and
-drops what they give. Here their ``forward`` is replaced for the time of one pass.
+transformer-lens 3.9 cannot start a bridge at a layer, and version 4 still runs the earlier layers
+and discards their output. Here their ``forward`` is replaced during one pass.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from jaxtyping import Float, Int
 
 SAME = 1e-4
-"""Largest difference of a logit, over the largest one, that counts as the same run."""
+"""Largest difference between logits, relative to the largest logit, for runs to count as equal."""
 
 
 class Prefix:
-    """What each block of a bridge reads in a run of one prompt.
+    """The input of each block of a bridge in a run of one prompt.
 
     Args:
-        bridge: a TransformerBridge; its hooks run as ever in the blocks that are computed.
+        bridge: a TransformerBridge; its hooks run as usual in the blocks that are computed.
 
     Attributes:
-        residuals: ``[document, pos, d_model]`` per block, of the last ``read``; empty where the
-            bridge's blocks can't be skipped.
+        residuals: ``[document, pos, d_model]`` per block, from the last ``read``; empty if
+            the blocks of the bridge cannot be skipped.
     """
 
     def __init__(self, bridge: Any) -> None:
@@ -37,7 +37,7 @@ class Prefix:
     def read(
         self, tokens: Int[torch.Tensor, "document pos"]
     ) -> Float[torch.Tensor, "document pos vocab"]:
-        """Logits of a whole run; keeps what each block read, if a run from the last one agrees."""
+        """Logits of a full run; stores block inputs if a run from the last block agrees with it."""
         found: list[torch.Tensor] = []
 
         def before(module: Any, args: Any, kwargs: Any) -> None:
@@ -63,16 +63,16 @@ class Prefix:
         try:
             with self.skipped(last, 1):
                 again = self.bridge(tokens, return_type="logits")
-        except Exception:  # a family whose model needs more of its blocks; all of them then run
+        except Exception:  # a family that needs more from its blocks; then all of them run
             return False
         return float((again - logits).abs().max()) <= SAME * float(logits.abs().max())
 
     @contextmanager
     def skipped(self, layer: int, copies: int) -> Iterator[None]:
-        """Blocks before ``layer`` give what it reads, for ``copies`` of the prompt in a batch."""
+        """Blocks before ``layer`` return its stored input, for ``copies`` of the prompt."""
         residual = self.residuals[layer].repeat(copies, 1, 1)
         given = (residual, *[None] * (self._length - 1)) if self._length else residual
-        # Past the block's own __setattr__, which would hand it on to the module that it wraps.
+        # Bypass the block's own __setattr__, which would pass it on to the wrapped module.
         spaces = [block.__dict__ for block in self.blocks[:layer]]
         own = [space.get("forward") for space in spaces]
         for space in spaces:

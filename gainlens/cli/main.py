@@ -1,7 +1,7 @@
-"""The command line: ``gainlens VERB``, the verbs being the rows of ``gainlens.cli.verbs``.
+"""The command line: ``gainlens VERB``, where a verb is a row of ``gainlens.cli.verbs``.
 
-Exit status 0 for done, 1 where the result could not be printed, 2 for bad input with one line that
-says what and where, 130 if interrupted, 141 where the reader of the output went away, 143 if ended.
+Exit status: 0 on success, 1 if the result could not be printed, 2 for bad input (with a one-line
+message), 130 if interrupted, 141 if the reader of the output closed the pipe, 143 if terminated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     started()
     options = build_parser().parse_args(arguments)
-    # Libraries' own notices would bury the one line that matters.
+    # Messages of libraries would hide the one line that matters.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -57,13 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _alone(options: argparse.Namespace) -> AbstractContextManager[None]:
-    """The lock of the output; where several processes work on one, the first holds it."""
+    """The lock of the output; with several processes, the first one holds it."""
+    out = getattr(options, "out", None)
     first = int(os.environ.get("RANK") or 0) == 0
-    return locked(options.out) if first else nullcontext()
+    return locked(out) if out is not None and first else nullcontext()
 
 
 def _say(lines: Iterable[str]) -> int:
-    """Print the result. Where nobody reads it the output is there all the same."""
+    """Print the result. The output files exist even if printing fails."""
     try:
         for line in lines:
             sys.stdout.write(line + "\n")
@@ -78,19 +79,19 @@ def _say(lines: Iterable[str]) -> int:
 
 
 def _failed(message: str, status: int) -> int:
-    with suppress(OSError, ValueError, AttributeError):  # nobody is left to be told
+    with suppress(OSError, ValueError, AttributeError):  # stderr may be closed too
         sys.stderr.write(f"gainlens: {message}\n")
     return status
 
 
 def _quiet() -> int:
-    """The status of a program whose reader went away, as Unix tools end: in silence."""
+    """Exit silently, as Unix tools do, when the reader has closed the pipe; returns the status."""
     _silence()
     return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 
 
 def _silence() -> None:
-    """Let the interpreter's own last flush go nowhere, or it would complain."""
+    """Redirect the last flush of the interpreter, which would otherwise print an error."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -98,7 +99,7 @@ def _silence() -> None:
 
 
 def _tidy_when_ended() -> Any:
-    """Let SIGTERM raise, so that half-written folders are removed; what it did before."""
+    """Make SIGTERM raise, so that half-written folders are removed; returns the old handler."""
     if threading.current_thread() is not threading.main_thread():
         return None
     return signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

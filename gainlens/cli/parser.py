@@ -1,4 +1,4 @@
-"""The parser: verbs, options that several of them share, and hints where one is misspelt."""
+"""The parser: verbs, shared options, and hints for misspelt ones."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ RENAMED = {"--keep": "--fraction (the share that is cut)", "--values": "--value-
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad arguments are one line, with the nearest right one."""
+    """Reports bad arguments in one line, with the nearest valid one."""
 
     def error(self, message: str) -> NoReturn:
-        """End with status 2 and one line."""
+        """Exit with status 2 and one line."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         raise argparse.ArgumentError(action, f"{value!r} is not one of {', '.join(known)}{hint}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does, but an unknown option ends here, where the known ones are."""
+        """Like argparse, but reject an unknown option here, where the known ones are available."""
         found, extra = super().parse_known_args(args, namespace)
         if extra:
             unknown = extra[0].partition("=")[0]
@@ -42,12 +42,12 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Every option with its default; examples as they are written."""
+    """Shows every option with its default, and examples verbatim."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         if action.default is None or isinstance(action.default, bool):
-            return text  # nothing to be said, or said in the text
+            return text  # no default, or the text already gives it
         if action.default == argparse.SUPPRESS:
             return text
         return f"{text} (default: {shown(action.default).replace('%', '%%')})"

@@ -1,1 +1,1 @@
-"""Texts: loading, splitting, batches, and which document is which."""
+"""Texts: loading, splitting, batching and document identity."""

@@ -1,4 +1,4 @@
-"""Turn what a caller passes as tokens into batches of equal length, without padding."""
+"""Turn the tokens a caller passes into batches of equal length, without padding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from jaxtyping import Int
 from gainlens.errors import InputError
 
 Tokens = torch.Tensor | Sequence[Any] | Iterable[Any]
-"""``[document, position]``, a sequence of 1-D documents of any length, or batches of the first."""
+"""``[document, position]``, a sequence of 1-D documents of any length, or an iterable of batches
+``[document, position]``."""
 
 TOKENS_PER_BATCH = 1024
 
@@ -24,21 +25,21 @@ def batches(
 ) -> Iterator[Int[torch.Tensor, "document pos"]]:
     """Yield ``[document, position]`` batches of at most ``tokens_per_batch`` tokens.
 
-    Documents of unequal length are run in batches of one length each, in order, so that no
-    padding ever enters a statistic.
+    Each batch holds documents of one length, in their original order, so padding never enters a
+    statistic.
 
     Args:
         tokens: see ``Tokens``.
         vocabulary: number of token ids of the model.
         tokens_per_batch: upper bound; a longer document is a batch of its own.
-        context: the most tokens that the model reads, where that is known.
+        context: the model's maximum number of tokens, if known.
 
     Returns:
-        Long tensors, whatever integers came in.
+        Long tensors, for any integer input type.
 
     Raises:
-        InputError: no document, one shorter than two tokens or longer than the context, an id
-            outside the vocabulary, or numbers that are no integers.
+        InputError: there is no document, a document has fewer than two tokens or more than the
+            context, an id is outside the vocabulary, or the values are not integers.
     """
     n_documents = 0
     for group in _equal_lengths(tokens):
@@ -48,7 +49,7 @@ def batches(
         for start in range(0, len(group), rows):
             yield group[start : start + rows]
     if n_documents == 0:
-        raise InputError("tokens holds no document: expected at least one of two tokens or more")
+        raise InputError("tokens holds no document: expected at least one, of two or more tokens")
 
 
 def as_documents(
@@ -104,7 +105,7 @@ def _checked(
 ) -> Int[torch.Tensor, "document pos"]:
     if group.dtype.is_floating_point or group.dtype.is_complex or group.dtype == torch.bool:
         raise InputError(f"tokens has dtype {group.dtype}: expected integers")
-    group = group.long()  # the models' embeddings take no int16, and torch compares no uint16
+    group = group.long()  # embeddings don't accept int16, and torch can't compare uint16
     if group.shape[1] < 2:
         raise InputError(
             f"document {first} of tokens has {group.shape[1]} token(s): expected at least 2"
@@ -116,7 +117,7 @@ def _checked(
         )
     if len(group) and (int(group.min()) < 0 or int(group.max()) >= vocabulary):
         raise InputError(
-            f"tokens holds ids from {int(group.min())} to {int(group.max())}: this model knows "
-            f"0 to {vocabulary - 1}"
+            f"tokens holds ids from {int(group.min())} to {int(group.max())}: this model's "
+            f"vocabulary is 0 to {vocabulary - 1}"
         )
     return group

@@ -1,7 +1,7 @@
-"""Which text a result belongs to: hashes of whole texts, of documents, and of tensors.
+"""Hashes that identify texts, documents and tensors.
 
-A text is known by one hash of all of its documents, however they are batched. Whether two texts
-share anything is another matter: ``gainlens.data.overlap``.
+A text has one hash over all of its documents, independent of batching. To test whether two texts
+share documents, see ``gainlens.data.overlap``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 
 class TextHasher:
-    """Fingerprint of a text that does not depend on how it is cut into batches."""
+    """Fingerprint of a text, independent of batching."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -26,17 +26,17 @@ class TextHasher:
             self._hash.update(row.contiguous().numpy().astype("<i8").tobytes())
 
     def hexdigest(self) -> str:
-        """SHA-256 of lengths and ids of all documents so far."""
+        """SHA-256 of the lengths and ids of all documents so far."""
         return self._hash.hexdigest()
 
 
 def text_fingerprint(
     tokens: Int[torch.Tensor, "document pos"] | Iterable[Int[torch.Tensor, "..."]],
 ) -> str:
-    """SHA-256, in hexadecimal, of a text, however it is cut into batches.
+    """Hexadecimal SHA-256 of a text, independent of batching.
 
     Args:
-        tokens: one batch ``[document, pos]``, or an iterable of batches and of documents ``[pos]``.
+        tokens: one batch ``[document, pos]``, or an iterable of batches or documents ``[pos]``.
 
     Example:
         >>> rows = torch.tensor([[1, 2], [3, 4]])
@@ -50,7 +50,7 @@ def text_fingerprint(
 
 
 def tensor_digest(tensors: Iterable[torch.Tensor]) -> str:
-    """SHA-256, in hexadecimal, of types, shapes and bytes of tensors, in order."""
+    """Hexadecimal SHA-256 of the types, shapes and bytes of tensors, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
         plain = tensor.detach().cpu().contiguous()

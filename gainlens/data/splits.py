@@ -1,4 +1,4 @@
-"""Documents, and which split each belongs to: near-duplicates stay on one side."""
+"""Assign documents to splits. Near-duplicates always belong to the same split."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ SPLITS: dict[str, range] = {
     "training": range(25, 60),
     "validation": range(60, 100),
 }
-"""Per cent of all documents. Gains are gathered on the first, a cut model heals on the second,
-and only the third judges."""
+"""Percentages of all documents. Gains are gathered on the first split, a cut model is trained on
+the second, and results are evaluated on the third only."""
 
 LETTERS = 2**22
-"""Of a document by which it is known; what follows after four million changes nothing."""
+"""Characters of a document that identify it; text after the first four million is ignored."""
 ALIKE, FEWEST = 0.5, 4
-"""Share of the pieces of the shorter of two documents that makes them near-duplicates, and the
-fewest pieces of which that can be said."""
+"""Two documents are near-duplicates if they share this fraction of the shorter one's pieces;
+``FEWEST`` is the minimum number of pieces for this test."""
 OPENINGS = (150, 300, 1000)
-"""Characters at the head of a document that are compared besides the whole."""
+"""Lengths in characters of the document openings that are also compared."""
 SHOWN = 8
-"""Documents with one piece in common of which each pair is counted; of more, neighbours are."""
+"""Up to this many documents with a common piece, every pair is counted; above, only neighbours."""
 
 
 @dataclass(frozen=True, order=True)
 class Document:
-    """One document; sorting puts documents in the order of their hashes."""
+    """One document. Documents sort by their hashes."""
 
     digest: str
     text: str
 
     @staticmethod
     def of(text: str) -> Document:
-        """The document of ``text``, without surrounding white space, with plain line ends.
+        """The document of ``text``, with surrounding white space stripped and ``\\n`` line ends.
 
-        Lone surrogates, which no tokenizer takes, become replacement characters.
+        Lone surrogates, which no tokenizer accepts, become replacement characters.
         """
         plain = text.replace("\r\n", "\n").strip()
         if not plain.isascii():
@@ -55,17 +55,17 @@ class Document:
 
     @cached_property
     def pieces(self) -> np.ndarray:
-        """Hashes of its overlapping pieces, in rising order."""
+        """Hashes of its overlapping pieces, in ascending order."""
         return letter_pieces(self.text[:LETTERS])
 
     @property
     def key(self) -> str:
-        """What decides its split where it stands alone: its least piece, or its hash."""
+        """Decides its split if it has no near-duplicate: its smallest piece, or its hash."""
         return f"{int(self.pieces[0]):x}" if len(self.pieces) >= FEWEST else self.digest
 
     @property
     def split(self) -> str:
-        """The split that it belongs to where no other document is much like it."""
+        """Its split, if no other document is a near-duplicate."""
         return split_of(self.key)
 
 
@@ -76,11 +76,11 @@ def split_of(key: str) -> str:
 
 
 def keys_of(documents: Sequence[Document]) -> list[str]:
-    """The key of each document: one for all that are near-duplicates, the least of their own.
+    """The key of each document; near-duplicates share the smallest of their keys.
 
-    Two documents are, where the longer has half of the pieces of the shorter, where they open
-    alike (rows of tokens are most often taken there), and where a third is that of both. The order
-    of documents makes no difference.
+    Two documents are near-duplicates if the longer one contains half of the shorter one's pieces,
+    if their openings match in the same way (rows of tokens are usually taken there), or if both
+    are near-duplicates of a third. The order of documents makes no difference.
     """
     parents = list(range(len(documents)))
 
@@ -106,7 +106,7 @@ def keys_of(documents: Sequence[Document]) -> list[str]:
 
 
 def _shared(found: Sequence[np.ndarray], order: Sequence[int]) -> Counter[tuple[int, int]]:
-    """How many pieces pairs of documents have in common; pairs are in the order given."""
+    """The number of common pieces per pair of documents; each pair follows ``order``."""
     counts: Counter[tuple[int, int]] = Counter()
     if not found:
         return counts

@@ -1,4 +1,4 @@
-"""``Texts``: tokens of several texts or lengths, and where each document comes from."""
+"""``Texts``: tokens of several texts or lengths, with the source of each document."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from jaxtyping import Int
 
 @dataclass(frozen=True, eq=False)
 class Texts(Sequence[torch.Tensor]):
-    """Documents of token ids, with the name of the text that each is of.
+    """Documents of token ids, with the name of each document's source text.
 
-    A sequence of documents: everything that takes tokens takes it as it is.
+    It is a sequence of documents and can be passed wherever tokens are expected.
 
     Attributes:
         rows: token ids of each row, ``[pos]``.
         domains: the name of each row's text.
-        groups: a number per row, the same for windows of one document, which depend on each other.
+        groups: a number per row, equal for windows of one document, which are not independent.
     """
 
     rows: tuple[torch.Tensor, ...]
@@ -47,7 +47,7 @@ class Texts(Sequence[torch.Tensor]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The texts, in order of first appearance."""
+        """The names of the texts, in order of first appearance."""
         return tuple(dict.fromkeys(self.domains))
 
     @property
@@ -65,20 +65,20 @@ class Texts(Sequence[torch.Tensor]):
         )
 
     def stacked(self) -> Int[torch.Tensor, "row pos"]:
-        """One tensor, where all rows have one length."""
+        """All rows as one tensor; they must have the same length."""
         return torch.stack(self.rows)
 
 
 def as_rows(tokens: torch.Tensor | Texts) -> Int[torch.Tensor, "row pos"]:
-    """What ``load_tokens`` gave, as one tensor; the documents must be of one length."""
+    """The result of ``load_tokens`` as one tensor; all rows must have the same length."""
     return tokens.stacked() if isinstance(tokens, Texts) else tokens
 
 
 def domains_of(tokens: Any) -> tuple[str, ...] | None:
-    """The name of each document's text, where ``tokens`` know it."""
+    """The name of each document's text, or None if ``tokens`` doesn't have it."""
     return tokens.domains if isinstance(tokens, Texts) else None
 
 
 def groups_of(tokens: Any) -> tuple[int, ...] | None:
-    """Which documents are windows of one text, where ``tokens`` know it."""
+    """The group of each row (windows of one document share one), or None if unknown."""
     return tokens.groups if isinstance(tokens, Texts) else None

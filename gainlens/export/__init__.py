@@ -1,4 +1,4 @@
-"""A physically smaller model from a mask, and checkpoints of it that stock engines run."""
+"""Physically smaller models from cuts, and checkpoints of them for stock engines."""
 
 from gainlens.export.attention import sliced_attention
 from gainlens.export.canonical import canonical_plan

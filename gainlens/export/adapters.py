@@ -1,7 +1,7 @@
 """Models with adapters inside (PEFT): merged on a copy where that is exact, otherwise refused.
 
-PEFT is not imported: its layers are known by what they hold. A LoRA layer ``y = W x + s B A x``
-is the linear layer ``W + s B A``.
+PEFT is not imported: its layers are recognised by their attributes. A LoRA layer
+``y = W x + s B A x`` equals the linear layer ``W + s B A``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MERGE = "merge first: model = model.merge_and_unload()"
 
 
 def adapters_in(model: Any) -> dict[str, nn.Module]:
-    """Modules that wrap one of the model's own, by name."""
+    """Modules that wrap a module of the model, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -30,11 +30,11 @@ def adapters_in(model: Any) -> dict[str, nn.Module]:
 
 
 def check_no_adapters(model: Any, what: str) -> None:
-    """Raise ``UnsupportedModelError`` where adapters are inside.
+    """Raise ``UnsupportedModelError`` if the model has adapters.
 
     Args:
         model: any of the three kinds, or a ``PeftModel``.
-        what: can't be done to such a model, for the message.
+        what: what cannot be done to such a model, for the error message.
     """
     inner = getattr(model, "original_model", model)
     wrapped = hasattr(inner, "peft_config") and hasattr(inner, "get_base_model")
@@ -43,16 +43,16 @@ def check_no_adapters(model: Any, what: str) -> None:
 
 
 def without_adapters(model: Any) -> Any:
-    """``model``, or where adapters are inside a copy with LoRA merged into its linear layers.
+    """``model``, or a copy with LoRA merged into its linear layers if it has adapters.
 
-    The copy shares every tensor that no adapter changes. Weights are added in float32 (float64
-    where they are), and rounded once to the type of the layer.
+    The copy shares all tensors that no adapter changes. Weights are added in float32 (float64 if
+    they are float64) and rounded once to the dtype of the layer.
 
     Args:
-        model: a transformers model or a ``PeftModel``; left as it was.
+        model: a transformers model or a ``PeftModel``; not changed.
 
     Raises:
-        UnsupportedModelError: adapters that are more than a sum of matrices.
+        UnsupportedModelError: an adapter is not a sum of matrices.
     """
     base = model
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
@@ -78,7 +78,7 @@ def without_adapters(model: Any) -> Any:
 
 
 def _active(module: Any) -> list[str]:
-    """Names of adapters whose product is added in a forward pass."""
+    """Names of the adapters that are active in a forward pass and not merged yet."""
     if getattr(module, "disable_adapters", False):
         return []
     names = module.active_adapters
@@ -88,7 +88,7 @@ def _active(module: Any) -> list[str]:
 
 
 def _reason(module: Any) -> str | None:
-    """Why an adapter is no sum of matrices, or None."""
+    """Why an adapter is not a sum of matrices, or None if it is."""
     inner = getattr(module, "base_layer", None)
     if not (hasattr(module, "lora_A") and hasattr(module, "lora_B")):
         return f"({type(module).__name__}) is no LoRA of a linear layer"

@@ -1,7 +1,7 @@
-"""The attention of a slim model: the compiled sliced kernel where it is installed.
+"""The attention of a slim model. It uses the compiled kernel if that is installed.
 
-This is the one place that knows of the kernels package. Registered with transformers under
-``ATTENTION``; ``attn_implementation="eager"`` or ``"sdpa"`` choose transformers' own instead.
+Only this module imports the kernels package. The attention is registered with transformers as
+``ATTENTION``; ``attn_implementation="eager"`` or ``"sdpa"`` selects one of transformers instead.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ with suppress(ImportError):  # installed without the kernels
 
 ATTENTION = "gainlens_sliced"
 KERNEL_WIDTH = 256
-"""The widest head that the compiled kernel takes."""
+"""The widest head that the compiled kernel supports."""
 FEW_QUERIES = 16
-"""Up to this many query positions the matrix products are done group by group."""
+"""Up to this many query positions, matrix products are computed per group."""
 
 
 def sliced_attention(
@@ -35,18 +35,18 @@ def sliced_attention(
     lengths: Int[torch.Tensor, " batch"] | None = None,
     starts: Int[torch.Tensor, " batch"] | None = None,
 ) -> Float[torch.Tensor, "batch head tq d_v"]:
-    """Attention with keys and values of any two widths; query head h reads key head h // group.
+    """Attention with keys and values of different widths; query head h reads key head h // group.
 
     Args:
         q, k, v: queries, keys and values.
-        scale: what a query-key product is multiplied by.
+        scale: factor of the query-key products.
         causal: the last query sees all keys, the one before all but the last, and so on.
         lengths: one past the last valid key of each row, for caches padded on the right; the last
             query is aligned with the last valid key.
         starts: the first valid key of each row, for texts padded on the left.
 
     Raises:
-        ValueError: tensors that don't belong together (the kernels' ``SlicedAttentionError``).
+        ValueError: shapes that do not match (``SlicedAttentionError`` of the kernels).
     """
     if _compiled is not None and max(q.shape[3], v.shape[3]) <= KERNEL_WIDTH:
         out: torch.Tensor = _compiled(

@@ -1,4 +1,4 @@
-"""Making models around weights that exist already, without a second copy of them in memory."""
+"""Build models around existing weights, without a second copy in memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ State = dict[str, Float[torch.Tensor, "..."]]
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Memory that nobody asked values for is not taken; a mode holds in its own thread alone.
+    """Create uninitialised tensors on the meta device. Applies only to the current thread.
 
-    Parameters start as ``torch.empty``; buffers are computed. On an empty list transformers looks
-    which device is in use: on the meta device it skips the initialisation of weights, for which
-    it would swap the functions of ``torch.nn.init`` in the whole process.
+    Parameters start as ``torch.empty``; buffers are computed. transformers finds the current
+    device with an empty list. On the meta device it skips the initialisation of weights, which
+    would replace functions of ``torch.nn.init`` in the whole process.
     """
 
     def __torch_function__(
@@ -35,19 +35,19 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def without_weights(make: Callable[[], Any]) -> Any:
-    """What ``make`` builds, its parameters on the meta device (no memory), its buffers real.
+    """Build with ``make``: parameters on the meta device (no memory), buffers with values.
 
-    Nothing outside this thread sees it: other threads may build models at the same time.
+    Other threads are not affected and may build models at the same time.
 
     Args:
-        make: builds a module on the CPU.
+        make: function that builds a module on the CPU.
 
     Raises:
-        UnsupportedModelError: a buffer that is not computed when the module is built.
+        UnsupportedModelError: a buffer is not computed when the module is built.
     """
     with _EmptyOnMeta():
         model = make()
-    moved: dict[int, nn.Parameter] = {}  # tied ones stay one
+    moved: dict[int, nn.Parameter] = {}  # keep tied parameters tied
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.is_meta:
@@ -78,13 +78,13 @@ def put(model: nn.Module, name: str, tensor: Float[torch.Tensor, "..."]) -> None
 
 
 def float_copy(slim: Any, weights: Callable[[Any], State] | None = None) -> Any:
-    """The same slim model in float32 on the CPU, its frequencies as its configuration says.
+    """The same slim model in float32 on the CPU, with frequencies from its configuration.
 
-    Weights that are float32 on the CPU already are shared, not copied.
+    Weights that already are float32 on the CPU are shared, not copied.
 
     Args:
-        slim: a slim model in any floating point type, on any device.
-        weights: from such a copy to the state that takes the place of its own.
+        slim: a slim model of any floating point dtype, on any device.
+        weights: function from such a copy to a state that replaces its own.
     """
     config = copy.deepcopy(slim.config)
     config.dtype = torch.float32

@@ -1,8 +1,8 @@
 """A key-value cache layer that grows in place.
 
-transformers' own layer copies the whole cache for every token, which costs as much memory
-traffic as reading it twice. This one keeps spare room and writes behind the last token; what it
-hands out is a view, whose last axis is contiguous.
+The cache layer of transformers copies the whole cache for every token, which costs as much memory
+traffic as reading it twice. This layer allocates spare room and writes behind the last token. It
+returns views whose last axis is contiguous.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
 
 SPARE = 256
-"""Least room for further tokens when the buffer is made anew; beyond, it grows by a quarter."""
+"""Minimum spare tokens of a new buffer; long buffers get a quarter of their length."""
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]

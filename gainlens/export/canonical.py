@@ -1,9 +1,9 @@
-"""The canonical basis of a head that doesn't rotate: singular directions of its query-key product.
+"""The canonical basis of a head without rotation: singular directions of its query-key product.
 
 A head's logits depend on W_Q and W_K only through (W_Q x + b_q)ᵀ(W_K y + b_k). Its singular value
-decomposition, biases included, gives queries and keys in which dimension 1 carries the most, so
-that keeping the first r is the best rank-r product in the least-squares sense (Eckart and
-Young, 1936). With all kept nothing changes.
+decomposition, including biases, gives queries and keys whose dimensions are ordered by strength.
+Keeping the first r gives the best rank-r product in the least-squares sense (Eckart and Young,
+1936). Keeping all changes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def to_canonical(
     """Queries and keys in the canonical basis, and the singular values, strongest first.
 
     Args:
-        weights: of a layer whose query heads have a key head each.
+        weights: attention of a layer in which each query head has its own key head.
     """
     q, k = _extended(weights.q, weights.q_bias), _extended(weights.k, weights.k_bias)
     # Qᵀ = A R, Kᵀ = B S with orthonormal A, B, so that only R Sᵀ (d_head by d_head) is decomposed.
@@ -54,14 +54,14 @@ def canonical_plan(model: object, fraction: float = 0.5, scope: str = "head") ->
     """The plan that keeps the strongest canonical directions of every head.
 
     Args:
-        model: any of the three kinds, of a family that doesn't rotate (GPT-2).
+        model: any of the three kinds, of a family without rotation (GPT-2).
         fraction: share of directions to cut, from 0 to below 1.
         scope: ``head`` for the same number in every head; ``layer`` or ``model`` to compare
             squared singular values within a layer or over all of them.
 
     Raises:
-        InputError: a share outside 0..1, an unknown scope.
-        UnsupportedModelError: a model that rotates its keys, where no such basis exists.
+        InputError: the fraction is outside 0..1, or the scope is unknown.
+        UnsupportedModelError: the model rotates its keys, so no such basis exists.
     """
     from gainlens.export.sources import open_source
 
@@ -105,7 +105,7 @@ def check_no_rotation(source: Source) -> None:
 
 
 def canonical_maps(source: Source, plan: SlicePlan) -> KeyMap:
-    """What each head's keys are multiplied by when the directions not kept are dropped."""
+    """Matrix that multiplies the keys of each head to drop the directions that are not kept."""
     maps = []
     for layer in range(source.n_layers):
         weights = source.attention(layer)

@@ -51,13 +51,13 @@ def write_card(
 
     Args:
         folder: that holds the checkpoint.
-        slim: the slim model that it was made from.
-        engine: the row that wrote it.
-        precision: of the weights.
-        name: of the folder once it is in place.
-        tokenizer: whether one lies beside.
-        verdict: on what the cut costs.
-        command: that made the folder; the call of ``export_model`` where it is not known.
+        slim: the slim model that was exported.
+        engine: the engine that wrote it.
+        precision: format of the weights.
+        name: final name of the folder.
+        tokenizer: whether the folder has a tokenizer.
+        verdict: verdict on the cost of the cut.
+        command: the command that made the folder; by default the call of ``export_model``.
     """
     config, plan = slim.config, plan_of(slim.config)
     family = family_of(config)
@@ -115,6 +115,6 @@ def _span(widths: tuple[int, ...]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """One line, whatever a fact holds."""
+    """Any value as one line of text."""
     text = " ".join(str(value).split())
     return text if len(text) <= 200 else text[:197] + "..."

@@ -1,8 +1,8 @@
 """The table of model families that can be made slim. A new family is one row.
 
-A row says what a transformers model's attention does besides its projections, whose place is in
-``gainlens.model.attention_layouts``: scale, norms, rotary width. Everything else of the model
-(embeddings, norms, MLPs, masks, generation) is the family's own class, used as it is.
+A row describes the attention of a transformers model apart from its projections: scale, norms,
+rotary width. ``gainlens.model.attention_layouts`` says where the projections are. Everything else
+(embeddings, norms, MLPs, masks, generation) uses the class of the family unchanged.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class SlimFamily:
     """One row.
 
     Attributes:
-        name: what the slim classes are called after.
+        name: name of the family in the names of the slim classes.
         config_class, model_class: the family's classes in transformers.
         key_site: where the original's keys can be masked.
-        refuse: why a configuration can't be made slim, or None.
-        norm: whether a norm over the head sits on queries and keys.
-        sliding: whether layers may attend to a window only.
+        refuse: reason why a configuration cannot be made slim, or None.
+        norm: whether a norm over the head acts on queries and keys.
+        sliding: whether layers may have a sliding window.
         resid_dropout: whether dropout follows the output projection inside the module.
         llama: whether the same weights, with biases, make a ``LlamaForCausalLM``.
     """
@@ -59,8 +59,8 @@ class SlimFamily:
 
     @property
     def norm_offset(self) -> float:
-        """What is added to the weights of the norms on queries and keys; they are stored without
-        it, as the original stores them, since near one half precision would round them away."""
+        """Offset that is added to the weights of the norms on queries and keys. They are stored
+        without it, as in the original, because half precision would lose small values near one."""
         return self.layout.norm_offset if self.norm else 0.0
 
     def d_head(self, config: Any) -> int:
@@ -83,7 +83,7 @@ class SlimFamily:
         return width + width % 2  # an odd width gets a frequency more than fit its pairs
 
     def scaling(self, config: Any, layer: int) -> float:
-        """What a query-key product is multiplied by, that of the full head."""
+        """Softmax scale of the full head."""
         if self.name == "Gemma3":
             special: float = float(config.query_pre_attn_scalar) ** -0.5
             return special
@@ -94,7 +94,7 @@ class SlimFamily:
         return scale
 
     def window(self, config: Any, layer: int) -> int | None:
-        """The layer's sliding window, or None where it sees everything before."""
+        """Sliding window of the layer, or None for full attention."""
         if not self.sliding:
             return None
         kinds = getattr(config, "layer_types", None)

@@ -1,4 +1,4 @@
-"""What a slim model costs, beside the intact one, on text that did not choose its cut."""
+"""The cost of a slim model against the intact one, on text that did not choose the cut."""
 
 from __future__ import annotations
 
@@ -61,20 +61,20 @@ def judge_slim(
     *,
     trained: bool = False,
 ) -> Verdict:
-    """Whether the loss of a slim model rises by less than ``margin`` over the intact one's.
+    """Test whether the loss of a slim model is less than ``margin`` above the intact one.
 
     Args:
-        slim: a transformers model, most often from ``slim`` or ``load_slim``.
+        slim: a transformers model, usually from ``slim`` or ``load_slim``.
         intact: the transformers model that was cut (``slim`` of an identity plan also works).
         tokens: validation text, documents of one length, at least two.
         margin: nats per token that count as no rise.
-        trained: whether ``slim`` was trained after the cut, for the claim's words.
+        trained: whether ``slim`` was trained after the cut; used in the text of the claim.
 
     Returns:
         Verdict: paired by document.
 
     Raises:
-        InputError: fewer than two documents, a margin of zero or below, a loss that is not finite.
+        InputError: fewer than two documents, a margin not above zero, or a loss not finite.
 
     Example:
         >>> verdict = judge_slim(gl.slim(model, plan), load_hf("tiny"), validation)
@@ -92,12 +92,12 @@ def losses_by_text(
     intact: Any | None = None,
     margin: float = MARGIN,
 ) -> dict[str, dict[str, Any]]:
-    """Loss of a model on several texts, and its verdict beside the intact model.
+    """Loss of a model on several texts, with a verdict against the intact model.
 
     Args:
         model: a transformers model, slim or not.
         texts: validation documents of one length, by the name of the text.
-        intact: the transformers model to compare with; None for the loss alone.
+        intact: the transformers model to compare with; None for only the loss.
         margin: nats per token that count as no rise.
 
     Returns:
@@ -122,7 +122,7 @@ def losses_by_text(
 
 
 def _fraction_cut(model: Any) -> float | None:
-    """Share of key dimensions that a slim model has not; None for other models."""
+    """Share of key dimensions that were cut from a slim model; None for other models."""
     try:
         return 1 - plan_of(model.config).fraction_kept
     except InputError:

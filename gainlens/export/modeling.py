@@ -1,4 +1,4 @@
-"""Slim modelling code: a family's own model with a thin attention module in every layer.
+"""Slim modelling code: the model of a family with a thin attention module in every layer.
 
 For each row of ``gainlens.export.families`` there is a configuration class with a
 ``gainlens_…`` model type and a model class, both registered with transformers' Auto classes, so
@@ -32,7 +32,7 @@ _INTERFACE = AttentionInterface()
 
 
 class SlimAttention(nn.Module):
-    """Attention with thin keys: kept dimensions only, each head with its own frequencies.
+    """Attention with thin keys: only kept dimensions; each head has its own frequencies.
 
     Args:
         config: the slim configuration.
@@ -90,7 +90,7 @@ class SlimAttention(nn.Module):
         layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[Float[torch.Tensor, "batch pos d_model"], torch.Tensor | None]:
-        """Called by the family's own decoder layer; both names of the cache are taken."""
+        """Called by the decoder layer of the family; accepts both names of the cache."""
         cache = layer_past if past_key_values is None else past_key_values
         batch, pos, _ = hidden_states.shape
         q = self.q_proj(hidden_states).view(batch, pos, self.n_heads, -1)
@@ -128,7 +128,7 @@ class SlimAttention(nn.Module):
         x: Float[torch.Tensor, "batch pos head d_head"],
         factor: Float[torch.Tensor, "head width"],
     ) -> Float[torch.Tensor, "batch pos head width"]:
-        """Statistic over the full width, in float32; only the kept slots go on."""
+        """Norm with the statistic over the full width, in float32; returns only the kept slots."""
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         factor = factor.float() + self.norm_offset
@@ -143,7 +143,7 @@ class SlimAttention(nn.Module):
     ) -> tuple[
         Float[torch.Tensor, "batch pos head width"], Float[torch.Tensor, "batch pos kv_head width"]
     ]:
-        """Turn each slot pair by the angle of the rotary pair that it was."""
+        """Rotate each slot pair by the angle of its original rotary pair."""
         half = cos.shape[-1] // 2
         cos, sin = cos[..., :half], sin[..., :half]
         if self.rope_index is None:
@@ -161,7 +161,7 @@ class SlimAttention(nn.Module):
 
 
 def rope_rows(layout: HeadLayout) -> Int[torch.Tensor, "kv_head slot"] | None:
-    """Which frequency turns each slot pair; None where slots turn as in the full model."""
+    """Frequency index of each slot pair, or None if slots rotate as in the full model."""
     if layout.frequency is None or layout.natural:
         return None
     rows = layout.frequency
@@ -211,7 +211,7 @@ def plan_of(config: Any) -> SlicePlan:
 
 
 def plan_rotary_dim(family: SlimFamily, config: Any, plan: SlicePlan) -> int:
-    """Rotary width in the plan's basis."""
+    """Rotary width in the basis of the plan."""
     return family.rotary_dim(config) if plan.basis == "own" else 0
 
 
@@ -231,7 +231,7 @@ def model_type_of(family: SlimFamily) -> str:
 
 
 def install_attention(model: nn.Module, config: Any, family: SlimFamily) -> None:
-    """Put a ``SlimAttention`` in the place of every attention module of ``model``."""
+    """Replace every attention module of ``model`` by a ``SlimAttention``."""
     with torch.device("cpu"):  # from_pretrained makes models where tensors hold no numbers
         plan = plan_of(config)
         layouts, table = plan.turning(plan_rotary_dim(family, config, plan))
@@ -309,10 +309,10 @@ def _code(family: SlimFamily) -> str:
 
 
 def _attention_class(family: SlimFamily) -> type[SlimAttention]:
-    """``SlimAttention`` that transformers takes for the family's own.
+    """A ``SlimAttention`` that transformers treats as the attention class of the family.
 
-    ``output_attentions`` records the modules of a class that each backbone names, in a table for
-    the whole process: what is no such module is never seen, and the table is everybody's.
+    ``output_attentions`` records only modules of the class that each backbone names in a table of
+    the whole process. A subclass is recorded without a change to that shared table.
     """
     home = sys.modules[getattr(transformers, family.model_class).__module__]
     own: Any = getattr(home, f"{family.name}Attention")

@@ -35,19 +35,19 @@ class SlicePlan(Kept):
     Attributes:
         keep: True for what stays, on the CPU.
         value_widths: dimensions of a value head, per layer; None leaves values alone.
-        basis: ``own`` when ``keep`` indexes the model's own dimensions, ``canonical`` when it
-            indexes the singular directions of each head's query-key product, strongest first
-            (only for models that don't rotate).
+        basis: ``own`` if ``keep`` indexes the dimensions of the model, ``canonical`` if it indexes
+            the singular directions of each head's query-key product, strongest first (only for
+            models that do not rotate).
         fingerprint: hash of the model's weights (``gainlens.model.fingerprint``), or None for a
-            plan that was made by hand; ``slim`` then checks the shape alone.
+            plan made by hand. Without it ``slim`` checks only the shape.
         facts: how it was made (score, scope, fraction, …).
-        maps: of a cut whose kept dimensions carry linear maps; ``slim`` and training fold them
-            into the projections. A plan's file does not hold them: save the cut.
+        maps: linear maps of the kept dimensions, from a refitted cut. ``slim`` and training fold
+            them into the projections. A plan file cannot hold them: save the cut instead.
         frequencies: float64 radians per token of each kept rotary pair, ``[layer, kv_head, pair]``
-            (an axis of length 1 serves all); None where pairs keep the model's own.
+            (an axis of length 1 serves all); None if pairs keep the frequencies of the model.
 
     Raises:
-        InputError: a head that keeps nothing, a shape or a value width that no model has.
+        InputError: a head keeps nothing, or a shape or value width is impossible.
     """
 
     keep: Bool[torch.Tensor, "layer kv_head d_head"]
@@ -176,7 +176,7 @@ class SlicePlan(Kept):
         return sum(self.key_widths(rotary_dim)) * per, sum(values) * per
 
     def check_pairs(self, rotary_dim: int) -> None:
-        """Raise ``InputError`` where one dimension of a rotary pair stays without the other.
+        """Raise ``InputError`` if a plan keeps one dimension of a rotary pair without the other.
 
         ``rotary_dim`` is as for ``layouts``.
         """
@@ -197,7 +197,7 @@ class SlicePlan(Kept):
         Args:
             shape: ``(n_layers, n_kv_heads, d_head)`` of the model.
             fingerprint: hash of its weights.
-            name: what the message calls it.
+            name: name of the model in the error message.
         """
         if self.shape != shape:
             raise InputError(
@@ -226,15 +226,15 @@ class SlicePlan(Kept):
         values: int | float | Sequence[int] | None = None,
         fingerprint: str | None = None,
     ) -> SlicePlan:
-        """The plan that a cut becomes; its facts carry over.
+        """Make a plan from a cut; the facts carry over.
 
         Args:
-            cut: of the model to cut, of any kind.
+            cut: a cut of any kind.
             values: as for ``with_values``.
-            fingerprint: of the model; taken from the cut's facts where they have one.
+            fingerprint: hash of the model's weights; by default from the facts of the cut.
 
         Raises:
-            InputError: not a cut, or a head that would keep nothing.
+            InputError: not a cut, or a head keeps nothing.
 
         Example:
             >>> plan = gl.SlicePlan.from_cut(gl.best_cut(model, tokens), values=0.5)
@@ -257,7 +257,7 @@ class SlicePlan(Kept):
         values: int | float | Sequence[int] | None = None,
         fingerprint: str | None = None,
     ) -> SlicePlan:
-        """``from_cut``, under the name that suits a ``KeyMask``; arguments as there."""
+        """Another name of ``from_cut``; arguments as there."""
         return cls.from_cut(mask, values=values, fingerprint=fingerprint)
 
     @classmethod
@@ -273,12 +273,12 @@ class SlicePlan(Kept):
         )
 
     def nearest_shared(self, rotary_dim: int, width: int | None = None) -> SlicePlan:
-        """The plan with one index set for all heads that agrees with this one most.
+        """The most similar plan with one set of dimensions for all heads.
 
         Args:
             rotary_dim: as for ``layouts``.
-            width: key dimensions that each head keeps; by default this plan's mean, rounded to
-                whole pairs.
+            width: key dimensions per head; by default the mean of this plan, rounded to whole
+                pairs.
         """
         d_head = self.shape[2]
         partner = pair_partners(d_head, rotary_dim, "half" if rotary_dim else "none")
@@ -314,11 +314,10 @@ class SlicePlan(Kept):
 
     @classmethod
     def from_json(cls, value: Any, where: str = "plan") -> SlicePlan:
-        """Read ``value``, which ``to_json`` made; errors name it ``where``.
+        """Read ``value``, the output of ``to_json``; errors call it ``where``.
 
         Raises:
-            FileFormatError: damaged, not a plan, of another version, with indices out of range,
-                or one that no model can be cut by.
+            FileFormatError: damaged, not a plan, of another version, or with impossible indices.
         """
         data = opened(value, KIND, where)
         with checking(where, "slice plan"):
@@ -328,7 +327,7 @@ class SlicePlan(Kept):
         """Write one JSON file.
 
         Raises:
-            InputError: a plan with maps, which the file would lose.
+            InputError: the plan has maps, which the file cannot hold.
         """
         if self.maps is not None:
             raise InputError("plan carries the maps of a cut: save the cut, not the plan")

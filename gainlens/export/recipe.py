@@ -1,4 +1,4 @@
-"""What a refit makes of a plan."""
+"""Refit a plan if the model supports it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gainlens.model.finding_sites import key_sites
 def refitted(
     model: Any, tokens: Any, plan: SlicePlan, *, rounds: int = 2, progress: bool = True
 ) -> SlicePlan:
-    """The plan with the maps of ``gainlens.refit``, or as it was with a warning that says why.
+    """The plan with maps from ``gainlens.ablation.refit``, or unchanged with a warning.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
         tokens: calibration text.
-        plan: what stays.
-        rounds: of the refit; 0 leaves the plan as it is.
+        plan: the plan to refit.
+        rounds: rounds of the refit; 0 leaves the plan unchanged.
         progress: show a progress bar.
 
     Raises:

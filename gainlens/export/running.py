@@ -1,4 +1,4 @@
-"""Try a written folder: text that it generates, and its loss on texts."""
+"""Run a written folder: generate text, and score it on tasks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ GGUF = "model.gguf"
 
 
 def open_folder(folder: str | Path, device: str = "cpu") -> tuple[Any, Any]:
-    """A checkpoint folder's model and tokenizer, slim or not (a model's name also works).
+    """Model and tokenizer of a checkpoint folder, slim or not (a model name also works).
 
     Args:
         folder: written by ``export_model`` for any engine but llama.cpp, or by ``train``.
-        device: where the model goes.
+        device: device of the model.
 
     Raises:
-        InputError: no model, no tokenizer, or a GGUF file alone, which llama.cpp runs.
+        InputError: no model, no tokenizer, or only a GGUF file, which llama.cpp runs.
     """
     path = Path(folder)
     if path.is_dir() and (path / GGUF).is_file() and not (path / "config.json").is_file():
@@ -41,14 +41,14 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """What a model writes after a prompt; the prompt is not repeated.
+    """Generate text after a prompt; the result does not include the prompt.
 
     Args:
         model, tokenizer: from ``open_folder``.
-        prompt: text to go on from.
-        max_new_tokens: upper bound; fewer where the context ends before.
-        temperature: of sampling; 0 takes the likeliest token.
-        seed: of sampling.
+        prompt: text to continue.
+        max_new_tokens: upper bound; fewer if the context ends before.
+        temperature: sampling temperature; 0 takes the most likely token.
+        seed: seed of sampling.
 
     Raises:
         InputError: an empty prompt, or one that fills the model's context.

@@ -38,12 +38,12 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 @dataclass(frozen=True, eq=False)
 class Parity:
-    """What the masked original says on a few tokens; kept with a slim model for later checks.
+    """Logits of the masked original on a few tokens, kept with a slim model for later checks.
 
     Attributes:
         tokens: ``[2, pos]`` arbitrary token ids.
-        logits: of the original after the same cut, float32 (float64 of a float64 model).
-        difference: the slim model's largest difference from them.
+        logits: logits of the original after the same cut, float32 (float64 for a float64 model).
+        difference: largest difference of the slim model from them.
     """
 
     tokens: Int[torch.Tensor, "document pos"]
@@ -54,17 +54,17 @@ class Parity:
 def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any:
     """A transformers model with thin keys that computes what the masked original computes.
 
-    Rows of the query and key projections that the plan cuts are gone, and with them their share
-    of the key cache; the softmax scale stays that of the full head. Where a norm sits on the keys
-    (Qwen3, Gemma3) its statistic needs the full width: there the projections stay whole and only
-    the cached and attended key is thin. With ``plan.value_widths`` the value path is cut as
-    well, by the best low-rank pair for the calibration text.
+    The cut rows of the query and key projections are removed, and with them their share of the key
+    cache. The softmax scale stays that of the full head. If a norm acts on the keys (Qwen3,
+    Gemma3), its statistic needs the full width: there the projections stay whole, and only the
+    cached and attended key is thin. With ``plan.value_widths`` the value path is cut as well, by
+    the best low-rank approximation for the calibration text.
 
     Args:
-        model: a TransformerBridge, a HookedTransformer or a transformers model; left as it was.
+        model: a TransformerBridge, a HookedTransformer or a transformers model; not changed.
         plan: a cut of this model (``KeyMask``, ``gainlens.best_cut``), or a ``SlicePlan``, which
-            says how wide values become as well. Linear maps of a cut fold into the projections.
-        tokens: calibration text, needed for value widths alone; ``[document, position]`` or
+            can also set the width of values. Linear maps of a cut fold into the projections.
+        tokens: calibration text, needed only for value widths; ``[document, position]`` or
             documents.
 
     Returns:
@@ -73,10 +73,10 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
         ``gainlens.export.plan_of(slim.config)``. Parameters share no memory with the original.
 
     Raises:
-        InputError: a plan of another model or that splits a rotary pair; value widths without
-            tokens; maps of another model.
-        UnsupportedModelError: a family or option that can't be made slim, with the reason; or
-            logits that differ from the masked original's.
+        InputError: the plan is of another model or splits a rotary pair; value widths without
+            tokens; the maps are of another model.
+        UnsupportedModelError: this family or option cannot be made slim (the message gives the
+            reason), or the logits differ from those of the masked original.
     """
     plan = as_plan(plan)
     source = open_source(model)
@@ -131,7 +131,7 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
 
 
 def load_slim(folder: str | Path, **kwargs: Any) -> Any:
-    """Read what a slim model's ``save_pretrained`` or ``export_model(…, "gainlens")`` wrote.
+    """Read a slim model written by ``save_pretrained`` or ``export_model(…, "gainlens")``.
 
     Args:
         folder: with ``config.json`` and ``model.safetensors``.
@@ -168,7 +168,7 @@ def load_slim(folder: str | Path, **kwargs: Any) -> Any:
 
 
 def _check_weights(model: Any, plan: SlicePlan, rotary_dim: int, folder: str | Path) -> None:
-    """Raise ``FileFormatError`` for weights that are not finite or were cut by another plan."""
+    """Raise ``FileFormatError`` if weights are not finite or were cut by another plan."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FileFormatError(f"{folder}: weight {name!r} holds NaN or infinity")
@@ -188,7 +188,7 @@ def _check_weights(model: Any, plan: SlicePlan, rotary_dim: int, folder: str | P
 def check_tolerance(
     got: Float[torch.Tensor, "..."], wanted: Float[torch.Tensor, "..."], dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Largest difference, and what is allowed for ``dtype``."""
+    """Largest difference, and the tolerance for ``dtype``."""
     difference = float((got - wanted).abs().max())
     return difference, TOLERANCE.get(dtype, 1e-1) * max(1.0, float(wanted.abs().max()))
 
@@ -262,7 +262,7 @@ def _paths(
 
 
 def biases_of(source: Source, plan: SlicePlan) -> str:
-    """Which of ``q``, ``k``, ``v``, ``o`` have a bias in the slim model, a letter each."""
+    """Letters of those of ``q``, ``k``, ``v``, ``o`` that have a bias in the slim model."""
     first = source.attention(0)
     found = "".join(n for n in "qkvo" if getattr(first, f"{n}_bias") is not None)
     if plan.basis == "canonical":

@@ -1,6 +1,6 @@
-"""The value path: the best narrow value head for what really flows through it.
+"""The value path: the best low-rank value head for the measured attention outputs.
 
-Per key head any invertible map can go between W_V and W_O without changing a thing. With z the
+An invertible map and its inverse between W_V and W_O of a key head change nothing. With z the
 attention-weighted mean of values and C = E[z zᵀ] measured on calibration text, the rank-r pair
 (down, up) that minimises the mean squared error of the output, summed over the query heads of
 the group, comes from the eigenvectors of C½ (Σ W_Oᵀ W_O) C½.
@@ -22,12 +22,12 @@ RIDGE = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class ValuePath:
-    """One layer's maps: values go through ``down``, the output projection through ``up``.
+    """Maps of one layer: ``down`` for the values, ``up`` for the output projection.
 
     Attributes:
         down: ``[kv_head, width, d_value]``, float64.
         up: ``[kv_head, d_value, width]``, float64.
-        lost: share of the output's mean square that is lost, per key head.
+        lost: lost share of the mean square of the output, per key head.
     """
 
     down: Float[torch.Tensor, "kv_head width d_value"]
@@ -36,7 +36,7 @@ class ValuePath:
 
     @property
     def projection(self) -> Float[torch.Tensor, "kv_head d_value d_value"]:
-        """What an attention output is multiplied by from the right."""
+        """Matrix that multiplies an attention output from the right."""
         return (self.up @ self.down).transpose(1, 2)
 
 

@@ -43,37 +43,36 @@ def export_model(
     verdict: Any | None = None,
     command: str | None = None,
 ) -> Path:
-    """Write ``slim`` for an engine, run the written files, and put them in place if they agree.
+    """Write ``slim`` for an engine, run the written files, and keep them only if they agree.
 
-    The files are written beside ``folder`` and compared there: with
-    the logits of the original with the same units ablated (as ``slim`` recorded them; with the
-    slim model's own where it has been trained or loaded since) and, on a longer text, with the
-    slim model's. Files in a lower precision are compared with the slim model whose weights are
-    rounded alike. Then the folder appears in one step, the plan in ``slice_plan.json`` and the
-    checksums of its files in ``SHA256SUMS``. When anything fails, nothing is left.
+    The files are written beside ``folder`` and run there. Their logits are compared with those of
+    the original with the same units ablated, as ``slim`` recorded them (with those of the slim
+    model itself if it has been trained or loaded since), and on a longer text with those of the
+    slim model. Files in a lower precision are compared with a slim model whose weights are rounded
+    in the same way. Then the folder appears in one step, with the plan in ``slice_plan.json`` and
+    the checksums of its files in ``SHA256SUMS``. If anything fails, nothing is left.
 
     Args:
         slim: from ``gainlens.slim`` or ``gainlens.load_slim``.
-        folder: to be made; may exist if it is empty.
+        folder: the folder to create; it may exist if it is empty.
         engine: ``gainlens`` (any plan), ``transformers``, ``vllm`` or ``llama.cpp``.
-        precision: of the weights, one of the engine's; its first (``f32``) by default.
-        tokenizer: a transformers tokenizer to save beside, with its chat template; by default
-            that of the model that was cut, where it had one. For ``llama.cpp`` the path of a GGUF
-            file of the original, whose vocabulary is copied: llama.cpp loads a file without one,
-            and serves it not. A warning says where a folder gets none.
+        precision: format of the weights, one of the engine's; by default its first (``f32``).
+        tokenizer: a transformers tokenizer to save with the model, with its chat template; by
+            default that of the model that was cut, if it had one. For ``llama.cpp``, the path of a
+            GGUF file of the original, whose vocabulary is copied: llama.cpp loads a file without a
+            vocabulary but cannot serve it. A folder without a tokenizer gives a warning.
         verdict: a ``Verdict`` on what the cut costs, for the model card (``README.md``).
-        command: that made the folder, for the model card.
+        command: the command that made the folder, for the model card.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: a folder that already holds something, can't be written or is being written
-            by another process, a full disk, an
-            unknown engine or precision, a model that is not slim, a tokenizer that the engine
-            can't take.
-        EngineLimitError: a plan that the engine can't take; says which limit, with the nearest
-            plan that fits as ``.nearest``.
+        InputError: the folder is not empty, not writable or being written by another process; the
+            disk is full; the engine or precision is unknown; the model is not slim; the engine does
+            not accept the tokenizer.
+        EngineLimitError: the engine does not support the plan; the message names the limit, and
+            ``.nearest`` is the nearest plan that fits.
         ParityError: the files do not compute what they should.
     """
     row = get_engine(engine)
@@ -144,12 +143,12 @@ def _say(engine: Engine, slim: Any) -> None:
 
 
 def check_parity(engine: Engine, slim: Any, folder: Path, precision: str) -> float:
-    """Run written files and compare; the largest logit difference.
+    """Run the written files and return the largest difference of the logits.
 
-    Files in ``f32`` are compared with what ``slim`` computes in float32 and, where it is float32
-    and untrained, with what the masked original said. Files of rounded weights are compared with
-    the slim model whose weights are rounded in the same way: what rounding does to a model is no
-    fault of the files, and a gate that allowed for it would let real faults through.
+    Files in ``f32`` are compared with ``slim`` in float32 and, if it is float32 and untrained, with
+    the masked original. Files with rounded weights are compared with a slim model whose weights are
+    rounded in the same way. The effect of rounding is not a fault of the files, and a tolerance
+    that covered it would hide real faults.
 
     Raises:
         ParityError: it is above ``GATE``.

@@ -1,4 +1,4 @@
-"""Files and folders on disk: written whole or not at all, checked before anything uses them."""
+"""Files and folders on disk: written completely or not at all, and checked before use."""
 
 from gainlens.files.content import FORMAT, opened, sealed
 from gainlens.files.folders import check_sums, written_folder

@@ -1,4 +1,4 @@
-"""What makes a file one of ours: its format, its kind, and a checksum of its content."""
+"""The format, kind and content checksum that identify a gainlens file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ CHECKSUM = "checksum"
 
 
 def as_json(value: Any, what: str, **options: Any) -> str:
-    """JSON text of plain values.
+    """JSON text of a JSON-serialisable value.
 
     Raises:
-        InputError: NaN, infinity, or something that JSON has no word for; names ``what``.
+        InputError: the value holds NaN, infinity or a type that JSON can't represent; the message
+            names ``what``.
     """
     try:
         return json.dumps(value, allow_nan=False, **options)
@@ -30,25 +31,25 @@ def as_json(value: Any, what: str, **options: Any) -> str:
 
 
 def sealed(kind: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    """``value`` with its format, kind and checksum: what ``opened`` takes.
+    """``value`` with format, kind and checksum added; the inverse of ``opened``.
 
     Raises:
-        InputError: ``value`` is not plain JSON.
+        InputError: ``value`` is not JSON-serialisable.
     """
     whole = {"format": FORMAT, "kind": kind, **value}
     return {**whole, CHECKSUM: _checksum(whole, kind)}
 
 
 def opened(value: Any, kind: str, where: str) -> dict[str, Any]:
-    """The content of what ``sealed`` made, format, kind and checksum taken off.
+    """The content of a value made by ``sealed``, without format, kind and checksum.
 
     Args:
-        value: as read from a file.
-        kind: that it must be of.
-        where: what the message calls it.
+        value: the value read from a file.
+        kind: the expected kind.
+        where: name of the file, for the message.
 
     Raises:
-        FileFormatError: another kind or format, or changed since it was written.
+        FileFormatError: the kind or format is wrong, or the content was changed after writing.
     """
     if not isinstance(value, dict):
         raise FileFormatError(f"{where} is not a gainlens {kind} file: it holds no JSON object")
@@ -60,26 +61,26 @@ def opened(value: Any, kind: str, where: str) -> dict[str, Any]:
 
 
 def check_kind(header: Mapping[str, Any], kind: str, where: str) -> None:
-    """Raise ``FileFormatError`` unless a header says this format and kind."""
+    """Raise ``FileFormatError`` unless a header has this format and kind."""
     if header.get("format") != FORMAT or header.get("kind") != kind:
         raise FileFormatError(
-            f"{where} is not a gainlens file of kind {kind!r} (format {FORMAT}): it says "
+            f"{where} is not a gainlens file of kind {kind!r} (format {FORMAT}): its header has "
             f"{_short(header.get('kind'))}, {_short(header.get('format'))}"
         )
 
 
 def damaged(where: str) -> str:
-    """The message for content that is not what was written."""
+    """The error message for content that does not match its checksum."""
     return f"{where} is damaged: its content does not match its checksum"
 
 
 def tensors_checksum(kind: str, tensors: Mapping[str, torch.Tensor], facts: str) -> str:
-    """SHA-256, in hexadecimal, of tensors by name and of the text of the facts.
+    """Hexadecimal SHA-256 of named tensors and of the text of the facts.
 
     Args:
-        kind: of the file.
-        tensors: of any shape, on the CPU, contiguous.
-        facts: JSON text as it stands in the file.
+        kind: kind of the file.
+        tensors: contiguous CPU tensors of any shape.
+        facts: JSON text exactly as in the file.
     """
     digest = hashlib.sha256(f"{FORMAT} {kind} {facts}".encode())
     for name, tensor in sorted(tensors.items()):
@@ -90,7 +91,7 @@ def tensors_checksum(kind: str, tensors: Mapping[str, torch.Tensor], facts: str)
 
 
 def _checksum(value: Any, what: str) -> str:
-    # Through JSON once: keys that are numbers become text before they are sorted.
+    # A round trip through JSON turns numeric keys into strings before sorting.
     plain = json.loads(as_json(value, what))
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

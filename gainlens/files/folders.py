@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, also where an empty or an old one is."""
+"""Write a folder completely or not at all, also in place of an empty or an old one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gainlens.files.writing import check_free
 
 SUMS = "SHA256SUMS"
 LAST = ("config.json", "index.html", SUMS)
-"""What a reader asks for first arrives last, where a folder can't appear in one step."""
+"""Files moved last if a folder can't appear in one step, because readers open them first."""
 _AT_FDCWD, _EXCHANGE = -100, 2
 
 
@@ -28,21 +28,21 @@ def written_folder(
 ) -> Iterator[Path]:
     """Yield an empty folder to be filled; unless an exception is raised, it becomes ``folder``.
 
-    It appears in one step, with the checksums of its files in ``SHA256SUMS``; modes follow the
-    umask. An old folder is exchanged for it in one step on Linux. Elsewhere there is an instant
-    with neither; a run that dies in it leaves the old one to be put back by the next. A folder
-    that must stay itself (a mounted disk, the current directory, another user's, or one whose
-    parent can't be written) is filled entry by entry, what readers ask for first at the end; a
-    run that dies in between is finished by the next.
+    The folder appears in one step, with the checksums of its files in ``SHA256SUMS``; file modes
+    follow the umask. On Linux, an old folder is exchanged for the new one atomically. Elsewhere,
+    there is a moment with neither; if the process dies then, the next run restores the old folder.
+    Some folders can't be replaced (a mounted disk, the current directory, another user's folder,
+    or one with an unwritable parent). They are filled entry by entry, with the files that readers
+    open first at the end; if the process dies in between, the next run finishes the move.
 
     Args:
-        folder: new or empty; with ``replace`` it may hold what is to be replaced.
-        name: of the argument, for messages.
-        replace: whether an old folder goes.
+        folder: a new or empty folder; with ``replace``, it may have content to replace.
+        name: name of the argument, for messages.
+        replace: whether to replace an existing folder.
 
     Raises:
-        InputError: it holds something, another process is writing it, it can't be written, the
-            disk is full. Nothing is left then.
+        InputError: the folder is not empty, another process is writing it, it can't be written, or
+            the disk is full. No partial output is left.
     """
     target = Path(os.path.realpath(folder))
     what = f"{name} {str(folder)!r}"
@@ -71,10 +71,10 @@ def written_folder(
 
 
 def check_sums(folder: str | Path) -> None:
-    """Compare a folder's files with its ``SHA256SUMS``; without one nothing is checked.
+    """Compare a folder's files with its ``SHA256SUMS``, if there is one.
 
     Raises:
-        FileFormatError: a file is missing or is not what was written.
+        FileFormatError: a file is missing or was changed after writing.
     """
     sums = Path(folder) / SUMS
     if not sums.exists():
@@ -83,16 +83,16 @@ def check_sums(folder: str | Path) -> None:
         digest, _, name = line.partition("  ")
         file = Path(folder) / name
         if not name or not file.is_file():
-            raise FileFormatError(f"{folder} is damaged: {name!r}, named in {SUMS}, is missing")
+            raise FileFormatError(f"{folder} is damaged: {name!r}, listed in {SUMS}, is missing")
         if _digest(file) != digest:
             raise FileFormatError(
-                f"{file} is not what was written ({SUMS}): it is damaged; if it was changed on "
-                f"purpose, remove {SUMS}"
+                f"{file} does not match its checksum in {SUMS}: it is damaged; if it was changed "
+                f"on purpose, remove {SUMS}"
             )
 
 
 def _tidy(folder: Path, mode: int) -> None:
-    """Modes by the umask (safetensors makes files for their owner alone), and checksums."""
+    """Set modes by the umask (safetensors makes owner-only files), and write the checksums."""
     files = []
     for entry in sorted(folder.rglob("*")):
         entry.chmod(mode if entry.is_dir() else mode & 0o666)
@@ -113,7 +113,7 @@ def _digest(file: Path) -> str:
 
 
 def _must_stay(target: Path) -> bool:
-    """Whether an existing folder can't be replaced by another of its name."""
+    """Whether an existing folder can't be replaced by a new one of the same name."""
     if not os.access(target.parent, os.W_OK) or os.path.ismount(target):
         return True
     here = target.stat()
@@ -139,7 +139,7 @@ def _put_inside(part: Path, target: Path) -> None:
     old.mkdir()
     try:
         move_entries(target, old, but=part)
-        os.rename(new, whole)  # from here on the next run finishes what a dead one began
+        os.rename(new, whole)  # from here on, the next run completes the move if this one dies
         move_entries(whole, target, LAST)
     except BaseException:
         if whole.exists():
@@ -149,12 +149,12 @@ def _put_inside(part: Path, target: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> bool:
-    """Exchange two folders in one step; False where the system can't."""
+    """Exchange two folders atomically; False if the system does not support it."""
     if sys.platform != "linux":
         return False
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):  # a C library without it
+    except (OSError, AttributeError):  # the C library has no such function
         return False
     if rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _EXCHANGE) == 0:
         return True

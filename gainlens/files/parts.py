@@ -1,7 +1,8 @@
-"""What is being written lies beside its place, in a hidden folder that its process holds locked.
+"""Output is written to a locked hidden folder (a part) next to its destination.
 
-A lock dies with its process, so the next run of the same output knows the folders of dead runs
-and removes them. Windows has no such locks: there nothing is removed, and nobody is kept out.
+The lock ends with its process, so the next run with the same output recognises the parts of dead
+runs and removes them. Windows has no such locks: there nothing is removed, and concurrent writers
+are not detected.
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 NEW, WHOLE, OLD = "new", "whole", "old"
-"""In a part: what is being filled; the same once it is complete; what it takes the place of."""
+"""Names inside a part: the output being written, the complete output, the content it replaces."""
 _held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
 
 
 def cant_write(what: str, error: BaseException) -> InputError | None:
-    """The error to raise when writing failed: full disks, permissions; None for other errors."""
+    """The error to raise if writing failed (disk full, permissions); None for other errors."""
     if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
         return None
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno is None:
-        reason = f"the disk takes no more bytes ({reason})"  # numpy says how many alone
+        reason = f"the disk is full ({reason})"  # numpy's message only has the byte counts
     return InputError(f"{what} can't be written: {reason}")
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Make ``folder`` if need be and return it.
+    """Create ``folder`` if needed and return it.
 
     Raises:
-        InputError: it can't be made or written, or is a file.
+        InputError: the folder can't be created or written, or is a file.
     """
     folder = Path(folder)
     try:
@@ -58,16 +59,16 @@ def check_writable(folder: str | Path) -> Path:
 
 @contextmanager
 def part_of(target: Path, where: Path) -> Iterator[Path]:
-    """A hidden folder in ``where`` for what will become ``target``; those of dead runs are removed.
+    """A hidden folder in ``where`` for the future ``target``; those of dead runs are removed.
 
-    It follows the umask: its mode says what that of new files and folders should be.
+    Its mode follows the umask and serves as the reference for new files and folders.
     """
     remove_dead(target, where)
     while True:
         part = where / f".{target.name}.{secrets.token_hex(4)}.part"
         os.mkdir(part, 0o777)
         lock = None
-        with suppress(OSError):  # a file system without locks, or removed before it was locked
+        with suppress(OSError):  # the file system has no locks, or the part was already removed
             lock = _lock(part, wait=True)
         if lock is None or _is_at(lock, part):
             break
@@ -81,17 +82,17 @@ def part_of(target: Path, where: Path) -> Iterator[Path]:
 
 
 def part_name(target: Path) -> re.Pattern[str]:
-    """What the parts of ``target`` are called."""
+    """Pattern for the names of the parts of ``target``."""
     return re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.part")
 
 
 def remove_dead(target: Path, where: Path) -> None:
-    """Remove the parts of ``target`` in ``where`` whose process is dead, or finish what it did."""
+    """Finish or remove the parts of ``target`` in ``where`` left by dead processes."""
     name, parts = part_name(target), []
-    with suppress(OSError), os.scandir(where) as entries:  # some may be entered, but not listed
+    with suppress(OSError), os.scandir(where) as entries:  # the folder may not be listable
         parts = [Path(e.path) for e in entries if name.fullmatch(e.name) and e.is_dir()]
     for part in parts:
-        with suppress(OSError):  # gone since the listing
+        with suppress(OSError):  # removed since the listing
             lock = _lock(part, wait=False)
             if lock is None:
                 continue
@@ -103,7 +104,7 @@ def remove_dead(target: Path, where: Path) -> None:
 
 
 def _finish(part: Path, target: Path, *, inside: bool) -> None:
-    """Where a run died between two steps of putting its folder in place, take the second one."""
+    """Finish or undo the move of a run that died while putting its folder in place."""
     if inside and (part / WHOLE).is_dir():
         move_entries(part / WHOLE, target)
     elif inside and (part / OLD).is_dir():
@@ -115,9 +116,9 @@ def _finish(part: Path, target: Path, *, inside: bool) -> None:
 def move_entries(
     source: Path, target: Path, last: tuple[str, ...] = (), but: Path | None = None
 ) -> None:
-    """Move all in ``source`` but ``but`` into ``target``, the names in ``last`` last.
+    """Move all entries of ``source`` except ``but`` into ``target``, the names in ``last`` last.
 
-    When that fails, everything is back in ``source``.
+    If that fails, everything is moved back to ``source``.
     """
     entries = [entry for entry in source.iterdir() if entry != but]
     moved: list[Path] = []
@@ -133,12 +134,12 @@ def move_entries(
 
 @contextmanager
 def locked(target: str | Path) -> Iterator[None]:
-    """One process at a time writes ``target``, a file or a folder; its parents are made.
+    """Lock ``target``, a file or a folder, against other processes; its parents are created.
 
-    Who holds it may lock it again. Parents that were made and are empty at the end go again.
+    The lock is reentrant. Created parents that are still empty at the end are removed.
 
     Raises:
-        InputError: another process is writing it, or it can't be written.
+        InputError: another process is writing ``target``, or it can't be written.
     """
     path = Path(os.path.realpath(target))
     if path in _held.get():
@@ -149,7 +150,7 @@ def locked(target: str | Path) -> Iterator[None]:
     try:
         _make_parents(path, made)
         if path.is_dir() and not os.access(path.parent, os.W_OK):
-            file = path  # a folder takes a lock as well
+            file = path  # lock the folder itself
         lock = _lock_file(file, path)
         for where in (path.parent, path):
             if where.is_dir():
@@ -180,7 +181,7 @@ def _lock_file(file: Path, target: Path) -> int | None:
             os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
         try:
             lock = _lock(file, wait=False)
-        except FileNotFoundError:  # whoever held it has just removed it
+        except FileNotFoundError:  # the previous holder has just removed it
             continue
         except OSError:  # a file system without locks
             return None
@@ -194,7 +195,7 @@ def _lock_file(file: Path, target: Path) -> int | None:
 
 
 def _lock(path: Path, *, wait: bool) -> int | None:
-    """A descriptor that holds the lock of a file or folder; None where another has it."""
+    """A descriptor that holds the lock of a file or folder; None if another process has it."""
     if fcntl is None:
         return None
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -217,7 +218,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _make_parents(target: Path, made: list[Path]) -> None:
-    """Make the folders above ``target``; each one that was missing joins ``made``."""
+    """Create the folders above ``target``, appending each new one to ``made``."""
     missing = []
     parent = target.parent
     while not parent.exists():
@@ -229,6 +230,6 @@ def _make_parents(target: Path, made: list[Path]) -> None:
 
 
 def _remove(folders: list[Path]) -> None:
-    with suppress(OSError):  # something lies in them by now
+    with suppress(OSError):  # they are no longer empty
         for folder in reversed(folders):
             folder.rmdir()

@@ -1,4 +1,4 @@
-"""Reading files of unknown origin: regular files alone, in bounded time and memory."""
+"""Read untrusted files: regular files only, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from gainlens.errors import FileFormatError
 from gainlens.files.content import check_kind, damaged, tensors_checksum
 
 MAX_JSON = 64 << 20
-"""Bytes of the largest JSON file that is read."""
+"""Maximum size of a JSON file in bytes."""
 MAX_DEPTH = 64
-"""Levels of the deepest JSON that is read."""
+"""Maximum nesting depth of JSON."""
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]')
 
 
@@ -25,7 +25,7 @@ def check_regular(path: str | Path) -> int:
     """The size in bytes of a regular file.
 
     Raises:
-        FileFormatError: missing, or a folder, pipe or device.
+        FileFormatError: the path is missing, or is a folder, pipe or device.
     """
     try:
         found = os.stat(path)
@@ -41,11 +41,11 @@ def read_text(path: str | Path, limit: int = MAX_JSON) -> str:
     """The text of a regular file.
 
     Args:
-        path: of the file.
-        limit: bytes that it may have.
+        path: path of the file.
+        limit: maximum size in bytes.
 
     Raises:
-        FileFormatError: no such file, too large, not UTF-8.
+        FileFormatError: the file is missing, too large, or not UTF-8.
     """
     size = check_regular(path)
     if size > limit:
@@ -60,11 +60,11 @@ def read_json(path: str | Path, limit: int = MAX_JSON) -> Any:
     """Read JSON.
 
     Args:
-        path: of a regular file.
-        limit: bytes that it may have.
+        path: path of a regular file.
+        limit: maximum size in bytes.
 
     Raises:
-        FileFormatError: missing, too large, nested too deeply, or not JSON.
+        FileFormatError: the file is missing, too large, nested too deeply, or not JSON.
     """
     return parse_json(read_text(path, limit), str(path))
 
@@ -73,7 +73,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
     """Parse JSON that is nested at most ``MAX_DEPTH`` deep and holds no NaN.
 
     Raises:
-        FileFormatError: it is not that; says ``where``.
+        FileFormatError: the text is not such JSON; the message names ``where``.
     """
     try:
         if isinstance(text, bytes):
@@ -86,10 +86,10 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read what ``save_tensors`` wrote under the same ``kind``.
+    """Read a file written by ``save_tensors`` with the same ``kind``.
 
     Raises:
-        FileFormatError: missing, truncated, changed, of another kind or version.
+        FileFormatError: the file is missing, truncated or changed, or has another kind or version.
     """
     from safetensors import safe_open
 
@@ -112,10 +112,10 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
 
 
 def file_kind(path: str | Path) -> str:
-    """What a file of ``save_tensors`` says that it holds.
+    """The kind recorded in a file written by ``save_tensors``.
 
     Raises:
-        FileFormatError: missing, truncated, or not a gainlens file.
+        FileFormatError: the file is missing, truncated, or not a gainlens file.
     """
     from safetensors import safe_open
 

@@ -1,8 +1,7 @@
-"""What a kind of file may hold, as data: small checks that are put together.
+"""Schemas of file contents, composed of small checks.
 
-A check takes a value and what the message calls it, and raises ``Mismatch`` with one line. It
-looks at types, ranges and sizes; what ties fields together is the business of the class that is
-made of them.
+A check takes a value and its name for the message, and raises ``Mismatch`` with one line. It
+tests types, ranges and sizes. Relations between fields are checked by the class built from them.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from gainlens.errors import FileFormatError, InputError
 
 Check = Callable[[Any, str], None]
 MOST = 1 << 53
-"""No count in a file is larger."""
+"""Maximum of any count in a file."""
 MAX_LAYERS, MAX_HEADS, MAX_WIDTH = 4096, 65536, 65536
-"""No model has more layers, heads, or dimensions in a head."""
+"""Maximum numbers of layers, heads, and dimensions per head of a model."""
 
 
 class Mismatch(ValueError):
-    """A value is not what its file's schema says."""
+    """A value does not match its file's schema."""
 
 
 @contextmanager
 def checking(where: str, what: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a file's content is made into an object into one error.
+    """Convert any error while building an object from a file's content to ``FileFormatError``.
 
     Args:
         where: the file.
@@ -67,7 +66,7 @@ def whole(low: int = 0, high: int = MOST) -> Check:
 
 
 def text(*allowed: str) -> Check:
-    """Text, one of ``allowed`` if there are any."""
+    """Text; one of ``allowed``, if any are given."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, str) or (allowed and value not in allowed):
@@ -78,12 +77,12 @@ def text(*allowed: str) -> Check:
 
 
 def maybe(inner: Check) -> Check:
-    """None, or what ``inner`` takes."""
+    """None, or a value that passes ``inner``."""
     return lambda value, where: None if value is None else inner(value, where)
 
 
 def listing(inner: Check, least: int = 0, length: int | None = None) -> Check:
-    """A list (or tuple) of what ``inner`` takes, of ``least`` entries or just ``length``."""
+    """A list or tuple of values that pass ``inner``: at least ``least``, or exactly ``length``."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, list | tuple):
@@ -98,7 +97,7 @@ def listing(inner: Check, least: int = 0, length: int | None = None) -> Check:
 
 
 def record(**named: Check) -> Check:
-    """An object with just these fields."""
+    """An object with exactly these fields."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, Mapping):
@@ -113,16 +112,16 @@ def record(**named: Check) -> Check:
 
 
 def facts(value: Any, where: str) -> None:
-    """An object of any plain values: what is told, and nothing is computed from."""
+    """An object with any plain values, for information only: nothing is computed from them."""
     if not isinstance(value, Mapping):
         raise Mismatch(f"{where} is {short(value)}, expected an object")
 
 
 def check_fields(thing: Any, checks: Mapping[str, Check]) -> None:
-    """Check the fields of a dataclass, each by its name.
+    """Check the fields of a dataclass by name.
 
     Raises:
-        InputError: naming class and field.
+        InputError: a field is invalid; the message names the class and the field.
     """
     assert is_dataclass(thing)
     for field in fields(thing):
@@ -136,10 +135,10 @@ def check_fields(thing: Any, checks: Mapping[str, Check]) -> None:
 def check_tensor(
     tensor: torch.Tensor, where: str, dtype: torch.dtype, shape: Sequence[int | None]
 ) -> None:
-    """Check a tensor's type, shape (None: any size) and that it is finite.
+    """Check a tensor's dtype and shape (None: any size), and that it is finite.
 
     Raises:
-        Mismatch: saying which.
+        Mismatch: a check failed; the message says which.
     """
     got = tuple(tensor.shape)
     fits = len(got) == len(shape) and all(
@@ -155,14 +154,14 @@ def check_tensor(
 def check_names(
     tensors: Mapping[str, Any], needed: Sequence[str], where: str = "its tensors"
 ) -> None:
-    """Raise ``Mismatch`` unless there are just these tensors."""
+    """Raise ``Mismatch`` unless exactly these tensors are present."""
     if odd := sorted(set(tensors) ^ set(needed)):
         what = "lack" if odd[0] in needed else "have an unknown"
         raise Mismatch(f"{where} {what} {odd[0]!r}")
 
 
 def short(value: Any) -> str:
-    """A value for a message, cut to some length."""
+    """A value for a message, truncated."""
     shown = repr(value) if not isinstance(value, list | dict | tuple) else type(value).__name__
     return shown if len(shown) <= 40 else shown[:37] + "..."
 

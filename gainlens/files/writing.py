@@ -1,4 +1,4 @@
-"""Write beside, then rename: a file is either whole or not there."""
+"""Write to a temporary file, then rename it, so a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; rename it to ``path`` unless an exception is raised.
 
     Raises:
-        InputError: the folder can't be made or written, the disk is full, or ``path`` is a
+        InputError: the folder can't be created or written, the disk is full, or ``path`` is a
             folder, a pipe or a device.
     """
     target = Path(path)
@@ -43,14 +43,14 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 def check_free(folder: str | Path, name: str = "folder") -> Path:
-    """The folder's path.
+    """The path of a new or empty folder.
 
     Args:
-        folder: to be made, or empty; hidden parts of itself may be in it.
-        name: of the argument, for the message.
+        folder: a folder to create, or an empty one; it may contain its own hidden parts.
+        name: name of the argument, for the message.
 
     Raises:
-        InputError: it is a file, or holds something.
+        InputError: the path is a file or a non-empty folder.
     """
     target = Path(folder)
     part = part_name(Path(os.path.realpath(target)))
@@ -63,10 +63,10 @@ def check_free(folder: str | Path, name: str = "folder") -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON whole, keys in the order given, one trailing newline.
+    """Write a complete JSON file, with keys in the given order and one trailing newline.
 
     Raises:
-        InputError: NaN or no plain values; the file can't be written.
+        InputError: the value holds NaN or is not JSON-serialisable, or the file can't be written.
     """
     text = as_json(value, str(path), indent=1, ensure_ascii=False) + "\n"
     with written_whole(path) as beside:
@@ -79,7 +79,7 @@ def save_tensors(
     """Write tensors and a JSON header of ``facts`` as one safetensors file, with a checksum.
 
     Raises:
-        InputError: NaN or no plain values in ``facts``; the file can't be written.
+        InputError: ``facts`` holds NaN or is not JSON-serialisable, or the file can't be written.
     """
     from safetensors.torch import save_file
 

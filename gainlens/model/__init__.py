@@ -1,4 +1,4 @@
-"""Where a model keeps its keys, and loading of models and text."""
+"""Locate the keys in a model; load models and text."""
 
 from gainlens.data.loading import load_tokens
 from gainlens.model.finding_sites import key_sites

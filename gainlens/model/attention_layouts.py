@@ -1,7 +1,7 @@
-"""Where each architecture keeps its attention weights: the one reader and the one writer.
+"""Read and write the attention weights of each architecture.
 
-A new family is one row of ``LAYOUTS``. A row names the parameters and which of their rows are the
-queries, keys and values of which head; reading, writing and training go by that.
+A new family is one row of ``LAYOUTS``. It names the parameters and which of their rows hold the
+queries, keys and values of each head. Reading, writing and training all use this table.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ from gainlens.errors import UnsupportedModelError
 from gainlens.model.attention_weights import AttentionWeights
 
 Tensors = Mapping[str, torch.Tensor]
-"""A layer's attention tensors by their name inside the attention module."""
+"""A layer's attention tensors by name, relative to the attention module."""
 Form = Literal["separate", "stacked", "by_head", "by_group"]
-"""``separate``: a matrix each. Else one matrix: ``stacked`` holds all queries, then all keys, then
-all values; ``by_head`` query, key and value of head 0, then of head 1, …; ``by_group`` the query
-heads of a group, then its key head and its value head."""
+"""``separate``: one matrix each for q, k and v. The other forms have one joint matrix: ``stacked``
+holds all queries, then all keys, then all values; ``by_head`` holds query, key and value of head 0,
+then of head 1, …; ``by_group`` holds a group's query heads, then its key head and value head."""
 
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """One row.
+    """The attention layout of one architecture: a row of ``LAYOUTS``.
 
     Attributes:
         attention: path of layer ``{}``'s attention module.
-        parts: names of the projections: three of their own, or one joint.
+        parts: names of the projections: three separate ones, or one joint one.
         output: name of the output projection.
-        form: how a joint projection is laid out, maybe as a configuration says.
+        form: the layout of the projections, or a function from the configuration to it.
         columns: whether a weight is stored ``[in, out]`` (GPT-2's Conv1D).
-        norms: names of the norms on queries and keys, if there are any.
-        norm_offset: what is added to a norm's weights when it is used, of these norms and of
-            the layer's others.
+        norms: names of the norms on queries and keys, if any.
+        norm_offset: added to the weights of all the layer's norms at run time.
     """
 
     attention: str
@@ -48,7 +47,7 @@ class AttentionLayout:
     norm_offset: float = 0.0
 
     def sizes(self, config: Any) -> tuple[int, int, int]:
-        """Query heads, key heads and the width of a head."""
+        """Numbers of query heads and key heads, and the width of a head."""
         n_heads = int(config.num_attention_heads)
         n_kv = getattr(config, "num_key_value_heads", None) or n_heads
         if getattr(config, "model_type", "") == "falcon":
@@ -58,7 +57,7 @@ class AttentionLayout:
         return n_heads, int(n_kv), int(d_head)
 
     def rows(self, config: Any) -> dict[str, Int[torch.Tensor, "head d_head"]]:
-        """The rows of its projection (columns of a Conv1D) that make each head of q, k and v."""
+        """For each head of q, k and v, its rows in the projection (columns for a Conv1D)."""
         n, kv, d = self.sizes(config)
         form = self.form(config) if callable(self.form) else self.form
         if form == "separate":
@@ -75,7 +74,7 @@ class AttentionLayout:
         return {"q": q.reshape(n, d), "k": k.reshape(kv, d), "v": v.reshape(kv, d)}
 
     def part(self, letter: str) -> str:
-        """The projection that holds queries, keys or values."""
+        """The projection that holds the queries (``q``), keys (``k``) or values (``v``)."""
         return self.parts["qkv".index(letter)] if len(self.parts) == 3 else self.parts[0]
 
     @property
@@ -84,7 +83,7 @@ class AttentionLayout:
         return len(self.parts) == 1
 
     def read(self, tensors: Tensors, config: Any) -> AttentionWeights:
-        """One layer's weights, heads apart; they may be views of ``tensors``."""
+        """One layer's weights, separated by head; they may be views of ``tensors``."""
         found: dict[str, Any] = {}
         for letter, rows in self.rows(config).items():
             weight = tensors[f"{self.part(letter)}.weight"]
@@ -107,9 +106,9 @@ class AttentionLayout:
         )
 
     def write(self, tensors: Tensors, weights: AttentionWeights, config: Any) -> dict[str, Any]:
-        """The inverse of ``read``: new tensors under the names and in the shapes of ``tensors``.
+        """The inverse of ``read``: new tensors with the names and shapes of ``tensors``.
 
-        Norms stay as they are.
+        Norms are left unchanged.
         """
         new = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         for letter, rows in self.rows(config).items():
@@ -148,7 +147,7 @@ LAYOUTS: dict[str, AttentionLayout] = {
     "Gemma3ForCausalLM": AttentionLayout(
         "model.layers.{}.self_attn", norms=("q_norm", "k_norm"), norm_offset=1.0
     ),
-    "Olmo2ForCausalLM": _LLAMA,  # its norms run over all heads at once: not a head's own
+    "Olmo2ForCausalLM": _LLAMA,  # its norms run over all heads at once, so no per-head norms
     "GraniteForCausalLM": _LLAMA,
     "Starcoder2ForCausalLM": _LLAMA,
     "SmolLM3ForCausalLM": _LLAMA,
@@ -182,14 +181,14 @@ LAYOUTS: dict[str, AttentionLayout] = {
 
 
 def layout_of(architecture: str) -> AttentionLayout:
-    """The row of an architecture.
+    """The layout of an architecture.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: the architecture has no row in ``LAYOUTS``.
     """
     if architecture not in LAYOUTS:
         raise UnsupportedModelError(
-            f"{architecture} keeps its attention weights in a form that is not known: known are "
+            f"the layout of {architecture}'s attention weights is not known; known are "
             f"{', '.join(LAYOUTS)}"
         )
     return LAYOUTS[architecture]
@@ -199,18 +198,18 @@ INSIDE = "._original_component"
 
 
 def plain_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """The parameters of a transformers model, or of the one inside a bridge, by their own names."""
+    """Parameters of a transformers model, or of the one in a bridge, by transformers' names."""
     found: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         plain = name.replace(INSIDE, "")
-        # An alias of a bridge may read like the original's own name; that one comes first.
+        # A bridge's alias may equal one of the original's names; the original takes precedence.
         if plain not in found or INSIDE in name:
             found[plain] = parameter.detach()
     return found
 
 
 def layer_tensors(tensors: Tensors, layout: AttentionLayout, layer: int) -> dict[str, torch.Tensor]:
-    """Those of one layer's attention, by their name inside it."""
+    """Tensors of one layer's attention, by name relative to the attention module."""
     path = layout.attention.format(layer) + "."
     return {n[len(path) :]: t for n, t in tensors.items() if n.startswith(path)}
 
@@ -218,19 +217,19 @@ def layer_tensors(tensors: Tensors, layout: AttentionLayout, layer: int) -> dict
 def bridge_weights(
     bridge: Any, layout: AttentionLayout, config: Any, layer: int, tensors: Tensors
 ) -> AttentionWeights:
-    """One layer's weights as a bridge runs them.
+    """One layer's weights as the bridge uses them in a forward pass.
 
     Args:
         bridge: a ``TransformerBridge``.
-        layout: of its architecture.
-        config: of the model inside.
-        layer: which.
-        tensors: ``plain_tensors`` of the model inside.
+        layout: layout of its architecture.
+        config: configuration of the wrapped model.
+        layer: layer index.
+        tensors: ``plain_tensors`` of the wrapped model.
     """
     weights = layout.read(layer_tensors(tensors, layout, layer), config)
     if not layout.joint:
         return weights
-    # A bridge splits a joint matrix into parts of its own, and runs (and trains) those.
+    # A bridge splits a joint matrix into separate parts, and runs (and trains) those.
     part = bridge.blocks[layer].attn
     parts = dict(zip("qkv", lens_weights(part), strict=True))
     for letter, bias in zip("qkv", lens_biases(part), strict=True):
@@ -243,12 +242,12 @@ def bridge_weights(
 def lens_weights(
     attention: Any,
 ) -> tuple[Float[torch.Tensor, "head d_head d_model"], ...]:
-    """q, k and v of a TransformerLens attention, key heads not repeated.
+    """q, k and v of a TransformerLens attention; key heads are not repeated.
 
-    A bridge of a joint matrix runs (and trains) these parts and not the matrix.
+    A bridge over a joint matrix runs (and trains) these parts, not the matrix.
 
     Raises:
-        UnsupportedModelError: they can't be read per head.
+        UnsupportedModelError: the weights can't be read per head.
     """
     return tuple(_lens_tensor(attention, f"W_{n}").transpose(1, 2) for n in "QKV")
 
@@ -256,7 +255,7 @@ def lens_weights(
 def lens_biases(
     attention: Any,
 ) -> tuple[Float[torch.Tensor, "..."] | None, ...]:
-    """The biases of q, k and v, in some shape, or None where there are none."""
+    """The biases of q, k and v, in whatever shape the model has, or None if absent."""
     found: list[torch.Tensor | None] = []
     for letter in "QKV":
         try:
@@ -268,7 +267,7 @@ def lens_biases(
 
 def _lens_tensor(attention: Any, name: str, ndim: int | None = 3) -> torch.Tensor:
     try:
-        grouped = getattr(attention, f"_{name}", None)  # HookedTransformer's own, ungrouped
+        grouped = getattr(attention, f"_{name}", None)  # HookedTransformer, one per key head
         tensor: Any = getattr(attention, name) if grouped is None else grouped
     except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
         raise UnsupportedModelError(f"{name} can't be read per head ({error})") from None

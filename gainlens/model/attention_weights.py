@@ -1,6 +1,6 @@
-"""The attention weights of one layer in one form for all families, and thin versions of them.
+"""One layer's attention weights in a common form for all families, and reduced versions of them.
 
-Where an architecture keeps them is in ``gainlens.model.attention_layouts``.
+``gainlens.model.attention_layouts`` describes where each architecture keeps them.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from jaxtyping import Float
 
 @runtime_checkable
 class Slots(Protocol):
-    """Where the dimensions of a thin head come from."""
+    """The source dimension of each dimension (slot) of a thin head."""
 
     @property
     def width(self) -> int:
-        """Dimensions of a thin head."""
+        """Number of dimensions of a thin head."""
 
     @property
     def order(self) -> npt.NDArray[np.int64]:
-        """``[kv_head, width]``: the dimension in each slot; -1 where empty."""
+        """``[kv_head, width]``: the dimension in each slot; -1 for an empty slot."""
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionWeights:
-    """One layer's attention, heads apart.
+    """One layer's attention weights, separated by head.
 
     Attributes:
         q, k, v: ``[head, d_head, d_model]``, keys and values with ``n_kv_heads``.
         o: ``[d_model, head, d_value]``.
         q_bias, k_bias, v_bias: ``[head, d_head]`` or None.
         o_bias: ``[d_model]`` or None.
-        q_norm, k_norm: factors of the norm before the rotation, ``[kv_head, kept]`` (already
-            with the family's offset), or None.
+        q_norm, k_norm: weights of the norm before the rotation, ``[kv_head, kept]`` (including
+            the family's offset), or None.
     """
 
     q: Float[torch.Tensor, "head d_head d_model"]
@@ -52,10 +52,10 @@ class AttentionWeights:
     k_norm: Float[torch.Tensor, "kv_head kept"] | None = None
 
     def thin_keys(self, layout: Slots) -> AttentionWeights:
-        """Queries and keys with the layout's slots only; empty slots are zero rows.
+        """Queries and keys reduced to the layout's slots; empty slots are zero rows.
 
-        With a norm the projections stay whole, since the norm's statistic runs over the full
-        width: their rows are reordered so that the kept slots come first.
+        With a norm, the projections keep their full width, since the norm's statistic is taken
+        over it. Their rows are reordered so that the kept slots come first.
         """
         group = self.q.shape[0] // self.k.shape[0]
         order = layout.order
@@ -86,7 +86,7 @@ class AttentionWeights:
         queries: Float[torch.Tensor, "head d_head d_head"],
         keys: Float[torch.Tensor, "kv_head d_head d_head"],
     ) -> AttentionWeights:
-        """Projections followed by one linear map per head, computed in float64."""
+        """Projections composed with one linear map per head, computed in float64."""
 
         def after(maps: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor | None:
             if w is None:
@@ -107,7 +107,7 @@ class AttentionWeights:
         down: Float[torch.Tensor, "kv_head width d_value"],
         up: Float[torch.Tensor, "kv_head d_value width"],
     ) -> AttentionWeights:
-        """Values through ``down`` and the output through ``up``, computed in float64."""
+        """Value projection composed with ``down``, output with ``up``, computed in float64."""
         group = self.q.shape[0] // self.k.shape[0]
         wide = up.repeat_interleave(group, 0)
         v = torch.einsum("krd,kdm->krm", down, self.v.double())
@@ -118,7 +118,7 @@ class AttentionWeights:
         return replace(self, v=v.to(self.v.dtype), o=o.to(self.o.dtype), v_bias=bias)
 
     def projections(self) -> dict[str, Float[torch.Tensor, "..."]]:
-        """Contiguous tensors under the names of a slim attention module's parameters."""
+        """Contiguous tensors, named like the parameters of a slim attention module."""
         found = {
             "q_proj.weight": self.q.flatten(0, 1),
             "k_proj.weight": self.k.flatten(0, 1),
@@ -138,7 +138,7 @@ class AttentionWeights:
 def take_rows(
     weight: Float[torch.Tensor, "head row *rest"], order: npt.NDArray[np.int64]
 ) -> Float[torch.Tensor, "head slot *rest"]:
-    """Rows of each head in the order given; zero where the order says -1."""
+    """Rows of each head in the given order; a zero row for -1."""
     index = torch.from_numpy(order).to(weight.device)
     head = torch.arange(len(weight), device=weight.device)[:, None]
     rows = weight[head, index.clamp_min(0)]
@@ -147,7 +147,7 @@ def take_rows(
 
 
 def whole_order(order: npt.NDArray[np.int64], d_head: int) -> npt.NDArray[np.int64]:
-    """Every dimension once: the kept ones in their slots, cut ones in empty slots and after."""
+    """Every dimension once: kept ones in their slots, cut ones in empty slots and at the end."""
     rows = np.empty((len(order), d_head), dtype=np.int64)
     for head, slots in enumerate(order):
         cut = iter(sorted(set(range(d_head)) - set(slots[slots >= 0].tolist())))

@@ -1,4 +1,4 @@
-"""A configuration is looked at before a model of its sizes is built: no layer by the million."""
+"""Check a configuration's sizes before building the model, so a bad file can't exhaust memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gainlens.files import read_json
 from gainlens.files.schema import MAX_HEADS, MAX_LAYERS, MAX_WIDTH, Mismatch, whole
 
 MAX_CONFIG = 16 << 20
-"""Bytes of the largest ``config.json`` that is read."""
+"""Maximum size of a ``config.json`` in bytes."""
 SIZES = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer"), MAX_LAYERS),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head"), MAX_HEADS),
@@ -18,23 +18,24 @@ SIZES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "n_embd", "n_inner"), 1 << 24),
     "vocab_size": 1 << 28,
 }
-"""The largest value of a setting, under each of the names that it goes by."""
+"""Maximum value of each setting, under all of its names."""
 
 
 def check_config(folder: str | Path) -> dict[str, Any]:
     """The settings in a checkpoint's ``config.json``.
 
     Raises:
-        FileFormatError: missing, too large, nested too deeply, or with sizes that no model has.
+        FileFormatError: the file is missing, too large or nested too deeply, or has impossible
+            sizes.
     """
     file = Path(folder) / "config.json"
     found = read_json(file, MAX_CONFIG)
     if not isinstance(found, dict):
-        raise FileFormatError(f"{file} is no configuration: it holds no JSON object")
+        raise FileFormatError(f"{file} is not a configuration: it holds no JSON object")
     try:
         _check_sizes(found, "")
     except Mismatch as error:
-        raise FileFormatError(f"{file} is of no model: {error}") from None
+        raise FileFormatError(f"{file} does not describe a valid model: {error}") from None
     return found
 
 

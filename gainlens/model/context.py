@@ -1,15 +1,15 @@
-"""How long a document a model reads."""
+"""A model's context length."""
 
 from __future__ import annotations
 
 from typing import Any
 
 LENGTH = 256
-"""Tokens of a document where nobody says otherwise and the model reads as many."""
+"""Default document length in tokens, if the model's context allows it."""
 
 
 def context_of(model: Any) -> int | None:
-    """The longest document in tokens, as the model's configuration says; None where it does not.
+    """The maximum document length in tokens from the model's configuration, or None if not given.
 
     Args:
         model: a TransformerBridge, a HookedTransformer or a transformers model.
@@ -20,5 +20,5 @@ def context_of(model: Any) -> int | None:
 
 
 def default_length(model: Any) -> int:
-    """``LENGTH`` tokens, or the model's context where that is shorter."""
+    """``LENGTH`` tokens, or the model's context if it is shorter."""
     return min(LENGTH, context_of(model) or LENGTH)

@@ -1,8 +1,8 @@
-"""The table of model families: how each rotates its keys. A new family is one row.
+"""Table of model families and how each rotates its keys. A new family is one row.
 
-A row only *declares*; ``gainlens.model.verify`` then measures the model itself and refuses it
-when the declaration is wrong. An architecture without a row is measured against every known
-pairing and accepted when exactly one of them fits.
+A row is only a declaration. ``gainlens.model.verify`` measures the model and refuses it if the
+declaration is wrong. An architecture without a row is tested against every known pairing and
+accepted if exactly one fits.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 Pairing = Literal["half", "adjacent", "none"]
-"""``half``: dimension i turns with i + rotary_dim/2. ``adjacent``: 2i turns with 2i + 1."""
+"""``half``: dimension i rotates with i + rotary_dim/2. ``adjacent``: 2i rotates with 2i + 1."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row: what an architecture is known to do with its keys.
+    """How an architecture treats its keys: a row of the table.
 
     Attributes:
         pairing: which two dimensions of a head rotate together.
-        note: why a family needs care, shown when the model is refused.
+        note: special treatment the family needs, shown when the model is refused.
     """
 
     pairing: Pairing

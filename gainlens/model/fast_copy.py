@@ -1,12 +1,12 @@
 """A Hugging Face model that shares a bridge's weights, for forward passes with fused attention.
 
-A bridge computes attention step by step, since each step is a hook. Where nothing but the keys
-(or queries) after the rotation has to change, the model's own code with PyTorch's fused attention
-gives the same loss sooner. The fast copy is built from the same configuration around the very same
-tensors, so it costs no memory, and the user's model is neither changed nor called.
+A bridge computes attention step by step, since each step is a hook. If only the keys or queries
+after the rotation are edited, the model's own code with PyTorch's fused attention gives the same
+loss faster. The fast copy is built from the same configuration around the same tensors, so it
+needs no extra memory, and the user's model is neither changed nor called.
 
-The edit happens inside an attention function of our own, registered with transformers under a
-name that only fast copies ask for: there queries and keys have passed every norm and rotation.
+The edit happens inside a custom attention function, registered with transformers under a name that
+only fast copies use. At that point all norms and rotations have been applied.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ NAME = "gainlens_fast_copy"
 ATTRIBUTE = "_gainlens_fast_copy"
 
 Edit = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-"""From queries ``[batch, pos, head, d_head]``, keys ``[batch, pos, kv_head, d_head]`` (both after
-every norm and rotation) and the layer to what attention uses in their place."""
+"""Takes queries ``[batch, pos, head, d_head]``, keys ``[batch, pos, kv_head, d_head]`` (both after
+all norms and rotations) and the layer; returns the queries and keys that attention uses instead."""
 
 
 class FastCopy:
-    """The Hugging Face model around a bridge's tensors.
+    """A Hugging Face model that shares a bridge's tensors.
 
     Attributes:
-        model: a transformers model with weights of its own nowhere.
-        n_layers: how many attention layers must call the edit.
-        scaling: of the attention logits, once a pass was run.
-        plain: whether all attention so far was causal and nothing more: no soft cap, no window.
+        model: a transformers model without weights of its own.
+        n_layers: number of attention layers that must call the edit.
+        scaling: scale of the attention logits; None before the first pass.
+        plain: whether all attention so far was purely causal, without soft cap or window.
     """
 
     def __init__(self, model: Any, n_layers: int) -> None:
@@ -56,17 +56,17 @@ class FastCopy:
 
     @property
     def device(self) -> torch.device:
-        """Where the shared tensors lie."""
+        """Device of the shared tensors."""
         return model_device(self.model)
 
     @property
     def exact(self) -> bool:
-        """Whether the weights are float32 or wider, so that two ways agree closely."""
+        """Whether the weights are at least float32, so that two implementations agree closely."""
         return is_exact(self.model)
 
     @contextmanager
     def edited(self, edit: Edit | None) -> Iterator[None]:
-        """Run with ``edit`` inside the ``with``."""
+        """Apply ``edit`` to all passes inside the ``with`` block."""
         self._edit = edit
         try:
             yield
@@ -76,7 +76,7 @@ class FastCopy:
     def hidden(
         self, tokens: Int[torch.Tensor, "document pos"]
     ) -> Float[torch.Tensor, "document pos d_model"]:
-        """What the output head reads, after the last norm."""
+        """The output head's input, after the last norm."""
         self._fires = [0] * self.n_layers
         base = self.model.base_model
         found: torch.Tensor = base(input_ids=tokens, use_cache=False).last_hidden_state
@@ -85,7 +85,7 @@ class FastCopy:
     def residuals(
         self, tokens: Int[torch.Tensor, "document pos"]
     ) -> list[Float[torch.Tensor, "document pos d_model"]]:
-        """What each layer reads in a run of ``tokens``."""
+        """The input of each layer in a forward pass on ``tokens``."""
         found: list[torch.Tensor] = []
 
         def before(module: Any, args: Any, kwargs: Any) -> None:
@@ -109,9 +109,9 @@ class FastCopy:
         residual: Float[torch.Tensor, "document pos d_model"],
         tokens: Int[torch.Tensor, "document pos"],
     ) -> Float[torch.Tensor, "document pos d_model"]:
-        """As ``hidden``, without running the layers before ``layer``, which reads ``residual``.
+        """Like ``hidden``, but start at ``layer`` with ``residual`` as its input.
 
-        ``residuals`` must have been called before.
+        Requires an earlier call of ``residuals``.
         """
         given = (residual,) if self._in_tuple else residual
         for skipped in self._layers[:layer]:
@@ -125,7 +125,7 @@ class FastCopy:
     def logits(
         self, hidden: Float[torch.Tensor, "document pos d_model"]
     ) -> Float[torch.Tensor, "document pos vocab"]:
-        """The family's own head (scale, soft-capping and all) on part of ``hidden``."""
+        """Apply the family's own head, including scale and soft cap, to part of ``hidden``."""
         return self._head(hidden)
 
     @property
@@ -134,11 +134,11 @@ class FastCopy:
         return self.complete_from(0)
 
     def complete_from(self, layer: int) -> bool:
-        """The same of the layers from ``layer`` on."""
+        """Like ``complete``, for the layers from ``layer`` on."""
         return all(n == 1 for n in self._fires[layer:])
 
     def attention(self, module: Any, query: torch.Tensor, key: torch.Tensor) -> Any:
-        """Called from the attention function: ``[batch, head, pos, d_head]`` in and out."""
+        """Edit queries and keys ``[batch, head, pos, d_head]``, for the attention function."""
         layer = int(module.layer_idx)
         self._fires[layer] += 1
         if self._edit is None:
@@ -148,9 +148,9 @@ class FastCopy:
 
 
 def build_fast_copy(bridge: Any) -> FastCopy | None:
-    """A fast copy of ``bridge``, or None where its model can't be rebuilt around its tensors.
+    """A fast copy of ``bridge``, or None if its model can't be rebuilt around its tensors.
 
-    Whoever uses a fast copy first compares it with the bridge itself: see
+    Callers must first compare the fast copy with the bridge: see
     ``gainlens.analysis.sweep.evaluator``.
     """
     original = getattr(bridge, "original_model", None)
@@ -163,15 +163,15 @@ def build_fast_copy(bridge: Any) -> FastCopy | None:
             return None
         use_fast_linear(model)
         return FastCopy(model.eval(), int(bridge.cfg.n_layers))
-    except Exception:  # any family may refuse; the hooks then do the work
+    except Exception:  # any family may fail here; the caller then uses hooks
         return None
 
 
 def twin(original: Any, attention: str) -> Any | None:
-    """The transformers model around the very tensors of one that a bridge wraps, or None.
+    """A transformers model that shares the tensors of a bridge's wrapped model, or None.
 
     Args:
-        original: what the bridge wraps.
+        original: the model that the bridge wraps.
         attention: name of the attention implementation.
     """
     config = copy.deepcopy(original.config)
@@ -182,7 +182,7 @@ def twin(original: Any, attention: str) -> Any | None:
 
 
 def _share(model: Any, original: Any) -> bool:
-    """Put the tensors of a wrapped model in their places; False when one is missing."""
+    """Assign the tensors of a wrapped model to ``model``; False if one is missing."""
     have: dict[str, torch.Tensor] = {}
     for found in (original.named_parameters(remove_duplicate=False), _buffers(original)):
         for name, tensor in found:
@@ -215,13 +215,13 @@ def _buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class _Given(torch.nn.Module):
-    """Stands in for the layers and returns what they would have."""
+    """Replaces the layers and returns a given output."""
 
     given: torch.Tensor | None = None
 
     @property
     def decoder(self) -> _Given:
-        """Some families ask the layers' container for its decoder."""
+        """Itself: some families access ``decoder`` on the container of their layers."""
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -231,13 +231,14 @@ class _Given(torch.nn.Module):
 
 
 def family_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A transformers model's own head (scale, soft-capping and all), on any part of what it reads.
+    """A transformers model's own output head, including scale and soft cap.
 
     Args:
         model: a causal language model, or the one inside a bridge.
 
     Returns:
-        From ``[document, pos, d_model]`` to logits ``[document, pos, vocab]``.
+        A function from hidden states ``[document, pos, d_model]``, at any positions, to logits
+        ``[document, pos, vocab]``.
     """
     head = copy.copy(model)
     head._modules = dict(model._modules)
@@ -284,7 +285,7 @@ def _soft_capped(
     mask: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    """Attention with soft-capped logits, which no fused kernel offers on a CPU."""
+    """Attention with soft-capped logits; no fused CPU kernel supports them."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     cap = float(kwargs["softcap"])

@@ -1,6 +1,6 @@
 """``key_sites``: find and verify where a model keeps its keys, once per model.
 
-A few tokens are run through the model. Nothing is taken from a configuration flag alone: see
+A few tokens are run through the model. No configuration flag is trusted without a measurement; see
 ``gainlens.model.verify``.
 """
 
@@ -25,11 +25,11 @@ def key_sites(model: Any) -> KeySites:
         model: a TransformerLens ``TransformerBridge`` or ``HookedTransformer``.
 
     Returns:
-        KeySites: measured once per model and remembered with it.
+        KeySites: measured once per model and then cached.
 
     Raises:
         InputError: ``model`` is not a TransformerLens model.
-        UnsupportedModelError: its keys can't be probed or cut honestly; the message says why.
+        UnsupportedModelError: its keys can't be probed or cut correctly; the message says why.
     """
     if not hasattr(model, "run_with_hooks") or not hasattr(model, "cfg"):
         raise InputError(
@@ -45,7 +45,7 @@ def key_sites(model: Any) -> KeySites:
 
 
 def _mode(model: Any) -> tuple[Any, ...]:
-    """Switches of a model that change what its hooks carry."""
+    """Switches of a model that change the content of its hooks."""
     return (
         getattr(model, "compatibility_mode", None),
         getattr(model.cfg, "ungroup_grouped_query_attention", None),

@@ -1,4 +1,4 @@
-"""The hash that says which model a result belongs to."""
+"""The hash that ties a result to its model."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ ROWS = 1 << 20
 
 @torch.no_grad()
 def model_fingerprint(model: Any) -> str:
-    """SHA-256, in hexadecimal, of the weights that decide a model's keys.
+    """Hexadecimal SHA-256 of the weights that determine a model's keys.
 
-    The same for a ``TransformerBridge``, a ``HookedTransformer`` and the Hugging Face model of
-    one checkpoint, in one floating point type. Folded weights (compatibility mode) give another
-    one, since gains of a folded model belong to other weights. What counts:
+    It is the same for a ``TransformerBridge``, a ``HookedTransformer`` and the Hugging Face model
+    of one checkpoint in the same floating point type. Folded weights (compatibility mode) give a
+    different hash, since the gains of a folded model belong to different weights. It covers:
 
-    - of every layer, the attention's weights and biases, in order;
-    - of every layer, all its other weights (norms, MLP, adapters), in no order, since the kinds
-      of model keep them in different ones; zero biases, which some kinds add, count for nothing;
-    - of the embedding, the signs: TransformerLens multiplies Gemma's by sqrt(d_model).
+    - the attention weights and biases of every layer, in order;
+    - all other weights of every layer (norms, MLP, adapters), independent of order, since it
+      differs between the kinds of model; zero biases, which some kinds add, have no effect;
+    - the signs of the embedding: TransformerLens multiplies Gemma's by sqrt(d_model).
 
-    The last norm, the output head and position embeddings do not count. Quantised weights are
-    hashed as they are stored, offloaded ones as their loader gives them.
+    The last norm, the output head and position embeddings are excluded. Quantised weights are
+    hashed as stored, offloaded weights as loaded.
 
     Args:
         model: any of the three kinds, on any device.
 
     Raises:
-        UnsupportedModelError: the attention weights are kept in a form that is not known here, or
-            are not in memory.
+        UnsupportedModelError: the layout of the attention weights is unknown, or they are not in
+            memory.
     """
     digest = hashlib.sha256()
     embedding = _numbers(_embedding(model), "the embedding")
@@ -67,7 +67,7 @@ def model_fingerprint(model: Any) -> str:
 
 
 def _layers(model: Any) -> Iterator[tuple[Tensors, list[torch.Tensor]]]:
-    """Per layer the attention's tensors by name, and the others."""
+    """For each layer, the attention's tensors by name and all other tensors."""
     lens = hasattr(model, "blocks") and hasattr(model, "hook_dict")
     inner: Any = getattr(model, "original_model", None) if lens else model
     if lens and (inner is None or getattr(model, "compatibility_mode", False)):
@@ -78,6 +78,9 @@ def _layers(model: Any) -> Iterator[tuple[Tensors, list[torch.Tensor]]]:
         layout = LAYOUTS.get(architecture_of(inner))
     if layout is None and lens:
         yield from (_lens_layer(block) for block in model.blocks)
+        return
+    if layout is None and hasattr(inner, "named_parameters"):  # a family that nothing here reads
+        yield {}, list(_present(inner).values())
         return
     if layout is None:
         raise UnsupportedModelError(
@@ -124,7 +127,7 @@ def _layer(
     inside = layer_tensors(held, layout, layer)
     leaves = ("weight", "bias")
     names = {f"{part}.{leaf}" for part in (*layout.parts, layout.output) for leaf in leaves}
-    # What a bridge calls its own projections: other names of the same, or parts of a joint matrix.
+    # A bridge's own names for the projections: aliases, or parts of a joint matrix.
     aliases = {f"{part}.{leaf}" for part in ("q", "k", "v", "o", "qkv") for leaf in leaves}
     block = layout.attention.split("{}")[0] + f"{layer}."
     path = layout.attention.format(layer) + "."
@@ -135,7 +138,7 @@ def _layer(
         if not name.startswith(block) or name in own or _place(tensor) in taken:
             continue
         rest[_place(tensor)] = tensor
-    # A bridge has other names for them as well.
+    # Compared by memory location, since a bridge has further names for the same norms.
     norms = {_place(t) for n, t in held.items() if n.startswith(block) and "norm" in n}
     if layout.norm_offset:
         offset = layout.norm_offset
@@ -150,7 +153,7 @@ def _layer(
             bias = getattr(weights, name)
             if bias is not None and bool(bias.any()):
                 found[name] = bias.flatten()
-    else:  # quantised: packed as the library likes
+    else:  # quantised: hashed in the library's packed format
         found = {n: inside[n] for n in sorted(names & set(inside))}
     return found, list(rest.values())
 
@@ -170,7 +173,7 @@ def _in_order(weights: AttentionWeights) -> Tensors:
 
 
 def _present(inner: Any) -> Tensors:
-    """Tensors by their own names; offloaded ones from the loader that brings them in."""
+    """Tensors by transformers' names; offloaded ones come from their loader."""
     found = {n.replace(".base_layer.", "."): t for n, t in plain_tensors(inner).items()}
     if not any(tensor.is_meta for tensor in found.values()):
         return found
@@ -224,18 +227,18 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _unordered(tensor: Shaped[torch.Tensor, "..."]) -> int:
-    """A number that changes with any value and not with the order; 0 for zeros."""
+    """A checksum of the values that does not depend on their order; 0 for all zeros."""
     total = 0
     for part in torch.split(_wide(tensor).flatten(), ROWS):
         if part.is_floating_point():
-            part = (part + 0.0).view(torch.int32)  # one zero, not two
+            part = (part + 0.0).view(torch.int32)  # -0.0 and 0.0 count as equal
         bits = part.to(torch.int64)
-        total += int((bits * (bits * FACTOR + ADDEND)).sum())  # wraps, as it may
+        total += int((bits * (bits * FACTOR + ADDEND)).sum())  # int64 overflow is intended
     return total % (1 << 64)
 
 
 def _total(sums: list[int]) -> int:
-    """Their sum, without a joint matrix that a bridge also keeps in two parts."""
+    """The sum of the checksums, without a joint matrix that a bridge also keeps as two parts."""
     counted = [x for x in sums if x]
     pairs = {(a + b) % (1 << 64) for i, a in enumerate(counted) for b in counted[i + 1 :]}
     return sum(x for x in counted if x not in pairs) % (1 << 64)

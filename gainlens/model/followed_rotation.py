@@ -1,4 +1,4 @@
-"""Check that a model's own cosines and sines turn its keys, and measure the scale of its logits."""
+"""Verify a model's own cosines and sines against its keys; measure its attention logit scale."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from gainlens.model.running import is_exact
 N_POS = 6
 LAYOUTS: tuple[Literal["halves", "neighbours"], ...] = ("halves", "neighbours")
 FIXED = ("default", "linear", "llama3")
-"""Rope types of size 1 whose frequencies are the same at every length."""
+"""RoPE types with scale 1 and frequencies that do not depend on the length."""
 
 
 def model_rotary_dim(following: Following) -> int | None:
-    """How wide the cosines are that a followed model hands its layers, or None."""
+    """Width of the cosines that the model passes to its layers, or None if it passes none."""
     for layer, call in following.given.items():
         angles = call.get("position_embeddings")
         if isinstance(angles, tuple):
@@ -40,14 +40,14 @@ def follow_rotated_keys(
     partner: Int[torch.Tensor, " d_head"],
     tolerance: float,
 ) -> Rotation:
-    """The rotation of a model whose keys were read after it.
+    """The rotation of a model with readable rotated keys.
 
     Args:
         probe: a ``gainlens.model.verify.SiteProbe``.
-        following: of the pass in which ``keys`` were read.
+        following: from the pass in which ``keys`` were read.
         keys: the same key at every position, after the rotation.
         frequencies, partner: measured on ``keys``.
-        tolerance: of a key, relative to the largest.
+        tolerance: maximum error of a key, relative to the largest entry.
     """
 
     def fits(rotation: Rotation) -> bool:
@@ -68,11 +68,11 @@ def follow_silent(
     frequencies: Float[torch.Tensor, "layer rotary_pair"],
     partner: Int[torch.Tensor, " d_head"],
 ) -> Rotation:
-    """The rotation of a model whose keys can't be read after it, checked on its attention.
+    """The rotation of a model without readable rotated keys, verified on its attention.
 
     Raises:
-        UnsupportedModelError: neither the model's own cosines nor the measured frequencies give
-            the attention that the model has.
+        UnsupportedModelError: neither the model's own cosines nor the measured frequencies
+            reproduce the model's attention.
     """
     following = Following(Rotation.unknown(probe.model, probe.n_layers, probe.d_head))
     scores = _Scores(probe, "projected", following)
@@ -88,8 +88,8 @@ def follow_silent(
     found = _followed(probe, following, frequencies, partner, fits, scores.n_pos)
     if found.layout is None and plain.plain and not fits(plain):
         raise UnsupportedModelError(
-            f"{probe.name}: its attention is not that of queries and keys turned by the measured "
-            "frequencies, and it hands its layers no cosines to follow"
+            f"{probe.name}: its attention does not match queries and keys rotated by the measured "
+            "frequencies, and it passes no cosines to its layers"
         )
     return found
 
@@ -119,7 +119,7 @@ def _followed(
 def _own_frequencies(
     rotation: Rotation, following: Following, n_pos: int
 ) -> Float[torch.Tensor, "layer rotary_pair"]:
-    """Of the model's own cosines: also of pairs whose keys are zero."""
+    """Frequencies from the model's own cosines, which also cover pairs with zero keys."""
     units = torch.arange(len(rotation.partner))
     lower = units[rotation.partner > units]
     read = Following(rotation, following.given)
@@ -135,14 +135,14 @@ def _own_frequencies(
 def logit_scale(
     probe: Any, rotation: Rotation, stage: Literal["projected", "rotated"]
 ) -> tuple[float, ...]:
-    """What each layer multiplies a query-key product by, measured on its attention pattern.
+    """Factor on the query-key product of each layer, measured on its attention pattern.
 
-    Where a number that the configuration names agrees with the measurement, it is that number.
+    If a value from the configuration agrees with the measurement, that value is returned.
 
     Args:
         probe: a ``gainlens.model.verify.SiteProbe``.
-        rotation: of its model.
-        stage: where queries and keys can be set.
+        rotation: rotation of the probed model.
+        stage: stage at which queries and keys can be set.
     """
     following = rotation.follow() if stage == "projected" else None
     scores = _Scores(probe, stage, following)
@@ -156,11 +156,11 @@ def logit_scale(
 
 
 class _Scores:
-    """Random queries and keys, and the attention of every layer that they give."""
+    """Random queries and keys, and the resulting attention of every layer."""
 
     def __init__(self, probe: Any, stage: Any, following: Following | None) -> None:
         self.n_pos = n_pos = min(N_POS, probe.d_head, probe.n_pos)
-        # About half a nat of logits: a soft cap bends larger ones.
+        # Logits of about half a nat: a soft cap distorts larger ones.
         self.queries = 0.7 * probe.random(2, n_pos, probe.n_heads, probe.d_head)
         self.keys = 0.7 * probe.random(2, n_pos, probe.n_kv_heads, probe.d_head)
         zeros = torch.zeros_like(self.queries), torch.zeros_like(self.keys)
@@ -171,7 +171,7 @@ class _Scores:
         self.logits = (self.pattern.clamp_min(1e-30) / bias.clamp_min(1e-30)).log()
 
     def fit(self, layer: int, following: Following | None) -> tuple[float, float]:
-        """The scale that explains a layer's logits, and the largest logit that it does not."""
+        """Least-squares scale of a layer's logits, and the largest absolute residual."""
         q, k = self.queries, self.keys
         if following is not None:
             turned: list[torch.Tensor] = []
@@ -193,7 +193,7 @@ def _centred(x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
 
 
 def _named_scales(probe: Any, layer: int) -> list[float]:
-    """Scales that a configuration may mean."""
+    """Candidate scales according to the configuration."""
     cfg = probe.model.cfg
     config = getattr(getattr(probe.model, "original_model", None), "config", None)
     usual = float(probe.d_head) ** -0.5
@@ -208,7 +208,7 @@ def _named_scales(probe: Any, layer: int) -> list[float]:
 
 
 def _plain(model: Any) -> bool:
-    """Whether the configuration names a rotation whose frequencies are the same at any length."""
+    """Whether the configured rotation has the same frequencies at every length."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]

@@ -1,4 +1,4 @@
-"""Forward passes that keep no more than they need."""
+"""Memory-efficient forward passes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 HEAD_INPUT = "unembed.hook_in"
 _STANDS_ALONE: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 HEAD_POSITIONS = 64
-"""Positions that the output head sees at a time: 64 × 49,152 logits stay within a CPU's caches."""
+"""Positions per call of the output head: 64 × 49,152 logits fit in a CPU's caches."""
 
 
 def forward_layers(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> None:
-    """Run every layer for the sake of its hooks, in eval mode; no logits, no gradient."""
+    """Run every layer in eval mode to fire its hooks, without logits or gradients."""
     with torch.inference_mode(), held(model), evaluating(model):
         model(tokens.to(model_device(model)), return_type=None)
 
@@ -34,7 +34,7 @@ def token_losses(
 ) -> Float[torch.Tensor, "document next_pos"]:
     """Next-token loss in nats per position, float32 on the CPU, ``[document, pos - 1]``.
 
-    The model is run in eval mode.
+    The model runs in eval mode.
     """
     tokens = tokens.to(model_device(model))
     with torch.inference_mode(), held(model), evaluating(model):
@@ -47,23 +47,23 @@ def before_head(
 ) -> tuple[Float[torch.Tensor, "document pos width"], Head]:
     """Run a model up to its output head, which can then be applied to a few positions at a time.
 
-    The logits of 1,024 tokens over a vocabulary of 262,144 take a gigabyte, and their gradient as
-    much again. A bridge calls its head itself; it is handed the first position alone. Where the
-    head can't be called by itself, or somebody has hooks on it, all logits are computed at once.
+    The logits of 1,024 tokens over a vocabulary of 262,144 take a gigabyte, and so does their
+    gradient. A bridge always calls its head, so the head is given only the first position. If the
+    head can't be called separately, or has hooks on it, all logits are computed at once.
 
     Args:
-        model: a TransformerBridge or HookedTransformer, with whatever hooks are on it.
+        model: a TransformerBridge or HookedTransformer; hooks on it are run.
         tokens: on the model's device.
 
     Returns:
-        What the head reads, and the head: from ``[1, pos, width]`` to logits ``[1, pos, vocab]``.
-        (All logits and the identity where the head can't be had alone.)
+        The head's input, and the head as a function from ``[1, pos, width]`` to logits
+        ``[1, pos, vocab]``. If the head can't be called separately: all logits and the identity.
 
     Raises:
         SilentSiteError: the model did not call its head exactly once.
     """
     if not hasattr(model, "original_model"):
-        # A HookedTransformer's head is a module of its own.
+        # A HookedTransformer's head is a separate module.
         hidden = model(tokens, return_type=None, stop_at_layer=int(model.cfg.n_layers))
         return hidden, partial(_hooked_head, model)
     hooked = any(p.fwd_hooks for name, p in model.hook_dict.items() if "unembed" in name)
@@ -83,9 +83,9 @@ def before_head(
 
 
 def _head_stands_alone(model: Any) -> bool:
-    """Whether a bridge's logits are its family's head on the last hidden state, and no more.
+    """Whether a bridge's logits are exactly its family's head applied to the last hidden state.
 
-    Found out on a copy around the same weights, which has none of the user's hooks.
+    Tested on a copy that shares the weights but has none of the user's hooks.
     """
     known = _STANDS_ALONE.get(model)
     if known is None:
@@ -111,7 +111,7 @@ def _same_in_parts(model: Any) -> bool:
 def fast_losses(
     fast_copy: FastCopy, tokens: Int[torch.Tensor, "document pos"], edit: Edit | None = None
 ) -> Float[torch.Tensor, "document next_pos"]:
-    """As ``token_losses``, by a fast copy's fused attention, with ``edit`` made in every layer.
+    """Like ``token_losses``, using a fast copy's fused attention, with ``edit`` in every layer.
 
     Raises:
         SilentSiteError: the edit was not called once per layer.
@@ -129,12 +129,12 @@ def cross_entropy(
     hidden: Float[torch.Tensor, "document pos width"],
     tokens: Int[torch.Tensor, "document pos"],
 ) -> Float[torch.Tensor, "document next_pos"]:
-    """Next-token loss in nats, the output head applied to a few positions at a time.
+    """Next-token loss in nats; the output head is applied to a few positions at a time.
 
     Args:
-        head: from ``[1, pos, width]`` to logits ``[1, pos, vocab]``.
-        hidden: what the head reads at every position.
-        tokens: the text; the last position of ``hidden`` predicts nothing and is left out.
+        head: function from ``[1, pos, width]`` to logits ``[1, pos, vocab]``.
+        hidden: the head's input at every position.
+        tokens: the text; the last position of ``hidden`` has no next token and is left out.
     """
     flat, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     losses = torch.empty(len(targets), dtype=torch.float32)

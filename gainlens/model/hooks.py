@@ -1,4 +1,4 @@
-"""Attach hook functions to a TransformerLens model and take off exactly those again."""
+"""Attach hook functions to a TransformerLens model, and remove only those hooks on exit."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ HookFn = Callable[..., "torch.Tensor | None"]
 Hook = tuple[str, HookFn]
 
 _CUTS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-"""How many cuts are in place, of the models that have one."""
+"""Number of active cuts per model."""
 
 
 def hook_point(model: Any, name: str) -> Any | None:
-    """The hook point called ``name`` or None. Bridges resolve the ``hook_k`` style aliases.
+    """The hook point called ``name``, or None. Bridges resolve aliases such as ``hook_k``.
 
-    The point itself is used, never its name: in compatibility mode a hook added by alias is
-    called once per alias, which would count every token twice.
+    Hooks are added to the point itself, not by name: in compatibility mode a hook added by alias
+    is called once per alias, which would count every token twice.
     """
     try:
         found = reduce(
@@ -39,14 +39,14 @@ def hook_point(model: Any, name: str) -> Any | None:
 
 @contextmanager
 def attached(model: Any, hooks: Sequence[Hook], *, cut: bool = False) -> Iterator[None]:
-    """Attach forward hooks; on exit, also after an exception, remove these and no others.
+    """Attach forward hooks; on exit, also after an exception, remove only these.
 
     Other threads that measure or cut the same model wait until this one is done.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
-        hooks: names and functions.
-        cut: whether the hooks change the model for the user, so that ``check_intact`` sees it.
+        hooks: pairs of hook name and function.
+        cut: whether the hooks cut the model, so that ``check_intact`` refuses it.
     """
     added: list[_Addition] = []
     with held(model):
@@ -66,7 +66,7 @@ def attached(model: Any, hooks: Sequence[Hook], *, cut: bool = False) -> Iterato
 
 
 class _Addition:
-    """One hook that is being added; found again also where Ctrl-C came in the middle."""
+    """One hook being added. It can be found and removed even if Ctrl-C interrupted the addition."""
 
     def __init__(self, point: Any) -> None:
         self.point = point
@@ -75,13 +75,13 @@ class _Addition:
         self.finished = False
 
     def done(self) -> None:
-        """Remember what is new: another hook may be added to the point later."""
+        """Record the new hooks, since others may be added to the point later."""
         handles = [h for h in self.point.fwd_hooks if not any(h is old for old in self.handles)]
         raw = set(self.point._forward_hooks) - self.raw
         self.handles, self.raw, self.finished = handles, raw, True
 
     def undo(self) -> None:
-        """Take it off."""
+        """Remove the hook."""
         if not self.finished:
             self.done()
         for key in self.raw:
@@ -93,7 +93,7 @@ class _Addition:
 
 
 def _take_off(added: list[_Addition]) -> None:
-    """Remove all, last first; Ctrl-C in the middle is raised when all are off."""
+    """Remove all hooks in reverse order; a Ctrl-C during removal is raised at the end."""
     interrupted: KeyboardInterrupt | None = None
     while added:
         try:
@@ -106,22 +106,22 @@ def _take_off(added: list[_Addition]) -> None:
 
 
 def is_cut(model: Any) -> bool:
-    """Whether ``gainlens.ablate`` has a cut in place on ``model``."""
+    """Whether ``gainlens.ablate`` currently cuts ``model``."""
     return _CUTS.get(model, 0) > 0
 
 
 def check_intact(model: Any, what: str) -> None:
-    """Refuse to compare with "the intact model" one that is cut at the moment.
+    """Refuse to use a model as the intact reference while it is cut.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
-        what: is called, for the message.
+        what: name of the calling function, for the message.
 
     Raises:
-        InputError: a cut is in place.
+        InputError: the model is cut.
     """
     if is_cut(model):
         raise InputError(
-            f"{what} inside gainlens.ablate: the model that it would take for the intact one is "
-            "cut; leave the with block first"
+            f"{what} inside gainlens.ablate: it needs the intact model, but the model is cut; "
+            "leave the with block first"
         )

@@ -1,9 +1,8 @@
-"""Matrix products for passes that take no gradient, by the faster of PyTorch's two CPU libraries.
+"""Matrix products without gradients, using the faster of PyTorch's two CPU libraries.
 
-``torch.nn.functional.linear`` multiplies float32 matrices with MKL, which on other makers'
-processors runs at less than half the rate of oneDNN, the library that PyTorch uses for bfloat16
-and for compiled graphs. Which one is used depends on dtype and device alone, so that a run that is
-resumed gives the same bytes.
+``torch.nn.functional.linear`` multiplies float32 matrices with MKL. On non-Intel processors, MKL
+runs at less than half the speed of oneDNN, the library that PyTorch uses for bfloat16 and compiled
+graphs. The choice depends only on dtype and device, so a resumed run gives identical bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def _takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def use_fast_linear(model: torch.nn.Module) -> None:
-    """Let the plain linear modules of ``model`` multiply by ``linear``."""
+    """Make the plain linear modules of ``model`` use ``linear``."""
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
@@ -49,7 +48,7 @@ def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _available() -> bool:
-    """Whether this build of PyTorch has the operator, and it multiplies."""
+    """Whether this build of PyTorch has the operator and it gives the right product."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     x = torch.arange(6.0).reshape(1, 2, 3)
@@ -63,4 +62,4 @@ def _available() -> bool:
 
 
 AVAILABLE = _available()
-"""Whether oneDNN's product can be called."""
+"""Whether oneDNN's matrix product is available."""

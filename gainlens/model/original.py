@@ -1,4 +1,4 @@
-"""Compare a bridge with the model that it was made from: some are wrapped wrongly."""
+"""Compare a bridge with the model it wraps: some models are wrapped incorrectly."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from gainlens.model.running import evaluating, is_exact, model_device
 
 N_TOKENS = 12
 TOLERANCE = 1e-3
-"""Largest difference of the logits over their largest value."""
+"""Maximum difference of the logits, relative to their largest value."""
 
 
 @torch.no_grad()
 def check_against_original(model: Any, name: str) -> None:
-    """Run a few tokens through a bridge and through the transformers model of the same weights.
+    """Compare the logits of a bridge and of the transformers model with the same weights.
 
-    Nothing is checked where that model can't be had: a HookedTransformer, folded weights, adapters,
-    half precision, hooks of the user's own in place.
+    The check is skipped if no comparison is possible: a HookedTransformer, folded weights,
+    adapters, half precision, or user hooks on the model.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
@@ -59,7 +59,7 @@ def check_against_original(model: Any, name: str) -> None:
         raise UnsupportedModelError(
             f"{name}: the bridge's logits differ from those of the transformers model of the same "
             f"weights by {difference:.1e} of the largest one (expected at most {TOLERANCE:.0e}): "
-            "TransformerLens does not wrap this model rightly"
+            "TransformerLens does not wrap this model correctly"
         )
 
 
@@ -70,14 +70,14 @@ def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def _trained_parts(bridge: Any, plain: Any, name: str) -> bool:
     try:
         return _put_parts(bridge, plain, name)
-    except (KeyError, RuntimeError, UnsupportedModelError):  # parts of other sizes: split wrongly
+    except (KeyError, RuntimeError, UnsupportedModelError):  # wrong sizes: the split is wrong
         return False
 
 
 def _put_parts(bridge: Any, plain: Any, name: str) -> bool:
-    """Joint matrices put together again from the parts that a bridge runs, where it trained them.
+    """Rebuild joint matrices in ``plain`` from the bridge's parts; True if the parts were trained.
 
-    Parts that hold the matrix's own numbers in other places were never trained, but split wrongly.
+    Parts that hold the same values as the matrix in another order were split wrongly, not trained.
     """
     layout = LAYOUTS.get(name)
     if layout is None or not layout.joint:

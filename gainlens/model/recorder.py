@@ -1,4 +1,4 @@
-"""The one recorder of a model's queries and keys, before and after their rotation."""
+"""Record a model's queries and keys before and after their rotation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gainlens.model.sites import KeySites, Stage
 
 Letter = Literal["q", "k"]
 Receive = Callable[[Letter, int, Stage, torch.Tensor], None]
-"""Called with the letter, the layer, the stage and ``[batch, pos, head, d_head]``; the
-tensor may be the model's own and is not to be written. Of a layer, queries may come after keys."""
+"""Called with the letter, the layer, the stage and ``[batch, pos, head, d_head]``. The tensor may
+be the model's own: do not modify it. Within a layer, keys may come before queries."""
 
 
 def query_key_hooks(
@@ -27,18 +27,18 @@ def query_key_hooks(
     following: Following | None = None,
     detach: bool = True,
 ) -> list[Hook]:
-    """Forward hooks that hand over what every layer computes.
+    """Forward hooks that pass the queries and keys of every layer to ``receive``.
 
-    Where the model fires no hook after its rotation, the rotation is followed and computed here.
+    If the model fires no hook after its rotation, the rotation is computed here.
 
     Args:
-        sites: of the model.
-        receive: takes each tensor as it comes.
-        stages: which to hand over; without a rotation both are the same.
+        sites: the model's key sites.
+        receive: called with each tensor.
+        stages: stages to record; without a rotation both are the same.
         letters: queries, keys, or both.
-        following: of the same pass, where the caller needs its turns too; its hooks are among
-            those returned.
-        detach: hand the tensors over without their graph.
+        following: the rotation of the same pass, if the caller needs it too; its hooks are
+            included in the result.
+        detach: detach the tensors from the autograd graph.
     """
     computed = "rotated" in stages and not sites.rotated_fires
     following = following if following is not None else sites.rotation.follow()

@@ -1,4 +1,4 @@
-"""The cosines and sines that a model would use for a text of any length, from its own modules."""
+"""The cosines and sines that a model uses for a text of any length, from its own modules."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from gainlens.errors import UnsupportedModelError
 
 Angles = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines as a model keeps them, ``[batch, pos, width]``; size included."""
+"""Cosines and sines as stored by the model, ``[batch, pos, width]``, including any scale."""
 
 
 def read_tables(model: Any, run: Callable[[], None], n_layers: int) -> tuple[Any, ...]:
-    """Per layer, a function from a length to the cosines that the model would use; None without.
+    """For each layer, a function from a length to the model's cosines and sines, or None.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
-        run: runs it once on a few tokens.
-        n_layers: of the model.
+        run: runs the model once on a few tokens.
+        n_layers: number of layers.
     """
     inside = getattr(model, "original_model", None)
     if inside is None:
@@ -55,7 +55,7 @@ def read_tables(model: Any, run: Callable[[], None], n_layers: int) -> tuple[Any
 
 
 def _matching(calls: list[Any], angles: Any) -> Callable[[int], Angles] | None:
-    """The call that made these cosines, for any length."""
+    """The call that produced ``angles``, as a function of the length."""
     if not isinstance(angles, tuple):
         return None
     for module, args, kwargs, output in calls:
@@ -66,7 +66,7 @@ def _matching(calls: list[Any], angles: Any) -> Callable[[int], Angles] | None:
 
 
 def _replay(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], n_pos: int) -> Angles:
-    """What a rotary module gives for a text of ``n_pos`` tokens, the module left as it is."""
+    """A rotary module's output for a text of ``n_pos`` tokens; the module is not changed."""
 
     def renewed(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and not value.is_floating_point():
@@ -75,7 +75,7 @@ def _replay(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], n_pos: i
 
     given = tuple(renewed(a) for a in args)
     named = {name: renewed(value) for name, value in kwargs.items()}
-    # A copy: some remember the longest text that they have seen.
+    # A copy, since some modules remember the longest text seen.
     with torch.no_grad():
         cos, sin = copy.deepcopy(module)(*given, **named)
     return cos[0], sin[0]
@@ -89,8 +89,8 @@ def _hooked_table(attention: Any) -> Callable[[int], Angles] | None:
         cfg, cos, sin = attention.cfg, attention.rotary_cos, attention.rotary_sin
         if getattr(cfg, "use_dynamic_ntk_rope", False):
             raise UnsupportedModelError(
-                "this HookedTransformer's rotary base follows the length (dynamic NTK), which "
-                "can't be read outside a pass"
+                "this HookedTransformer's rotary base depends on the length (dynamic NTK) and "
+                "can't be read outside a forward pass"
             )
         if n_pos > len(cos):
             sin, cos = attention.calculate_sin_cos_rotary(

@@ -1,10 +1,10 @@
-"""The rotation of queries and keys: its angles, its size and its positions, in one object.
+"""The rotation of queries and keys: angles, scale and positions in one object.
 
-What turns a pair is taken from the model itself. Every attention layer is handed the cosines and
-sines of the current pass (or its position ids); ``Following`` reads them when the layer starts, so
+The rotation is read from the model. Every attention layer receives the cosines and sines of the
+current pass (or its position ids), and ``Following`` reads them when the layer starts. This covers
 generation with a cache, left padding, scales on cos and sin (longrope, yarn) and frequencies that
-depend on the length (longrope, dynamic NTK) are followed. A model that hands its layers position
-ids alone (GPT-J) is turned by the frequencies that were measured on it.
+depend on the length (longrope, dynamic NTK). If a model passes only position ids to its layers
+(GPT-J), the frequencies measured on it are used.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Turn:
     """The rotation of some dimensions of a head: ``x·cos + x[partner]·sin`` per position.
 
     Attributes:
-        cos, sin: per dimension, the sign of the sine and the size included; dimensions that do
-            not rotate have cosine 1 and sine 0. ``[pos, dim]``, or ``[batch, pos, dim]``.
-        partner: the dimension that each rotates with.
+        cos, sin: per dimension, including the sign of the sine and any scale; dimensions that do
+            not rotate have cosine 1 and sine 0. ``[pos, dim]`` or ``[batch, pos, dim]``.
+        partner: the dimension that each dimension rotates with.
     """
 
     cos: Float[torch.Tensor, "*batch pos dim"]
@@ -61,8 +61,11 @@ class Turn:
         partner: Int[torch.Tensor, " d_head"],
         positions: Int[torch.Tensor, "*batch pos"],
     ) -> Turn:
-        """Of size 1, from radians per token: ``[rotary_pair]``, or ``[kv_head, 1, rotary_pair]``
-        with positions ``[*batch, 1, pos]``."""
+        """From radians per token, with scale 1.
+
+        Frequencies are ``[rotary_pair]``, or ``[kv_head, 1, rotary_pair]`` with positions
+        ``[*batch, 1, pos]``.
+        """
         places = positions.to("cpu", torch.float64)
         angle = places[..., None] * frequencies.to("cpu", torch.float64)
         return cls.of_pairs(angle.cos(), angle.sin(), partner)
@@ -70,7 +73,7 @@ class Turn:
     def __call__(
         self, x: Float[torch.Tensor, "*rest pos dim"], inverse: bool = False
     ) -> Float[torch.Tensor, "*rest pos dim"]:
-        """Rotate and scale; with ``inverse`` undo both."""
+        """Rotate and scale; undo both if ``inverse``."""
         if inverse:
             return self.adjoint(x) / self._square(x.device)
         cos, sin = self.cos.to(x.device), self.sin.to(x.device)
@@ -80,7 +83,7 @@ class Turn:
     def adjoint(
         self, x: Float[torch.Tensor, "*rest pos dim"]
     ) -> Float[torch.Tensor, "*rest pos dim"]:
-        """The transpose: turned back, but scaled as on the way there."""
+        """The transpose: the inverse rotation, with the forward scale."""
         cos, sin = self.cos.to(x.device), self.sin.to(x.device)
         turned: torch.Tensor = x * cos - x[..., self.partner.to(x.device)] * sin
         return turned
@@ -88,27 +91,27 @@ class Turn:
     def heads(
         self, x: Float[torch.Tensor, "batch pos head dim"], inverse: bool = False
     ) -> Float[torch.Tensor, "batch pos head dim"]:
-        """The same for the layout of hooks, in float32 inside and in the type of ``x`` outside."""
+        """Rotate a tensor in the layout of hooks; computed in float32, returned in its dtype."""
         return self.by_head()(x.float().transpose(1, 2), inverse).transpose(1, 2).to(x.dtype)
 
     def gradient(
         self, x: Float[torch.Tensor, "batch pos head dim"]
     ) -> Float[torch.Tensor, "batch pos head dim"]:
-        """A gradient with respect to unrotated keys as one with respect to rotated keys."""
+        """Convert a gradient with respect to unrotated keys to one with respect to rotated keys."""
         one = self.by_head()
         return (one(x.float().transpose(1, 2)) / one._square(x.device)).transpose(1, 2).to(x.dtype)
 
     def alone(self) -> Turn:
-        """The same rotation of one document, on the CPU, where all documents have the same."""
+        """The rotation of the first document, on the CPU; all documents must have the same."""
         cos, sin = (x if x.ndim == 2 else x[0] for x in (self.cos, self.sin))
         return Turn(cos.cpu(), sin.cpu(), self.partner)
 
     def at(self, positions: Int[torch.Tensor, "*some"]) -> Turn:
-        """The same rotation at some of the positions."""
+        """The rotation at some of the positions."""
         return Turn(self.cos[..., positions, :], self.sin[..., positions, :], self.partner)
 
     def of(self, dims: Int[torch.Tensor, " kept"]) -> Turn:
-        """The rotation of a subset that splits no pair."""
+        """The rotation of a subset of dimensions made of whole pairs."""
         place = torch.zeros(len(self.partner), dtype=torch.long)
         place[dims] = torch.arange(len(dims))
         return Turn(self.cos[..., dims], self.sin[..., dims], place[self.partner[dims]])
@@ -137,18 +140,18 @@ class Turn:
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """How one model turns its queries and keys.
+    """How a model rotates its queries and keys.
 
     Attributes:
         frequencies: radians per token of each pair, measured on short text,
             ``[layer, rotary_pair]``; zero in a layer that does not rotate.
-        partner: for each dimension the one it rotates with.
-        layout: where in a model's own cosines those of the pairs are: ``halves`` (the first
-            half), ``neighbours`` (every second), or None where the model's own can't be read and
-            the measured frequencies are used.
+        partner: the dimension that each dimension rotates with.
+        layout: which of the model's cosines belong to the pairs: ``halves`` (the first half),
+            ``neighbours`` (every second), or None if the model's cosines can't be read and the
+            measured frequencies are used.
         plain: whether the measured frequencies hold for every length.
-        model: a weak reference to the model, whose layers are read while they run.
-        tables: per layer what computes the model's own cosines for a length.
+        model: a weak reference to the model; its layers are read while they run.
+        tables: for each layer, a function from a length to the model's cosines and sines.
     """
 
     frequencies: Float[torch.Tensor, "layer rotary_pair"]
@@ -160,7 +163,7 @@ class Rotation:
 
     @classmethod
     def unknown(cls, model: Any, n_layers: int, d_head: int) -> Rotation:
-        """Of a model that is yet to be measured: it can be followed, but says nothing."""
+        """A placeholder for a model not yet measured: it can be followed but has no frequencies."""
         frequencies = torch.full((n_layers, 1), torch.nan)
         return cls(frequencies, torch.arange(d_head), model=weakref.ref(model))
 
@@ -170,10 +173,10 @@ class Rotation:
         return self.frequencies.numel() > 0
 
     def turn(self, layer: int, n_pos: int) -> Turn:
-        """The rotation of a layer in a text of ``n_pos`` tokens, at positions 0, 1, …
+        """The rotation of a layer for a text of ``n_pos`` tokens, at positions 0, 1, …
 
         Raises:
-            UnsupportedModelError: it depends on the length in a way that can't be read.
+            UnsupportedModelError: the rotation depends on the length in a way that can't be read.
         """
         if self.layout is not None and self._rotates(layer):
             table = self.tables[layer] if self.tables else None
@@ -182,25 +185,25 @@ class Rotation:
         return self.measured(layer, torch.arange(n_pos))
 
     def measured(self, layer: int, positions: Int[torch.Tensor, "*batch pos"]) -> Turn:
-        """By the measured frequencies.
+        """The rotation from the measured frequencies.
 
         Raises:
-            UnsupportedModelError: they do not hold for every length.
+            UnsupportedModelError: the frequencies do not hold for every length.
         """
         if not self.plain and self._rotates(layer):
             raise UnsupportedModelError(
                 "this model scales its rotary frequencies (rope_type other than 'default') and "
-                "hands its layers no cosines: its rotation can't be followed"
+                "passes no cosines to its layers: its rotation can't be followed"
             )
         return Turn.of_frequencies(self.frequencies[layer], self.partner, positions)
 
     def from_angles(self, angles: Angles) -> Turn:
-        """A turn from cosines and sines as the model keeps them."""
+        """A ``Turn`` from cosines and sines as stored by the model."""
         cos, sin = (self._of_pairs(x) for x in angles)
         return Turn.of_pairs(cos, sin, self.partner)
 
     def follow(self) -> Following:
-        """What reads the rotation off the model while it runs."""
+        """An object that reads the rotation from the model while it runs."""
         return Following(self)
 
     def _rotates(self, layer: int) -> bool:
@@ -215,11 +218,11 @@ class Rotation:
 
 @dataclass(eq=False)
 class Following:
-    """The rotation of the pass that a model is running.
+    """The rotation in a model's current forward pass.
 
     Attributes:
-        rotation: of the model.
-        given: per layer, what its attention was called with in the current pass.
+        rotation: the model's rotation.
+        given: for each layer, the keyword arguments of its attention in the current pass.
     """
 
     rotation: Rotation
@@ -228,7 +231,7 @@ class Following:
     _last: tuple[Any, Turn] | None = field(default=None, repr=False)
 
     def hooks(self) -> list[Hook]:
-        """To be attached before the hooks that ask for ``turn``; none where nothing rotates."""
+        """Hooks to attach before those that call ``turn``; empty if nothing rotates."""
         if not self.rotation.turns:
             return []
         return [
@@ -240,12 +243,12 @@ class Following:
         """The rotation of the queries (``q``) or keys (``k``) that a layer is computing.
 
         Args:
-            letter: whose.
-            layer: which is running.
-            n_pos: positions of the tensor to be turned.
+            letter: ``q`` or ``k``.
+            layer: index of the running layer.
+            n_pos: number of positions in the tensor to rotate.
 
         Raises:
-            SilentSiteError: the layer was not seen to start.
+            SilentSiteError: the start of the layer was not observed.
             UnsupportedModelError: the model's positions can't be read.
         """
         rotation = self.rotation
@@ -295,9 +298,9 @@ class Following:
         return None if model is None else model.blocks[layer].attn
 
     def _layer_starts(self, x: torch.Tensor, hook: Any, *, layer: int) -> None:
-        """Catch what the attention of this layer is called with, once."""
+        """Record the arguments of this layer's attention, once."""
         self.given.pop(layer, None)
-        earlier = self._waiting.pop(layer, None)  # of a pass that was broken off
+        earlier = self._waiting.pop(layer, None)  # left over from an aborted pass
         if earlier is not None:
             earlier.remove()
         attention = self._attention(layer)
@@ -312,11 +315,11 @@ class Following:
 
 
 def _hooked_positions(call: dict[str, Any], letter: str, n_pos: int) -> torch.Tensor:
-    """Positions in a HookedTransformer, which caches unrotated keys and turns all in each pass."""
+    """Positions in a HookedTransformer. It caches unrotated keys and rotates all in each pass."""
     entry = call.get("past_kv_cache_entry")
     total = n_pos
     if entry is not None and letter == "q":
-        # The entry has taken in the new keys by now, unless it is frozen.
+        # The entry already includes the new keys, unless it is frozen.
         total = int(entry.past_keys.shape[1]) + (n_pos if entry.frozen else 0)
     mask = call.get("attention_mask")
     if mask is None:
@@ -329,7 +332,10 @@ def _hooked_positions(call: dict[str, Any], letter: str, n_pos: int) -> torch.Te
 def angle_frequencies(
     angle: Float[torch.Tensor, "layer pos rotary_pair"],
 ) -> Float[torch.Tensor, "layer rotary_pair"]:
-    """Radians per token, from angles at positions 0, 1, …: a step counts laps, the last refines."""
+    """Radians per token from angles at positions 0, 1, …
+
+    The first step gives the number of full turns; the last position gives the precise value.
+    """
     turn = angle - angle[:, :1]
     turn = torch.remainder(turn + torch.pi, 2 * torch.pi) - torch.pi
     last = angle.shape[1] - 1
@@ -338,12 +344,12 @@ def angle_frequencies(
 
 
 def _check_starts_at_zero(call: dict[str, Any]) -> None:
-    """Raise unless positions must be 0, 1, …: no cache, no padding."""
+    """Raise if there is a cache or padding, since positions may then not be 0, 1, …"""
     past = (v.get_seq_length() for v in call.values() if hasattr(v, "get_seq_length"))
     mask = call.get("attention_mask")
     padded = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all())
     if any(past) or padded:
         raise UnsupportedModelError(
-            "this model hands its layers no positions: with a cache or padding its rotation can't "
-            "be followed; run whole documents without padding"
+            "this model passes no positions to its layers: with a cache or padding its rotation "
+            "can't be followed; run whole documents without padding"
         )

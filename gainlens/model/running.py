@@ -1,4 +1,4 @@
-"""How a model is run: where its tokens go, in eval mode, by one thread at a time."""
+"""Running a model: the device of its tokens, eval mode, and one thread at a time."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ R = TypeVar("R")
 
 
 def model_device(model: Any) -> torch.device:
-    """The device on which ``model`` takes its tokens: that of its embedding.
+    """The device on which ``model`` expects its tokens: that of its embedding.
 
-    The first parameter of a quantised or partly offloaded model may lie somewhere else, or hold
-    no numbers (device ``meta``).
+    The first parameter of a quantised or partly offloaded model may be on another device, or hold
+    no data (device ``meta``).
 
     Args:
         model: a TransformerBridge, a HookedTransformer, a transformers model or any module.
     """
     inside = getattr(model, "original_model", model)
-    hooked = getattr(inside, "_hf_hook", None)  # accelerate moves what goes in to this device
+    hooked = getattr(inside, "_hf_hook", None)  # accelerate moves the inputs to this device
     execution = getattr(hooked, "execution_device", None)
     if execution is not None:
         return torch.device(f"cuda:{execution}" if isinstance(execution, int) else execution)
@@ -43,7 +43,7 @@ def model_device(model: Any) -> torch.device:
 
 
 def _embedding_weight(model: Any) -> torch.Tensor | None:
-    """The token embedding's matrix, or None where there is none to be found."""
+    """The token embedding's matrix, or None if not found."""
     getter = getattr(model, "get_input_embeddings", None)
     try:
         module = getter() if callable(getter) else getattr(model, "embed", None)
@@ -58,7 +58,7 @@ def _embedding_weight(model: Any) -> torch.Tensor | None:
 
 
 def is_exact(model: Any) -> bool:
-    """Whether the activations are float32 or wider, so that two ways of computing agree closely."""
+    """Whether activations are at least float32, so that two ways of computing agree closely."""
     inside = getattr(model, "original_model", model)
     weight = _embedding_weight(inside)
     if weight is None or not weight.is_floating_point():
@@ -68,10 +68,10 @@ def is_exact(model: Any) -> bool:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Without dropout inside the ``with``; after it every module is in the mode that it was in.
+    """Run ``model`` in eval mode inside the ``with``; restore each module's mode afterwards.
 
     Args:
-        model: any module. A bridge does not list the model that it wraps among its modules.
+        model: any module. A bridge's wrapped model is included, though not among its modules.
     """
     inside = getattr(model, "original_model", None)
     parts = [model] if inside is None else [model, inside]
@@ -87,9 +87,9 @@ def evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def held(model: Any) -> Iterator[None]:
-    """No other thread measures or cuts ``model`` inside the ``with``; they wait.
+    """Lock ``model``: other threads that measure or cut it wait until the ``with`` ends.
 
-    One thread may nest as often as it likes. Calls of the model itself are not held up.
+    The lock is reentrant. Calls of the model itself are not blocked.
     """
     with _NEW_LOCK:
         lock = _LOCKS.setdefault(model, threading.RLock())
@@ -98,12 +98,12 @@ def held(model: Any) -> Iterator[None]:
 
 
 def measures(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose first argument is a model, run in eval mode and by one thread at a time."""
+    """Decorate a function of a model: run it in eval mode, one thread at a time."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         model = args[0] if args else kwargs["model"]
-        if not isinstance(model, torch.nn.Module):  # which the function itself refuses
+        if not isinstance(model, torch.nn.Module):  # the function itself raises the error
             return function(*args, **kwargs)
         with held(model), evaluating(model):
             return function(*args, **kwargs)

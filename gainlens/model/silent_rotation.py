@@ -1,7 +1,7 @@
-"""The rotation of models that fire no hook after it, read through their attention pattern.
+"""The rotation of models that fire no hook after it, measured on their attention pattern.
 
 With queries e_i and keys e_j at every position, the logit depends on the distance Δ as cos(θΔ)
-when i = j and as ±sin(θΔ) when i and j rotate together, and is zero for every other j.
+if i = j and as ±sin(θΔ) if i and j rotate together. It is zero for every other j.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gainlens.model.families import Family, Pairing
 from gainlens.model.sites import pair_partners
 
 VARIES = 1e-3
-"""A logit that changes by more than this with distance (in nats) depends on position."""
+"""A logit depends on position if it changes by more than this with distance (in nats)."""
 
 
 def measure_rotation(
@@ -26,10 +26,10 @@ def measure_rotation(
 
     Args:
         probe: a ``gainlens.model.verify.SiteProbe``.
-        declared: the family's row, if it has one.
+        declared: the family's row, if there is one.
 
     Raises:
-        UnsupportedModelError: the declared pairing is not what the model does.
+        UnsupportedModelError: the model does not use the declared pairing.
     """
     d, layers = probe.d_head, probe.n_layers
     units = torch.arange(d)
@@ -46,7 +46,7 @@ def measure_rotation(
     reach = (int(rotates.nonzero().max()) + 2) // 2 * 2
     config = getattr(getattr(probe.model, "original_model", None), "config", None)
     stated = int(getattr(config, "rotary_dim", None) or 0)
-    if reach < stated <= d:  # its slowest pairs hardly turn within a few tokens
+    if reach < stated <= d:  # the slowest pairs hardly rotate within a few tokens
         reach = stated
     pairing: Pairing = "adjacent" if partner_of_0 == 1 and reach > 2 else "half"
     rotary_dim = reach if pairing == "adjacent" else 2 * partner_of_0
@@ -94,7 +94,7 @@ def _responses(
 def _snap(
     model: Any, measured: Float[torch.Tensor, "layer rotary_pair"], rotary_dim: int
 ) -> Float[torch.Tensor, "layer rotary_pair"]:
-    """The exact geometric series where the configuration's base agrees with the measurement."""
+    """The exact geometric series, if a configured base agrees with the measurement."""
     hf_config = getattr(getattr(model, "original_model", None), "config", None)
     rope = getattr(hf_config, "rope_parameters", None) or {}
     bases = [

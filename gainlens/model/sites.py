@@ -1,4 +1,4 @@
-"""``KeySites``: where a TransformerLens model keeps its keys, and which dimensions pair up."""
+"""``KeySites``: where a TransformerLens model keeps its keys, and which dimensions form pairs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ STAGES: tuple[Stage, ...] = ("projected", "rotated")
 
 
 def pair_partners(d_head: int, rotary_dim: int, pairing: Pairing) -> Int[torch.Tensor, " d_head"]:
-    """For each dimension the one that it rotates with; a dimension that does not is its own.
+    """The partner that each dimension rotates with; itself for a dimension that does not rotate.
 
     Args:
         d_head: width of a key head.
-        rotary_dim: how many leading dimensions rotate.
+        rotary_dim: number of leading dimensions that rotate.
         pairing: ``half``, ``adjacent`` or ``none``.
     """
     partner = torch.arange(d_head)
@@ -45,13 +45,13 @@ class KeySites:
         architecture: the Hugging Face architecture name, or ``"unknown"``.
         n_layers, n_heads, n_kv_heads, d_head: sizes; dimensionless counts.
         pairing: how rotary dimensions are paired.
-        rotary_dim: how many dimensions of a head rotate (0 without rotary embeddings).
-        rotation: what turns queries and keys: angles, size, positions.
-        logit_scale: what a query-key product is multiplied by, per layer, as the model's own
-            attention pattern shows it.
+        rotary_dim: number of dimensions of a head that rotate (0 without rotary embeddings).
+        rotation: the rotation of queries and keys: angles, scale, positions.
+        logit_scale: factor on the query-key product of each layer, measured on the model's
+            attention pattern.
         rotated_fires: whether ``hook_rot_k`` fires.
-        norm_after_projection: whether a norm sits between ``hook_k`` and the attention, so that
-            a cut at ``hook_k`` would move the dimensions that stay.
+        norm_after_projection: whether there is a norm between ``hook_k`` and the attention, so
+            that a cut at ``hook_k`` would change the kept dimensions.
     """
 
     architecture: str
@@ -68,8 +68,10 @@ class KeySites:
 
     @property
     def frequencies(self) -> Float[torch.Tensor, "layer rotary_pair"]:
-        """Radians per token of each pair's rotation, measured on the model on short text,
-        ``[layer, rotary_dim / 2]``; zero in a layer that does not rotate."""
+        """Radians per token of each pair, measured on short text, ``[layer, rotary_dim / 2]``.
+
+        Zero in a layer that does not rotate.
+        """
         return self.rotation.frequencies
 
     @property
@@ -84,16 +86,16 @@ class KeySites:
 
     @property
     def partner(self) -> Int[torch.Tensor, " d_head"]:
-        """For each dimension the one it rotates with (itself where it does not rotate)."""
+        """The partner that each dimension rotates with (itself if it does not rotate)."""
         return pair_partners(self.d_head, self.rotary_dim, self.pairing)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Stages at which the model fires a key hook."""
+        """Stages at which the model fires key hooks."""
         return ("projected", "rotated") if self.rotated_fires else ("projected",)
 
     def hook_stage(self, stage: Stage) -> Stage:
-        """The stage whose hooks to use: ``projected`` where the rotated ones are silent."""
+        """The stage to hook: ``projected`` if the rotated hooks never fire."""
         return "rotated" if stage == "rotated" and self.rotated_fires else "projected"
 
     def key_hook(self, layer: int, stage: Stage) -> str:
@@ -110,7 +112,7 @@ class KeySites:
         if stage == "rotated" and not self.rotated_fires:
             raise UnsupportedModelError(
                 f"{self.architecture} never fires hook_rot_{letter}; use stage='projected' "
-                "(for whole rotary pairs both stages carry the same energy)"
+                "(whole rotary pairs have the same energy at both stages)"
             )
         rot = "rot_" if stage == "rotated" else ""
         return f"blocks.{layer}.attn.hook_{rot}{letter}"
@@ -119,10 +121,10 @@ class KeySites:
         """Refuse a cut before a norm.
 
         Raises:
-            UnsupportedModelError: a norm over the key sits after ``hook_k``.
+            UnsupportedModelError: the model normalises its keys after ``hook_k``.
         """
         if self.norm_after_projection:
             raise UnsupportedModelError(
-                f"{self.architecture} normalises its keys after hook_k, so a cut there moves the "
-                "dimensions that stay; cut at stage='rotated'"
+                f"{self.architecture} normalises its keys after hook_k, so a cut there changes the "
+                "kept dimensions; cut at stage='rotated'"
             )

@@ -1,4 +1,4 @@
-"""A user's tokens, checked against what a model reads: its vocabulary and its context."""
+"""Check a user's tokens against a model's vocabulary and context."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ import torch
 from jaxtyping import Int
 
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, batches
-
-
-def context_of(model: Any) -> int | None:
-    """The most tokens that the model reads at once, where its config says so."""
-    context = getattr(getattr(model, "cfg", None), "n_ctx", None)
-    return int(context) if isinstance(context, int) and context > 0 else None
+from gainlens.model.context import context_of
 
 
 def model_batches(
     model: Any, tokens: Tokens, tokens_per_batch: int = TOKENS_PER_BATCH
 ) -> Iterator[Int[torch.Tensor, "document pos"]]:
-    """``gainlens.data.batches.batches`` with the model's own vocabulary and context.
+    """``gainlens.data.batches.batches`` with the model's vocabulary and context.
 
     Args:
         model: a TransformerBridge or HookedTransformer.

@@ -1,9 +1,9 @@
 """Measure on the model itself how its keys are laid out, grouped and rotated.
 
-Constant keys are put in at ``hook_k`` and what comes out is looked at, so the answer does not
-rest on a flag: a rotary pair keeps its norm at every position, a wrong pair does not; a key head
-moves the attention of its own query heads and of no other. Models that fire no hook after the
-rotation are read through their attention pattern (``gainlens.model.silent_rotation``).
+Constant keys are inserted at ``hook_k`` and the result is measured, so no configuration flag is
+trusted. A rotary pair keeps its norm at every position; a wrong pair does not. A key head affects
+the attention of its own query heads only. Models that fire no hook after the rotation are measured
+through their attention pattern (``gainlens.model.silent_rotation``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gainlens.model.sites import KeySites, Stage, pair_partners
 
 N_POS = 24
 DEAD = 1e-10
-"""A pair with less than this share of the largest energy is dead (Gemma 3's norms have such)."""
+"""A pair with less than this share of the largest energy is dead (Gemma 3's norms cause some)."""
 
 
 def measure_sites(model: Any) -> KeySites:
@@ -63,7 +63,7 @@ def measure_sites(model: Any) -> KeySites:
         if norm:
             raise UnsupportedModelError(
                 f"{architecture} normalises its keys after hook_k and fires no hook after the "
-                "norm, so nothing can be cut without moving the dimensions that stay"
+                "norm, so nothing can be cut without changing the kept dimensions"
             )
         pairing, rotary_dim, frequencies = silent_rotation.measure_rotation(probe, declared)
         partner = pair_partners(d_head, rotary_dim, pairing)
@@ -88,7 +88,7 @@ def measure_sites(model: Any) -> KeySites:
 
 
 class SiteProbe:
-    """A few forward passes in which queries, keys and values are set by hand."""
+    """A few forward passes with queries, keys and values replaced by known ones."""
 
     def __init__(
         self, model: Any, name: str, n_layers: int, n_heads: int, n_kv_heads: int, d_head: int
@@ -107,7 +107,7 @@ class SiteProbe:
         if hook_point(self.model, name) is None:
             raise UnsupportedModelError(
                 f"{self.name} has no hook {name}: every layer must be an attention layer with "
-                "keys of its own (no state-space, linear-attention or shared-key layers)"
+                "its own keys (no state-space, linear-attention or shared-key layers)"
             )
 
     def random(self, *shape: int) -> torch.Tensor:
@@ -151,12 +151,12 @@ class SiteProbe:
             if fired[letter] < self.n_layers:
                 silent = [i for i in range(self.n_layers) if (letter, i) not in shapes]
                 raise UnsupportedModelError(
-                    f"{self.name}: hook_{letter} stayed silent in layers {silent}"
+                    f"{self.name}: hook_{letter} did not fire in layers {silent}"
                 )
         rotated = fired["rot_k"] == self.n_layers and fired["rot_q"] == self.n_layers
         if fired["rot_k"] and not rotated:
             raise UnsupportedModelError(
-                f"{self.name} fires hook_rot_k in {fired['rot_k']} of {self.n_layers} layers only"
+                f"{self.name} fires hook_rot_k in only {fired['rot_k']} of {self.n_layers} layers"
             )
         for (letter, layer), shape in shapes.items():
             heads = self.n_kv_heads if letter.endswith("k") else self.n_heads
@@ -178,8 +178,8 @@ class SiteProbe:
     ) -> Float[torch.Tensor, "layer row head pos key_pos"]:
         """The attention pattern of every layer for the given queries and keys at a stage.
 
-        Values are set to one-hot position marks, so that ``hook_z`` spells the pattern out, also
-        for models that fire no pattern hook. Needs at most ``d_head`` positions.
+        Values are set to one-hot position vectors, so ``hook_z`` equals the pattern, even for
+        models that fire no pattern hook. Works for at most ``d_head`` positions.
         """
         rows, n_pos = keys.shape[:2]
         found: dict[int, torch.Tensor] = {}
@@ -208,15 +208,16 @@ class SiteProbe:
         self.run(rows, n_pos, hooks)
         if len(found) < self.n_layers:
             raise UnsupportedModelError(
-                f"{self.name}: hook_z stayed silent, so its attention can't be verified"
+                f"{self.name}: hook_z did not fire, so its attention can't be verified"
             )
         return torch.stack([found[layer] for layer in range(self.n_layers)])
 
     def check_attention(self) -> bool:
-        """Verify causality and the grouping of heads; True when a norm follows the projection.
+        """Verify causality and the grouping of heads; True if a norm follows the projection.
 
-        Row g of the probe has keys in key head g alone, the next none, the next all, the last all
-        of them doubled: without a norm the doubled keys double every difference of logits.
+        Row g of the probe has keys only in key head g. The next row has no keys, the next has keys
+        in all heads, and the last has them doubled: without a norm, doubled keys double every
+        logit difference.
         """
         n_pos, n_kv = min(4, self.d_head), self.n_kv_heads
         full = self.random(1, n_pos, n_kv, self.d_head)
@@ -245,10 +246,10 @@ class SiteProbe:
     def rotated_keys(
         self, following: Following
     ) -> tuple[Float[torch.Tensor, "layer pos kv_head d_head"], bool]:
-        """Constant keys put in at ``hook_k``, read at ``hook_rot_k``; and whether a norm acts.
+        """Constant keys inserted at ``hook_k``, as read at ``hook_rot_k``; and whether a norm acts.
 
-        A second row carries the keys doubled: without a norm it comes out doubled. ``following``
-        sees the same pass.
+        A second row has the keys doubled; without a norm, the output is doubled too. ``following``
+        observes the same pass.
         """
         n_pos = self.n_pos
         constant = self.random(1, 1, self.n_kv_heads, self.d_head)
@@ -275,7 +276,7 @@ class SiteProbe:
 def pairing_residual(
     keys: Float[torch.Tensor, "layer pos kv_head d_head"], pairing: Pairing, rotary_dim: int
 ) -> float:
-    """How far the norm of the declared pairs is from constant over positions (0: exact)."""
+    """How far the norms of the declared pairs are from constant over positions (0: exact)."""
     partner = pair_partners(keys.shape[-1], rotary_dim, pairing)
     own = partner == torch.arange(keys.shape[-1])
     energy = keys.square() + torch.where(own, 0.0, keys[..., partner].square())
@@ -292,18 +293,18 @@ def find_pairing(
     tolerance: float,
     width: int | None = None,
 ) -> tuple[Pairing, int]:
-    """The pairing and rotary width under which constant keys keep the norm of every pair.
+    """The pairing and rotary width for which constant keys keep the norm of every pair.
 
     Args:
         keys: read at ``hook_rot_k`` while ``hook_k`` carried the same key at every position.
-        declared: what the family's row says, if there is one.
+        declared: the pairing in the family's row, if there is one.
         name: the architecture, for messages.
-        tolerance: the relative change of a pair's energy that rounding explains.
-        width: how many dimensions rotate, where the model's own cosines say so: dead pairs show
-            nothing.
+        tolerance: the relative change of a pair's energy due to rounding.
+        width: number of rotating dimensions from the model's own cosines, if known; it can't be
+            measured on dead pairs.
 
     Raises:
-        UnsupportedModelError: none fits, or the one declared for this family does not.
+        UnsupportedModelError: no pairing fits, or the one declared for this family does not.
     """
     d_head = keys.shape[-1]
     moved = ((keys - keys[:, :1]).abs().amax((0, 1, 2)) > 0).nonzero().flatten()
@@ -315,7 +316,7 @@ def find_pairing(
     if width is not None and reach <= width <= d_head:
         candidates = [("half", width), ("adjacent", width)]
     fits = [c for c in candidates if pairing_residual(keys, *c) < tolerance]
-    # A rotary width of 2 is the same pair under both names.
+    # With a rotary width of 2, both pairings give the same pair.
     if declared is not None and not any(width == 2 for _, width in fits):
         fits = [c for c in fits if c[0] == declared]
     if not fits:
@@ -331,8 +332,8 @@ def pair_frequencies(
 ) -> Float[torch.Tensor, "layer rotary_pair"]:
     """Radians per token of each pair, from the angles of constant keys over positions.
 
-    Of the key heads the one with the largest keys in a pair says it; a pair that is dead in all
-    heads of a layer comes out as zero.
+    Each pair is measured on the key head where its keys are largest. A pair that is dead in all
+    heads of a layer gives zero.
     """
     if pairing == "half":
         a, b = keys[..., : rotary_dim // 2], keys[..., rotary_dim // 2 : rotary_dim]
@@ -360,7 +361,7 @@ def _layout_hint(shape: tuple[int, ...], n_heads: int, d_head: int) -> str:
 
 
 def _refuse_refactored(model: Any, name: str) -> None:
-    """Keys of a model in TransformerLens' factored basis are singular vectors, not dimensions."""
+    """Refuse TransformerLens' factored basis, where key dimensions are singular directions."""
     try:
         weight, bias = model.W_K.detach().float(), model.b_K.detach().float()
     except (AttributeError, NotImplementedError, ValueError, RuntimeError):
@@ -373,6 +374,6 @@ def _refuse_refactored(model: Any, name: str) -> None:
     if float((gram - diagonal).norm() / diagonal.norm()) < 1e-3:
         raise UnsupportedModelError(
             f"{name}: its key weights are in the factored basis "
-            "(refactor_factored_attn_matrices=True), so a key dimension there is a singular "
-            "direction and not one of the model's own; load it without that option"
+            "(refactor_factored_attn_matrices=True), where a key dimension is a singular "
+            "direction, not one of the model's own; load it without that option"
         )

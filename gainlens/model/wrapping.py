@@ -1,6 +1,6 @@
 """Wrap a Hugging Face model as a ``TransformerBridge`` or a ``HookedTransformer``.
 
-Nothing is folded or centred: gains are those of the checkpoint's own weights.
+Nothing is folded or centred: gains refer to the checkpoint's own weights.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from gainlens.model.text_config import text_config
 
 CHECK_TOKENS = 16
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""Largest difference of the logits over their largest value; lower precisions are not checked."""
+"""Maximum relative difference of the logits by dtype; lower precisions are not checked."""
 
 
 def to_bridge(hf: Any, name: str, tokenizer: Any | None) -> Any:
-    """Wrap ``hf`` in place as a ``TransformerBridge``; it must not be used on its own after.
+    """Wrap ``hf`` in place as a ``TransformerBridge``; ``hf`` must not be used directly afterwards.
 
     Raises:
         UnsupportedModelError: TransformerLens has no adapter for the architecture, or the wrapped
@@ -54,13 +54,13 @@ def to_bridge(hf: Any, name: str, tokenizer: Any | None) -> Any:
 def to_hooked(hf: Any, name: str, tokenizer: Any | None) -> Any:
     """A ``HookedTransformer`` with a copy of the weights of ``hf``, checked against it.
 
-    The configuration comes from TransformerLens' own translation of the Hugging Face one. What
-    it leaves out (a head size that is not d_model / heads, say) would give a wrong model without
-    a word, so the logits of a few tokens are compared before the model is handed out.
+    TransformerLens translates the Hugging Face configuration. Anything it omits (such as a head
+    size other than d_model / heads) would silently give a wrong model, so the logits of a few
+    tokens are compared before the model is returned.
 
     Raises:
-        UnsupportedModelError: transformer-lens 4, an architecture that 3.9 doesn't convert, or
-            logits that differ from Hugging Face's.
+        UnsupportedModelError: transformer-lens 4 is installed, 3.9 doesn't convert the
+            architecture, or the logits differ from Hugging Face's.
     """
     hooked_transformer = hooked_class()
     from transformer_lens import loading_from_pretrained as loading
@@ -77,8 +77,8 @@ def to_hooked(hf: Any, name: str, tokenizer: Any | None) -> Any:
             _check_rope(cfg, text_config(hf.config))
             state = loading.get_pretrained_state_dict(source, cfg, hf_model=hf, dtype=weight.dtype)
         cfg.model_name = name
-        cfg.tokenizer_name = None  # else the constructor asks the hub for it
-        # Without move_to_device, whose .to() prints; the weights are put in place below.
+        cfg.tokenizer_name = None  # otherwise the constructor looks it up on the hub
+        # Without move_to_device, whose .to() prints a message; the weights are assigned below.
         model = hooked_transformer(cfg, tokenizer=None, move_to_device=False)
         model.load_and_process_state_dict(
             state,
@@ -124,7 +124,7 @@ def architecture_of(hf: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where there is none."""
+    """The first line of an error's message, or its type if the message is empty."""
     text = str(error).strip()
     if "weights_only" in text or "Weights only load" in text:  # no advice to run a file's code
         return "its weights are a pickle that asks to run code: expected safetensors"
@@ -133,7 +133,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _source_name(name: str, hf: Any, architecture: str, folder: Path, loading: Any) -> str:
-    """What TransformerLens' translation takes: a name of its own list, or a folder."""
+    """The input of TransformerLens' configuration translation: a name on its list, or a folder."""
     try:
         return str(loading.get_official_model_name(name))
     except ValueError:
@@ -146,7 +146,7 @@ def _source_name(name: str, hf: Any, architecture: str, folder: Path, loading: A
 
 
 def _correct(cfg: Any, hf_config: Any) -> None:
-    """Set what the 3.9 translation drops or guesses: head size, context length."""
+    """Set values that the 3.9 translation drops or guesses: head size, context length."""
     head_dim = getattr(hf_config, "head_dim", None)
     if head_dim and head_dim != cfg.d_head:
         if cfg.rotary_dim == cfg.d_head:
@@ -155,13 +155,13 @@ def _correct(cfg: Any, hf_config: Any) -> None:
         cfg.attn_scale = head_dim**0.5 if cfg.use_attn_scale else 1.0
     positions = getattr(hf_config, "max_position_embeddings", None)
     if positions and cfg.positional_embedding_type == "rotary":
-        cfg.n_ctx = positions  # 3.9 says 2048 for some families, whatever the checkpoint says
+        cfg.n_ctx = positions  # 3.9 sets 2048 for some families, regardless of the checkpoint
 
 
 def _check_rope(cfg: Any, hf_config: Any) -> None:
-    """Raise where the 3.9 translation drops a scaling of the rotary frequencies.
+    """Raise if the 3.9 translation drops a scaling of the rotary frequencies.
 
-    Scaling that begins beyond some length (dynamic NTK, longrope) shows in no short text.
+    Scaling that starts beyond some length (dynamic NTK, longrope) is not visible on short text.
     """
     rope = getattr(hf_config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
@@ -172,12 +172,12 @@ def _check_rope(cfg: Any, hf_config: Any) -> None:
         "linear": getattr(cfg, "rotary_scaling_factor", 1.0) == rope.get("factor"),
         "dynamic": getattr(cfg, "use_dynamic_ntk_rope", False),
     }
-    nested = any(isinstance(value, dict) for value in rope.values())  # one for each kind of layer
+    nested = any(isinstance(value, dict) for value in rope.values())  # one per kind of layer
     if not nested and not carried.get(kind, False):
         raise UnsupportedModelError(f"its rotary scaling rope_type={kind!r} would be lost")
 
 
-@torch.no_grad()  # not inference_mode: a cache filled here may be trained on later
+@torch.no_grad()  # not inference_mode: tensors cached here may take part in training later
 def _few_logits(model: Any, vocabulary: int, context: int) -> Float[torch.Tensor, "1 pos vocab"]:
     """Logits of a few fixed tokens, of a TransformerLens or a Hugging Face model."""
     generator = torch.Generator().manual_seed(0)
@@ -209,10 +209,10 @@ def _check_same_logits(
 def _attach_tokenizer(model: Any, tokenizer: Any | None) -> None:
     """Give the model its tokenizer, with the checkpoint's own beginning-of-sequence default.
 
-    TransformerLens' own loaders turn that token on for every tokenizer and, for it, load the
-    tokenizer a second time by name, which a tokenizer without a folder doesn't have. Here
-    ``cfg.tokenizer_prepends_bos`` records what this one does, so ``to_tokens(..., prepend_bos=…)``
-    still works as documented.
+    TransformerLens' own loaders turn that token on for every tokenizer. To do so, they load the
+    tokenizer again by name, which fails for a tokenizer without a folder. Here
+    ``cfg.tokenizer_prepends_bos`` records the tokenizer's own behaviour, so
+    ``to_tokens(..., prepend_bos=…)`` still works as documented.
     """
     if tokenizer is None:
         return
@@ -224,7 +224,7 @@ def _attach_tokenizer(model: Any, tokenizer: Any | None) -> None:
     for missing in ("pad_token", "bos_token"):
         if getattr(tokenizer, missing) is None:
             setattr(tokenizer, missing, tokenizer.eos_token)
-    # With padding on the left, TransformerLens masks every token that equals the padding one.
+    # With left padding, TransformerLens masks every token that equals the padding token.
     tokenizer.padding_side = "right"
     model.tokenizer = tokenizer
     model.cfg.tokenizer_prepends_bos = prepends

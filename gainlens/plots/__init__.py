@@ -1,1 +1,1 @@
-"""Figures of results; each function returns the axes that it drew on."""
+"""Figures of results. Each function returns the axes that it drew on."""

@@ -1,4 +1,4 @@
-"""What all figures share: axes, colours that don't need red-green vision, whole-number ticks."""
+"""Shared parts of all figures: axes, colour-blind-safe colours, whole-number ticks."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ STATUS_COLOURS = {
 }
 
 LETTERS_PER_INCH = 9.5
-"""Of a title, with room to spare for axes that are not in the middle of their figure."""
+"""Maximum characters of a title per inch, with some margin for axes that are off-centre."""
 
 SEQUENTIAL = "viridis"
 DIVERGING = "RdBu_r"
 
 
 def new_axes(ax: Any | None, size: tuple[float, float] = (7, 4)) -> Any:
-    """The caller's axes, or those of a new pyplot figure, which a notebook then shows by itself."""
+    """The caller's axes, or those of a new pyplot figure, which notebooks display automatically."""
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt
@@ -52,7 +52,7 @@ def new_panels(axes: Any | None, rows: int, columns: int, size: tuple[float, flo
 
 
 def title(ax: Any, text: str, pad: float | None = None) -> None:
-    """A title that breaks into lines rather than run out of a small figure."""
+    """Set a title, wrapped to fit the width of its axes."""
     place = ax.get_subplotspec()
     columns = 1 if place is None else place.get_gridspec().ncols
     letters = LETTERS_PER_INCH * ax.figure.get_figwidth() / columns
@@ -60,7 +60,7 @@ def title(ax: Any, text: str, pad: float | None = None) -> None:
 
 
 def whole_numbers(ax: Any, *which: str) -> Any:
-    """Ticks at whole numbers only, on the axes named ``x`` and ``y``: there is no layer 1.5."""
+    """Use whole-number ticks on the given axes (``x``, ``y``), e.g. for layers."""
     from matplotlib.ticker import MaxNLocator
 
     for name in which:
@@ -69,7 +69,7 @@ def whole_numbers(ax: Any, *which: str) -> Any:
 
 
 def reach(values: Any) -> float:
-    """Where a diverging colour map centred on zero ends."""
+    """The limit of a diverging colour map centred on zero."""
     finite = np.abs(np.asarray(values, dtype=np.float64))
     finite = finite[np.isfinite(finite)]
     return max(float(finite.max()) if finite.size else 0.0, 1e-12)
@@ -81,12 +81,12 @@ def colour_bar(ax: Any, image: Any, label: str) -> Any:
 
 
 def readable_on(image: Any, value: float) -> str:
-    """Black or white, whichever reads on the colour that an image gives a value."""
+    """Black or white, whichever is readable on the colour of ``value`` in ``image``."""
     red, green, blue, _ = image.cmap(image.norm(value))
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
 def some(n: int, most: int) -> Sequence[int]:
-    """At most ``most`` of the indices below ``n``, evenly spaced, both ends among them."""
+    """At most ``most`` evenly spaced indices below ``n``, including both ends."""
     picked: list[int] = np.unique(np.linspace(0, n - 1, most).astype(int)).tolist()
     return picked

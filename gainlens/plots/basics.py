@@ -1,4 +1,4 @@
-"""Figures of gains, of what is kept, and of a verdict. Each returns the axes it drew on."""
+"""Figures of gains, of kept dimensions and of a verdict. Each returns the axes it drew on."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from gainlens.stats.verdicts import Verdict
 
 RANGE = 2.0
-"""Gains further than a factor of 100 from their head's mean share the last colour."""
+"""The colour scale is clipped at a factor of 100 from the head's mean."""
 
 
 def plot_gains(gains: KeyGains, ax: Any | None = None, score: str = "qk") -> Any:
-    """Heat map of gains, layers downwards, dimensions across; each head scaled to mean 1.
+    """Heat map of gains, layers down and dimensions across; each head is scaled to mean 1.
 
     Args:
         gains: the gains.
@@ -53,10 +53,10 @@ def plot_gains(gains: KeyGains, ax: Any | None = None, score: str = "qk") -> Any
 
 
 def plot_kept(keep: Bool[np.ndarray, "layer kv_head d_head"], ax: Any | None = None) -> Any:
-    """Heat map of what stays: the share of a layer's key heads that keep each dimension.
+    """Heat map of kept dimensions: the share of a layer's key heads that keep each dimension.
 
     Args:
-        keep: True for what stays.
+        keep: True for kept dimensions.
         ax: matplotlib axes to draw into; new ones by default.
     """
     ax = new_axes(ax, (8, 4))
@@ -71,7 +71,7 @@ def plot_kept(keep: Bool[np.ndarray, "layer kv_head d_head"], ax: Any | None = N
 
 
 def plot_verdict(verdict: Verdict, ax: Any | None = None) -> Any:
-    """The estimate with its interval, the margin that was set beforehand, and the outcome.
+    """The estimate with its interval, the predefined margin, and the outcome.
 
     Args:
         verdict: the verdict.
@@ -101,7 +101,7 @@ def plot_verdict(verdict: Verdict, ax: Any | None = None) -> Any:
     ax.margins(x=0.15)
     documents = f" ({verdict.n_documents} documents)" if verdict.n_documents else ""
     ax.set_xlabel(_quantity(verdict.claim) + documents)
-    # Narrow lines: the legend takes a third of the figure from the axes that they stand over.
+    # Wrap the title narrowly: the legend takes a third of the figure's width.
     letters = int(0.8 * LETTERS_PER_INCH * ax.figure.get_figwidth())
     ax.set_title(textwrap.fill(verdict.claim, max(16, min(60, letters))), fontsize=9)
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -109,7 +109,7 @@ def plot_verdict(verdict: Verdict, ax: Any | None = None) -> Any:
 
 
 def _quantity(claim: str) -> str:
-    """What the number of a claim is, with its unit, by the claim's own words."""
+    """Name and unit of a claim's estimate, inferred from the wording of the claim."""
     if re.search(r"\bnats\b", claim):
         return "rise of the loss (nats per token)"
     return "cosine" if "cosine" in claim else "value (as the claim says)"

@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 
 def plot_map(cmap: CoordinateMap, axes: Any = None) -> Any:
-    """Cosine, what is left above the null, unit × layer map, rank plot, on four axes.
+    """Four panels: cosine, cosine above the null, unit × layer map, rank plot.
 
     Args:
         cmap: the map.
-        axes: four axes, by default a new figure with them; or one, for the unit × layer map.
+        axes: four axes (by default a new figure), or one, for the unit × layer map only.
 
     Returns:
-        The axes drawn on: an array of four, or the one that was given.
+        The axes drawn on: an array of four, or the given one.
 
     Raises:
-        InputError: another number of axes.
+        InputError: the number of axes is neither four nor one.
     """
     axes = new_panels(axes, 2, 2, (13, 10))
     if len(axes) == 1:
@@ -56,7 +56,7 @@ def plot_map(cmap: CoordinateMap, axes: Any = None) -> Any:
 
 
 def plot_part(cmap: CoordinateMap, part: str, axes: Any = None) -> Any:
-    """A part of the map; see ``CoordinateMap.plot``."""
+    """Plot one part of the map; see ``CoordinateMap.plot``."""
     parts = {
         "map": plot_map,
         "sinks": plot_sinks,
@@ -83,9 +83,9 @@ def plot_cosine(cmap: CoordinateMap, axis: Any = None) -> Any:
 
 
 def plot_above_null(cmap: CoordinateMap, axis: Any = None) -> Any:
-    """Heat map of the cosine less its mean under the null that decides.
+    """Heat map of the cosine minus its mean under the deciding null.
 
-    Dots: the correlation of what is left without the profile is significant at 5%.
+    A dot means that the correlation after removing the profile is significant at 5%.
     """
     axis = new_axes(axis, (6, 5))
     above = cmap.cosine - cmap.tests[cmap.null]["cosine"].null_mean
@@ -94,7 +94,7 @@ def plot_above_null(cmap: CoordinateMap, axis: Any = None) -> Any:
     image = axis.imshow(above, vmin=-width, vmax=width, cmap=DIVERGING)
     colour_bar(axis, image, "cosine less its null")
     rows, columns = np.nonzero((cmap.p_values < 0.05) & ~np.eye(len(above), dtype=bool))
-    # As large as the cells allow: few layers, large cells.
+    # Scale the dots with the cells: fewer layers give larger cells.
     axis.scatter(columns, rows, s=min(16, max(2, 60 / len(above))), c="black", linewidths=0)
     share = cmap.summary()["pairs_above_null"]
     name = "shuffles of units" if cmap.null == "plain" else "shuffles that keep the profile"
@@ -103,7 +103,7 @@ def plot_above_null(cmap: CoordinateMap, axis: Any = None) -> Any:
 
 
 def plot_units(cmap: CoordinateMap, axis: Any = None) -> Any:
-    """Units × layers, gain relative to the layer's mean, wavelengths along the axis."""
+    """Units × layers: gain relative to the layer's mean, with wavelengths along the axis."""
     axis = new_axes(axis, (8, 5))
     mean = cmap.profiles.mean(1, keepdims=True)
     relative = np.divide(cmap.profiles, mean, out=np.zeros_like(cmap.profiles), where=mean > 0)
@@ -126,7 +126,7 @@ def plot_units(cmap: CoordinateMap, axis: Any = None) -> Any:
 
 
 def plot_ranks(cmap: CoordinateMap, axis: Any = None) -> Any:
-    """Chance-corrected presence of units, most present first; chance and bound drawn in."""
+    """Chance-corrected presence of units in descending order, with chance level and threshold."""
     axis = new_axes(axis, (8, 5))
     table = cmap.universal.table()
     universal = set(cmap.universal_units)
@@ -158,7 +158,7 @@ def plot_ranks(cmap: CoordinateMap, axis: Any = None) -> Any:
 
 
 def plot_sinks(cmap: CoordinateMap, axis: Any = None) -> Any:
-    """Sink units by layer: how many nats each adds to the logit of the first position.
+    """Sink units by layer: nats that each adds to the logit of the first position.
 
     Raises:
         InputError: the map has no sinks.
@@ -182,7 +182,7 @@ def plot_sinks(cmap: CoordinateMap, axis: Any = None) -> Any:
 
 
 def plot_red_line(cmap: CoordinateMap, axis: Any = None) -> Any:
-    """Red line: layers that use each unit of the universal set, with what patching it alone costs.
+    """Red line: the layers that use each unit of the universal set, with the cost of patching it.
 
     Raises:
         InputError: the map has no red line.
@@ -215,7 +215,7 @@ def plot_red_line(cmap: CoordinateMap, axis: Any = None) -> Any:
 
 
 def plot_sharing_cost(cmap: CoordinateMap, axis: Any = None) -> Any:
-    """Rise of the loss by scope at equal cuts, with intervals.
+    """Rise of the loss by scope at equal cut fractions, with intervals.
 
     Raises:
         InputError: the map has no sharing cost.
@@ -232,7 +232,7 @@ def plot_sharing_cost(cmap: CoordinateMap, axis: Any = None) -> Any:
     colours = (BLUE, GREEN, SKY, ORANGE)
     hatches = ("", "", "", "//")
     for i, (kind, label) in enumerate(kinds.items()):
-        # The first seed of the random sets at each fraction.
+        # For random sets, use the first seed at each fraction.
         first = {r["fraction"]: r for r in cost.rows[::-1] if (r["scope"], r["order"]) == kind}
         rows = [first[f] for f in cost.fractions if f in first]
         at = np.arange(len(rows)) + (i - 1.5) * width
@@ -251,7 +251,7 @@ def plot_sharing_cost(cmap: CoordinateMap, axis: Any = None) -> Any:
 
 
 def plot_comparison(comparison: MapComparison, axes: Any = None) -> Any:
-    """Layers of one map against layers of the other, agreement by depth, presence by unit."""
+    """Three panels: layers of one map against the other, agreement by depth, presence by unit."""
     axes = new_panels(axes, 1, 3, (16, 4.5))
     c = comparison
     image = axes[0].imshow(c.centred, vmin=-1, vmax=1, cmap=DIVERGING, aspect="auto")

@@ -1,4 +1,4 @@
-"""Figures of a surgery: damage with intervals and controls, patching, behaviours, tables."""
+"""Figures of a surgery: damage by fraction, place, position and distance, patching, behaviours."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from gainlens.plots.axes import (
 
 if TYPE_CHECKING:
     from gainlens.analysis.behaviour_curves import Behaviours
+    from gainlens.analysis.damage_by_distance import DistanceChange
+    from gainlens.analysis.damage_by_position import PositionRise
     from gainlens.analysis.patch_effects import PatchEffects
     from gainlens.analysis.sweep.curve import SurgeryCurve
 
 CONTROLS = {"random": (ORANGE, "s"), "loudest": (VERMILION, "^")}
-"""Controls look the same in every figure."""
+"""The style of controls, the same in every figure."""
 
 
 def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | None = None) -> Any:
@@ -46,7 +48,7 @@ def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | Non
     scopes = {p.scope for p in curve.points if p.order == "random"}
     groups: dict[str, list[int]] = {}
     for i, p in enumerate(curve.points):
-        # All seeds of a random control are one line, their mean.
+        # All seeds of a random control are averaged into one line.
         if p.order == "random":
             name = f"random, {p.scope} (control)" if len(scopes) > 1 else "random (control)"
         elif p.order == "given":
@@ -78,7 +80,7 @@ def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | Non
         ax.axhline(margin, color="black", linestyle="--", linewidth=0.8, label=f"margin {margin:g}")
     ran = sorted({100 * p.fraction for p in curve.points})
     if len(ran) == 1:
-        ax.set_xticks(ran)  # no scale to read: a matter of one cut
+        ax.set_xticks(ran)  # a single fraction needs no scale
     ax.set_xlabel("share of key dimensions cut (%)")
     ax.set_ylabel("rise of the loss (nats per token)")
     ax.set_yscale("symlog", linthresh=0.1)
@@ -93,7 +95,7 @@ def plot_surgery(curve: SurgeryCurve, ax: Any | None = None, margin: float | Non
 def plot_damage(
     damage: Float[np.ndarray, "layer kv_head"], ax: Any | None = None, label: str = ""
 ) -> Any:
-    """Heat map of the rise of the loss when one layer's key head alone is cut.
+    """Heat map of the rise of the loss when a single key head of one layer is cut.
 
     Args:
         damage: nats per token; see ``gainlens.analysis.damage_by_place.damage_by_head``.
@@ -116,7 +118,7 @@ def plot_damage(
 def plot_damage_by_layer(
     damage: Float[np.ndarray, "layer part"], ax: Any | None = None, label: str = ""
 ) -> Any:
-    """Bars of the rise of the loss when one layer alone is cut.
+    """Bar chart of the rise of the loss when a single layer is cut.
 
     Args:
         damage: nats per token; ``damage_by_head(…, by="layer")``.
@@ -134,12 +136,12 @@ def plot_damage_by_layer(
 
 
 def plot_scores(curve: SurgeryCurve, ax: Any | None = None, order: str = "quietest") -> Any:
-    """The table of scores × scopes × fractions, each cell the rise of the loss in nats.
+    """Table of scores and scopes × fractions; each cell is the rise of the loss in nats.
 
     Args:
         curve: a sweep over several scores or scopes.
         ax: axes to draw into.
-        order: of the points shown.
+        order: the order whose points are shown.
 
     Returns:
         The axes.
@@ -168,7 +170,7 @@ def plot_scores(curve: SurgeryCurve, ax: Any | None = None, order: str = "quiete
 
 
 def plot_patching(effects: PatchEffects, ax: Any | None = None) -> Any:
-    """Heat map of patching effects: layers and key heads down, units across.
+    """Heat map of patching effects, layers and key heads down, units across.
 
     Returns:
         The axes.
@@ -188,7 +190,7 @@ def plot_patching(effects: PatchEffects, ax: Any | None = None) -> Any:
 
 
 def plot_behaviours(result: Behaviours, axes: Any | None = None) -> Any:
-    """One panel per behaviour over the fraction cut; the dashed line is chance.
+    """One panel per behaviour against the fraction cut; the dashed line is chance.
 
     Returns:
         An array of axes.
@@ -220,3 +222,86 @@ def plot_behaviours(result: Behaviours, axes: Any | None = None) -> Any:
         ax.set_ylabel("nats per token" if behaviour in ("kl", "loss") else "share right")
     axes[0].legend(fontsize=8)
     return axes
+
+
+def plot_rise_by_position(result: PositionRise, ax: Any | None = None) -> Any:
+    """Rise of the loss over buckets of positions, one line per cut.
+
+    Args:
+        result: see ``gainlens.analysis.damage_by_position``.
+        ax: matplotlib axes to draw into; new ones by default.
+
+    Returns:
+        The axes.
+    """
+    ax = new_axes(ax)
+    rows = result.table()
+    _lines(ax, result, rows, "rise")
+    counts = [r["n_documents"] for r in rows if r["cut"] == result.cuts[0]]
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_xlabel("position in the text (tokens)")
+    ax.set_ylabel("rise of the loss (nats per token)")
+    least, most = min(counts), max(counts)
+    documents = f"{most}" if least == most else f"{least} to {most}"
+    title(ax, f"rise of the loss by position ({documents} documents, bars: 95% intervals)")
+    ax.legend(fontsize=8)
+    return ax
+
+
+def plot_change_by_distance(result: DistanceChange, ax: Any | None = None) -> Any:
+    """Change of attention over buckets of distance, one line per cut; in the background the share
+    of the rotary pairs with a wavelength in the bucket that the cut takes from.
+
+    Args:
+        result: see ``gainlens.analysis.damage_by_distance``.
+        ax: matplotlib axes to draw into; new ones by default.
+
+    Returns:
+        The axes.
+    """
+    ax = new_axes(ax)
+    rows = result.table()
+    colours = _lines(ax, result, rows, "change")
+    ax.set_xlabel("distance from query to key, wavelength of pairs (tokens)")
+    ax.set_ylabel("absolute change of attention (lines)")
+    ax.set_ylim(bottom=0)
+    shares = ax.twinx()
+    width = 0.8 / len(result.cuts)
+    for c, (name, colour) in enumerate(zip(result.cuts, colours, strict=True)):
+        counts = [(r["cut_pairs"], r["pairs"]) for r in rows if r["cut"] == name]
+        longer = result.wavelengths >= result.buckets[-1][1] + 1
+        counts.append((result.cut_pairs[c, longer].sum(), result.pairs[longer].sum()))
+        share = [100 * cut / pairs if pairs else 0.0 for cut, pairs in counts]
+        at = np.arange(len(counts)) + (c - (len(result.cuts) - 1) / 2) * width
+        shares.bar(at, share, width, color=colour, alpha=0.2)
+    labels = [label.get_text() for label in ax.get_xticklabels()]
+    ax.set_xticks(range(len(labels) + 1), [*labels, "longer"], rotation=30)
+    shares.set_ylim(0, 100)
+    shares.set_ylabel("pairs of that wavelength cut (%, bars)")
+    title(ax, "which distances the cut damages")
+    ax.legend(fontsize=8)
+    return ax
+
+
+def _lines(
+    ax: Any, result: PositionRise | DistanceChange, rows: list[dict[str, Any]], value: str
+) -> list[str]:
+    """A line with intervals per cut over the buckets of a table; the colours."""
+    colours = []
+    for c, name in enumerate(result.cuts):
+        own = [r for r in rows if r["cut"] == name]
+        means = np.array([r[value] for r in own])
+        bars = np.abs(np.array([r["interval"] for r in own]) - means[:, None]).T
+        colours.append(CYCLE[c % len(CYCLE)])
+        ax.errorbar(
+            np.arange(len(own)) + 0.06 * (c - (len(result.cuts) - 1) / 2),
+            means,
+            yerr=np.where(np.isfinite(bars), bars, 0),
+            marker=MARKERS[c % len(MARKERS)],
+            color=colours[-1],
+            capsize=3,
+            label=f"{name} ({result.fractions[c]:.0%} cut)",
+        )
+    places = [str(a) if a == b else f"{a}–{b}" for a, b in result.buckets]
+    ax.set_xticks(range(len(places)), places, rotation=30 if len(places) > 6 else 0)
+    return colours

@@ -1,6 +1,6 @@
-"""How an object looks in a notebook: its one line, and its figure with the words that replace it.
+"""The notebook display of an object: its ``repr``, and its figure with alternative text.
 
-The figure is drawn outside pyplot, so showing an object leaves no figure open behind it.
+The figure is drawn outside pyplot, so displaying an object leaves no open figure.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def figure_html(
     size: tuple[float, float] = (7, 4),
     panels: tuple[int, int] = (1, 1),
 ) -> str:
-    """The object's ``repr`` and the figure that its ``plot`` draws, as one piece of HTML.
+    """HTML with the object's ``repr`` and the figure drawn by its ``plot``.
 
     Args:
         shown: an object with ``plot(ax)``.
-        alt: what the figure shows, in words.
-        size: of the figure, inches.
-        panels: rows and columns of axes that ``plot`` takes.
+        alt: alternative text for the figure.
+        size: size of the figure in inches.
+        panels: rows and columns of axes that ``plot`` expects.
     """
     from matplotlib.figure import Figure
 
@@ -42,7 +42,7 @@ def figure_html(
 
 
 def encoded(figure: Any) -> str:
-    """A matplotlib figure as PNG in base64."""
+    """A matplotlib figure as base64-encoded PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

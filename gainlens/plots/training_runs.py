@@ -1,4 +1,4 @@
-"""Figure of a training run: what a cut costs, against the tokens that healed it."""
+"""Figure of a training run: the cost of a cut against the number of training tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gainlens.plots.axes import (
 
 LINES = (VERMILION, ORANGE, GREEN)
 FAR = 8
-"""A line above this many times the curve's top is named, not drawn."""
+"""A line higher than this multiple of the curve's maximum is listed in the legend but not drawn."""
 
 
 def plot_training(
@@ -29,14 +29,14 @@ def plot_training(
     margin: float | None = None,
     label: str = "healed",
 ) -> Any:
-    """Rise of the loss over the tokens trained on, or the objective where none was monitored.
+    """Rise of the loss against training tokens, or the objective if no loss was monitored.
 
     Args:
         curve: rows of ``TrainingRun.curve``.
         ax: matplotlib axes to draw into; new ones by default.
         untrained: rises of cuts without training, in nats per token, drawn as lines.
         margin: drawn as a dashed line, in nats per token.
-        label: of the curve.
+        label: label of the curve.
 
     Returns:
         The axes.
@@ -66,7 +66,7 @@ def plot_training(
             style: dict[str, Any] = {"color": colour, "linestyle": "-.", "linewidth": 1.2}
             if rise <= FAR * top:
                 ax.axhline(rise, label=name, **style)
-            else:  # would press the curve flat
+            else:  # would flatten the curve
                 ax.plot([], [], label=f"{name}: {rise:+.2f}, far above", **style)
         if margin is not None:
             ax.axhline(margin, color="grey", linestyle="--", linewidth=1, label="margin")

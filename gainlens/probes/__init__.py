@@ -1,4 +1,4 @@
-"""How loud each key dimension is."""
+"""Measure the gain of each key dimension."""
 
 from gainlens.probes.gains import KeyGains, ModelCard
 from gainlens.probes.probe import KeyGainProbe, probe_gains

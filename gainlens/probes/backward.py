@@ -1,8 +1,8 @@
-"""Statistics of a backward pass: the loss's gradient with respect to a gate on every unit.
+"""Statistics of a backward pass: the gradient of the loss with respect to a gate on every unit.
 
-A gate g on a dimension (1 for the intact model) multiplies it at all positions of a document, so
-dL/dg = Σ_pos k · dL/dk: no gate is needed, only the gradient at the keys. The gate of a rotary
-pair is one gate on both dimensions; its gradient is the sum of theirs, and the same before and
+A gate g on a dimension (1 in the intact model) multiplies it at all positions of a document, so
+dL/dg = Σ_pos k · dL/dk. Only the gradient at the keys is needed, not an actual gate. A rotary pair
+has one gate for both dimensions. Its gradient is the sum of theirs and is the same before and
 after the rotation.
 """
 
@@ -25,7 +25,7 @@ Sums = dict[str, torch.Tensor]
 
 
 def fisher_hooks(sites: KeySites, sums: Sums) -> list[Hook]:
-    """Forward hooks that wait for the gradient at every key site and add a document's squares."""
+    """Forward hooks that add each document's squared gate gradients at every key site."""
     computed = sites.rotary_dim > 0 and not sites.rotated_fires
     partner = sites.partner
     following = sites.rotation.follow()
@@ -71,11 +71,11 @@ def fisher_hooks(sites: KeySites, sums: Sums) -> list[Hook]:
 
 
 def forward_backward(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> None:
-    """Run a batch forwards and backwards for the sake of its hooks.
+    """Run a batch forwards and backwards to fire its hooks.
 
     The loss is the sum over documents of each document's mean next-token loss, so the gradient at
-    a document's keys is that of its own loss. Weights get no gradient: the graph starts at the
-    residual stream.
+    a document's keys is that of its own loss. Weights get no gradient, since the graph starts at
+    the residual stream.
 
     Raises:
         InputError: the loss is not finite.
@@ -92,7 +92,7 @@ def forward_backward(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> N
         attached(model, [("blocks.0.hook_resid_pre", begin)]),
         evaluating(model),
     ):
-        # A copy: tokens made in inference mode can't be part of a graph.
+        # A copy, because tokens created in inference mode can't be part of a graph.
         tokens = tokens.clone().to(model_device(model))
         hidden, head = before_head(model, tokens)
         gradient = loss_gradient(head, hidden, tokens)
@@ -104,9 +104,9 @@ def loss_gradient(
     hidden: Float[torch.Tensor, "document pos width"],
     tokens: Int[torch.Tensor, "document pos"],
 ) -> Float[torch.Tensor, "document pos width"]:
-    """Gradient, at what the head reads, of the documents' mean next-token losses, summed.
+    """Gradient of the sum of the documents' mean next-token losses, at the head's input.
 
-    The head sees ``HEAD_POSITIONS`` positions at a time, so that memory does not grow with the
+    The head processes ``HEAD_POSITIONS`` positions at a time, so memory does not grow with the
     length of the text times the vocabulary.
 
     Raises:

@@ -1,4 +1,4 @@
-"""``KeyGains``: mergeable sums over tokens, and the scores made of them."""
+"""``KeyGains``: mergeable sums over tokens, and the scores computed from them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CARD = {
     "pairing": text(*get_args(Pairing)),
     "rotary_dim": whole(0, MAX_WIDTH),
 }
-"""What a ``ModelCard`` may say; also in the files of others."""
+"""Schema of a ``ModelCard``, also used in other kinds of files."""
 GAINS = record(
     model=record(**CARD),
     n_tokens=whole(1),
@@ -50,18 +50,18 @@ GAINS = record(
     documents=listing(text()),
 )
 ROUNDING = 1e-6
-"""How far sums of squares may miss what mathematics says, relative to them."""
+"""Relative tolerance for violations of the Cauchy-Schwarz inequality due to rounding."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What gains, masks and reports remember of the model that they belong to.
+    """Description of a model, stored with gains, masks and reports.
 
     Attributes:
         fingerprint: hash of the weights.
         architecture: Hugging Face architecture name.
         n_layers, n_heads, n_kv_heads, d_head: sizes.
-        pairing, rotary_dim: which dimensions rotate together, and how many do.
+        pairing, rotary_dim: which dimensions rotate together, and how many rotate.
     """
 
     fingerprint: str
@@ -79,8 +79,8 @@ class ModelCard:
         fits = self.rotary_dim <= self.d_head and self.rotary_dim % 2 == 0
         if self.n_heads % self.n_kv_heads or not fits or rotates != (self.rotary_dim > 0):
             raise InputError(
-                f"ModelCard: sizes that no model has: {self.n_heads} query and {self.n_kv_heads} "
-                f"key heads of {self.d_head} dimensions, of which {self.rotary_dim} rotate, "
+                f"ModelCard: inconsistent sizes: {self.n_heads} query and {self.n_kv_heads} "
+                f"key heads of {self.d_head} dimensions, {self.rotary_dim} of them rotating, "
                 f"pairing={self.pairing!r}"
             )
 
@@ -105,22 +105,21 @@ class ModelCard:
 
     @property
     def partner(self) -> Int[torch.Tensor, " d_head"]:
-        """For each dimension the one it rotates with (itself where it does not rotate)."""
+        """The partner that each dimension rotates with (itself if it does not rotate)."""
         return pair_partners(self.d_head, self.rotary_dim, self.pairing)
 
 
 @dataclass(frozen=True, eq=False)
 class KeyGains:
-    """Sums of key and query statistics over tokens; add two of them to merge texts.
+    """Sums of key and query statistics over tokens. Add two instances to merge their texts.
 
     Attributes:
         model: the model they were gathered on.
         sums: float64 ``[layer, kv_head, d_head]`` by name, e.g. ``"k_sq.rotated"``.
-        n_tokens, n_documents: how much text went in.
-        texts: fingerprints of the texts that went in, one per probe.
+        n_tokens, n_documents: amount of text.
+        texts: fingerprints of the texts, one per probe.
         frequencies: radians per token of each rotary pair, ``[layer, rotary_pair]``.
-        documents: identities of the longer documents, where known; see
-            ``gainlens.data.overlap``.
+        documents: identities of the longer documents, if known; see ``gainlens.data.overlap``.
     """
 
     model: ModelCard
@@ -156,10 +155,10 @@ class KeyGains:
             name: a row of ``gainlens.probes.scores.SCORES``.
             stage: before (``projected``) or after (``rotated``) the rotation; without rotary
                 embeddings both are the same.
-            unit: ``dim``, or ``pair``: both dimensions of a rotary pair carry the pair's value.
+            unit: ``dim``, or ``pair``, where both dimensions of a rotary pair get the pair's value.
 
         Raises:
-            InputError: unknown name, stage or unit, or statistics that were not gathered.
+            InputError: the name, stage or unit is unknown, or the statistics were not gathered.
         """
         score = get_score(name)
         if unit not in UNITS:
@@ -185,7 +184,7 @@ class KeyGains:
             if elsewhere:
                 raise InputError(
                     f"score={name!r} has no stage={stage!r}: expected stage={elsewhere[0]!r}, "
-                    "where the logits are made"
+                    "where the logits are computed"
                 ) from None
             raise InputError(
                 f"score={name!r} needs statistics that these gains do not hold ({missing.args[0]}):"
@@ -208,10 +207,10 @@ class KeyGains:
         return self.sums[key] / (self.n_tokens * heads)
 
     def __add__(self, other: KeyGains) -> KeyGains:
-        """Gains of both texts together.
+        """Gains over both texts.
 
         Raises:
-            InputError: they come from different models or hold different statistics.
+            InputError: the gains come from different models or hold different statistics.
         """
         if not isinstance(other, KeyGains):
             return NotImplemented
@@ -232,7 +231,7 @@ class KeyGains:
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """The scores that the gathered statistics allow, after the rotation."""
+        """The scores that can be computed from the gathered statistics, after the rotation."""
         held = []
         for name in SCORES:
             try:
@@ -243,9 +242,9 @@ class KeyGains:
         return tuple(held)
 
     def to_dataframe(self) -> Any:
-        """One row per key dimension: layer, kv_head, dim, the one it rotates with, each score.
+        """One row per key dimension: layer, kv_head, dim, its rotary partner, and each score.
 
-        Scores are those of ``scores``, after the rotation, in their own units.
+        The scores are those in ``scores``, after the rotation, in their own units.
 
         Raises:
             InputError: pandas is not installed.
@@ -266,14 +265,14 @@ class KeyGains:
         )
 
     def plot(self, ax: Any = None, *, score: str | None = None) -> Any:
-        """Heat map of gains, layers × dimensions; returns the matplotlib axes, shows nothing.
+        """Heat map of gains, layers × dimensions; returns the matplotlib axes without showing them.
 
         Args:
             ax: axes to draw into; new ones by default.
-            score: which gain; by default ``qk`` where it was gathered.
+            score: which gain; by default ``qk`` if it was gathered.
 
         Raises:
-            InputError: an unknown score, or statistics that were not gathered.
+            InputError: the score is unknown, or its statistics were not gathered.
         """
         from gainlens.plots.basics import plot_gains
 
@@ -294,7 +293,7 @@ class KeyGains:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: sums as tensors, everything else as a JSON header."""
+        """Write one safetensors file, with sums as tensors and everything else as a JSON header."""
         facts = {
             "model": asdict(self.model),
             "n_tokens": self.n_tokens,
@@ -306,10 +305,10 @@ class KeyGains:
 
     @classmethod
     def load(cls, path: str | Path) -> KeyGains:
-        """Read what ``save`` wrote; executes nothing.
+        """Read a file written by ``save``, without executing any code from it.
 
         Raises:
-            FileFormatError: missing, damaged, or not a gains file.
+            FileFormatError: the file is missing, damaged, or not a gains file.
         """
         tensors, facts = load_tensors(path, "gains")
         with checking(str(path), "gains"):
@@ -331,10 +330,10 @@ class KeyGains:
 
 
 def _check_sums(sums: dict[str, torch.Tensor], card: ModelCard, n_tokens: int) -> None:
-    """Raise ``Mismatch`` unless these can be sums over tokens of such a model."""
+    """Raise ``Mismatch`` if these can't be sums over tokens of the described model."""
     for name, value in sums.items():
         if name.rpartition(".")[2] not in STAGES:
-            raise Mismatch(f"{name!r} is the sum of no stage")
+            raise Mismatch(f"{name!r} names no known stage")
         check_tensor(value, name, torch.float64, card.shape)
         if "_sq." in name and bool((value < 0).any()):
             raise Mismatch(f"{name} holds negative sums of squares")
@@ -342,11 +341,11 @@ def _check_sums(sums: dict[str, torch.Tensor], card: ModelCard, n_tokens: int) -
         if f"k_sum.{stage}" in sums and f"k_sq.{stage}" in sums:
             square, most = sums[f"k_sum.{stage}"].square(), n_tokens * sums[f"k_sq.{stage}"]
             if bool((square > most * (1 + ROUNDING) + torch.finfo(torch.float64).tiny).any()):
-                raise Mismatch(f"the keys at {stage} have means that their squares rule out")
+                raise Mismatch(f"the keys at {stage} have means too large for their squares")
 
 
 def check_same_model(a: ModelCard, b: ModelCard, what: str) -> None:
-    """Raise unless two cards are of one model."""
+    """Raise unless two cards describe the same model."""
     if a.fingerprint != b.fingerprint:
         raise InputError(
             f"{what}: they belong to different models ({a.architecture} {a.shape}, weights "
@@ -355,7 +354,7 @@ def check_same_model(a: ModelCard, b: ModelCard, what: str) -> None:
 
 
 def check_same_weights(card: ModelCard, fingerprint: str) -> None:
-    """Raise unless gains with this card are of the model whose ``model_fingerprint`` is given."""
+    """Raise unless gains with this card belong to the model with this ``model_fingerprint``."""
     if fingerprint != card.fingerprint:
         raise InputError(
             f"gains were gathered on other weights ({card.architecture}, "

@@ -1,4 +1,4 @@
-"""Gather key gains: a hook on every key and query site, sums that never grow with the text."""
+"""Gather key gains with hooks on every key and query site, in constant memory."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ DEFAULT_SCORES = ("rms", "std", "qk")
 class KeyGainProbe:
     """Gather gains inside your own loop: ``with KeyGainProbe(model) as probe: model(tokens)``.
 
-    Memory does not grow with the number of tokens: only sums of shape
-    ``[layer, kv_head, d_head]`` are kept, in float64. Every forward pass inside the ``with``
-    counts, padding included, so pass documents without padding.
+    Memory does not grow with the number of tokens: only float64 sums of shape
+    ``[layer, kv_head, d_head]`` are kept. Every forward pass inside the ``with`` counts, including
+    padding, so pass documents without padding.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
-        scores: which scores the gains must be able to answer. With ``fisher``, run a loss
-            summed over documents and its backward pass inside the ``with``.
+        scores: scores that the gains must support. For ``fisher``, run a loss summed over
+            documents and its backward pass inside the ``with``.
 
     Raises:
         UnsupportedModelError: the model's keys can't be probed.
-        SilentSiteError: on leaving, if the hooks of some layer fired less often than others, or
-            none fired at all.
+        SilentSiteError: on exit, if the hooks of some layer fired less often than others, or no
+            hook fired.
     """
 
     def __init__(self, model: Any, scores: Sequence[str] = DEFAULT_SCORES) -> None:
         self._model = model
         self.sites = key_sites(model)
-        self._fingerprint = model_fingerprint(model)  # refuses before any work
+        self._fingerprint = model_fingerprint(model)  # raises before any work is done
         names = {name for score in scores for name in get_score(score).statistics}
         self._statistics = [s for name, s in STATISTICS.items() if name in names]
         if not self._statistics:
             raise InputError("scores is empty: expected at least one score")
         self._device = model_device(model)
-        # Apple GPUs have no float64: add up on the CPU there.
+        # Apple GPUs have no float64, so their sums are kept on the CPU.
         home = "cpu" if self._device.type == "mps" else self._device
         self._sums = {
             array: torch.zeros(self.sites.shape, dtype=torch.float64, device=home)
@@ -84,7 +84,7 @@ class KeyGainProbe:
         ]
         for statistic in self._statistics:
             found += statistic.hooks(self.sites, self._sums)
-        # What only follows the rotation adds to no sum, and may be called once per alias.
+        # Hooks that only follow the rotation fill no sum and may fire once per alias.
         follows = [name.endswith(".hook_resid_pre") for name, _ in found]
         self._names = [n for (n, _), skip in zip(found, follows, strict=True) if not skip]
         self._fires = self._fires or [0] * len(self._names)
@@ -113,10 +113,10 @@ class KeyGainProbe:
             self._check_fired()
 
     def note_text(self, fingerprint: str, marks: Sequence[str] = ()) -> None:
-        """Remember the text that was run, to be stored with the gains.
+        """Record which text was run, to be stored with the gains.
 
         Args:
-            fingerprint: of the text as a whole.
+            fingerprint: fingerprint of the whole text.
             marks: identities of its documents, see ``gainlens.data.overlap``.
         """
         self._texts.append(fingerprint)
@@ -136,23 +136,23 @@ class KeyGainProbe:
         )
         if quiet:
             raise SilentSiteError(
-                f"hook(s) {', '.join(quiet[:3])} fired less often than the others, so the scores "
-                "that need them would be made of nothing; was a full forward pass run?"
+                f"hook(s) {', '.join(quiet[:3])} fired less often than the others, so scores that "
+                "need them have incomplete data; was a full forward pass run?"
             )
 
     def check_tokens(self, passed: int) -> None:
-        """Raise unless exactly the tokens that were passed in went through every layer.
+        """Raise unless every layer processed exactly the tokens that were passed in.
 
         Args:
-            passed: how many tokens were run.
+            passed: number of tokens passed in.
 
         Raises:
-            InputError: someone else ran the model in the meantime.
+            InputError: another thread ran the model in the meantime.
         """
         if set(self._tokens) != {passed}:
             raise InputError(
-                f"model saw {max(self._tokens)} tokens while {passed} were probed: another thread "
-                "ran it; probe a model of its own in each thread"
+                f"model processed {max(self._tokens)} tokens while {passed} were probed: another "
+                "thread ran it; use a separate model in each thread"
             )
 
     def _check_backward(self) -> None:
@@ -165,10 +165,10 @@ class KeyGainProbe:
                 )
 
     def gains(self) -> KeyGains:
-        """What has been gathered so far.
+        """The gains gathered so far.
 
         Raises:
-            SilentSiteError: a site has not fired.
+            SilentSiteError: a site did not fire.
             InputError: the statistics are not finite (NaN in the weights or activations).
         """
         self._check_fired()
@@ -207,20 +207,20 @@ def probe_gains(
         model: a TransformerBridge or HookedTransformer.
         tokens: long ``[document, position]``, a sequence of documents of any length, or an
             iterable of batches; read once.
-        scores: which scores the gains must answer.
+        scores: scores that the gains must support.
         tokens_per_batch: upper bound on tokens per forward pass.
         progress: show a progress bar.
 
     Raises:
-        InputError: no document, a document under two tokens, ids outside the vocabulary, weights
-            that are not finite.
+        InputError: there is no document, a document has fewer than two tokens, ids are outside the
+            vocabulary, or weights are not finite.
         UnsupportedModelError, SilentSiteError: see ``KeyGainProbe``.
     """
-    # A caller's inference mode would leave nothing to run a backward pass on.
+    # A backward pass is impossible inside the caller's inference mode.
     if is_cut(model):
         warnings.warn(
-            "probe_gains inside gainlens.ablate: these are the gains of the model as cut, though "
-            "they carry the name of the intact one",
+            "probe_gains inside gainlens.ablate: these are the gains of the model as cut, but they "
+            "have the fingerprint of the intact model",
             stacklevel=2,
         )
     with torch.inference_mode(False), held(model):

@@ -1,4 +1,4 @@
-"""The attention-weighted spread of every unit's share of the attention logit, streaming."""
+"""The attention-weighted spread of each unit's contribution to the attention logit, streaming."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Sums = dict[str, torch.Tensor]
 def spread_hooks(sites: KeySites, sums: Sums) -> list[Hook]:
     """Hooks that add Σ over queries of the variance over keys, weighted by the attention.
 
-    A dimension's share of the logit of query i and key j is q_i·k_j of that dimension alone, times
-    the layer's scale, after the rotation (before any soft cap). ``logit_sq`` is its variance,
-    ``logit_cross`` the covariance with the share of the dimension that it rotates with.
+    A dimension's contribution to the logit of query i and key j is q_i·k_j in that dimension, times
+    the layer's scale, after the rotation and before any soft cap. ``logit_sq`` is its variance;
+    ``logit_cross`` is its covariance with the contribution of its rotary partner.
     """
     waiting: dict[tuple[str, int], torch.Tensor] = {}
     where = "rotated" if sites.rotary_dim else "projected"
@@ -50,14 +50,14 @@ def logit_spread(
 ) -> tuple[Float[torch.Tensor, "kv_head d_head"], Float[torch.Tensor, "kv_head d_head"]]:
     """Variance, and covariance with the partner, summed over batch, queries and query heads.
 
-    One key head at a time, so that no more than a few ``[batch, group, pos, d_head]`` live.
+    One key head at a time, so only a few ``[batch, group, pos, d_head]`` tensors are in memory.
     """
     group = queries.shape[2] // keys.shape[2]
     squares, crosses = [], []
     for head in range(keys.shape[2]):
         k = keys[:, None, :, head]
-        # A variance does not see a constant, but its float32 difference of squares would: keys with
-        # a large bias (Qwen2's) have one of hundreds.
+        # Subtracting the mean does not change the variance but avoids cancellation in float32: keys
+        # with a large bias (Qwen2) have means in the hundreds.
         k = k - k.mean(2, keepdim=True)
         weights = pattern[:, head * group : (head + 1) * group]
         q = queries[:, :, head * group : (head + 1) * group].transpose(1, 2)

@@ -1,7 +1,7 @@
-"""Streaming statistics: sums that hooks fill, one row each in ``STATISTICS``.
+"""Streaming statistics: sums filled by hooks, one row each in ``STATISTICS``.
 
 A statistic is a set of named float64 sums of shape ``[layer, kv_head, d_head]`` and the hooks
-that add a batch to them. Sums of two texts add up to the sums of both, so gains can be merged.
+that add a batch to them. Sums are additive over texts, so gains can be merged.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Statistic:
     """One row of the table.
 
     Attributes:
-        name: how scores ask for it.
-        arrays: the sums that it fills, as a function of the sites.
-        hooks: given the sites and the sums, the hooks that add one batch.
+        name: the name that scores use to request it.
+        arrays: a function from the sites to the names of the sums that it fills.
+        hooks: a function from the sites and the sums to the hooks that add one batch.
         backward: whether a backward pass of the loss is needed.
     """
 
@@ -47,7 +47,7 @@ def _accumulate(
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
-    # Apple GPUs have no float64; a batch sum in float32 is added up in float64 on the CPU there.
+    # Apple GPUs have no float64: each batch is summed in float32, then added in float64 on the CPU.
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
@@ -71,7 +71,7 @@ Update = Callable[[Sums, Stage, int, torch.Tensor], None]
 
 
 def _stage_hooks(letter: Letter, update: Update, sites: KeySites, sums: Sums) -> list[Hook]:
-    """Hooks that feed ``update`` at both stages; a silent rotated stage is computed here."""
+    """Hooks that call ``update`` at both stages; a stage without hooks is computed here."""
 
     def receive(what: str, layer: int, stage: Stage, x: torch.Tensor) -> None:
         update(sums, stage, layer, x)
@@ -80,7 +80,7 @@ def _stage_hooks(letter: Letter, update: Update, sites: KeySites, sums: Sums) ->
 
 
 def filled_stages(sites: KeySites) -> tuple[Stage, ...]:
-    """Stages at which sums are kept: without a rotation the two are one and the same."""
+    """Stages at which sums are kept; without a rotation, both stages are the same."""
     return ("projected", "rotated") if sites.rotated_fires or sites.rotary_dim else ("projected",)
 
 

@@ -1,4 +1,4 @@
-"""The page: claims, sections and figures of one model, for a browser."""
+"""The report page: claims, sections and figures of one model, as HTML."""
 
 from gainlens.report.build import Plan, build_report
 

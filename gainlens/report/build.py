@@ -1,4 +1,4 @@
-"""Make the report folder: every number on the page comes from the objects it is made of."""
+"""Make the report folder. Every number on the page comes from the result objects."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ KIND = "gainlens-report"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a report will run.
+    """The settings of a report.
 
     Attributes:
         model, text: names as for ``load_model`` and ``load_tokens``.
-        n_docs: documents of each split.
-        length: tokens of each document.
-        fractions: shares of key dimensions cut; 0.5 and 0.8 are added, the claims need them.
+        n_docs: number of documents from each split.
+        length: tokens per document.
+        fractions: shares of key dimensions to cut; 0.5 and 0.8 are always added for the claims.
         score: which gain ranks the units.
-        seeds: of the random control.
-        evidence_docs: documents of each split for sinks, red line and sharing cost.
-        damage_docs, damage_length: validation documents, and tokens of each, on which one layer,
-            key head or unit of the red line at a time is cut; 0 documents leave that out.
-        refit_rounds: of the least-squares refit of the cut at a half; 0 leaves it out.
-        seed: of the permutations.
-        device: where the model runs.
+        seeds: number of seeds for the random control.
+        evidence_docs: documents from each split for sinks, red line and sharing cost.
+        damage_docs, damage_length: number of validation documents, and tokens per document, for
+            cutting one layer, key head or red-line unit at a time; 0 documents skip this.
+        refit_rounds: rounds of the least-squares refit of the cut at 0.5; 0 skips it.
+        seed: seed of the permutations.
+        device: device on which the model runs.
     """
 
     model: str
@@ -68,11 +68,11 @@ class Plan:
 
     @property
     def all_fractions(self) -> tuple[float, ...]:
-        """The fractions that are run."""
+        """All fractions to run."""
         return tuple(sorted({*self.fractions, 0.5, 0.8}))
 
     def check(self) -> None:
-        """Refuse bad arguments before a model is loaded."""
+        """Reject bad arguments before a model is loaded."""
         from gainlens.analysis.sweep.points import sweep_points
         from gainlens.probes.scores import get_score
 
@@ -84,7 +84,7 @@ class Plan:
             raise InputError("--seeds 0: expected at least one random control")
 
     def command(self) -> str:
-        """What makes this report again: on the command line, or in Python where no flag says it."""
+        """How to reproduce this report: a shell command, or Python if a setting has no flag."""
         flags = {
             "--model": self.model,
             "--text": self.text,
@@ -112,7 +112,7 @@ class Plan:
         return shlex.join(["gainlens", "report", *words])
 
     def describe(self) -> list[str]:
-        """The plan in words, printed before anything runs."""
+        """A description of the plan, printed before anything runs."""
         points = len(self.all_fractions) * (2 + len(self.seeds)) + 1
         tokens = self.n_docs * self.length
         return [
@@ -129,14 +129,14 @@ class Plan:
 
 
 def check_report_folder(out: str | Path) -> Path:
-    """A new folder, an empty one, or an earlier report that may be replaced.
+    """Check that the folder is new, empty, or an earlier report, which may be replaced.
 
     Raises:
-        InputError: the folder can't be written or holds something else.
+        InputError: the folder is not writable or contains something else.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: is a file, expected a folder")
+        raise InputError(f"--out {out} is a file: expected a folder")
     check_writable(out.parent)
     if out.is_dir():
         check_writable(out)
@@ -144,17 +144,17 @@ def check_report_folder(out: str | Path) -> Path:
             facts = out / "report.json"
             known = read_json(facts) if facts.is_file() else None
             if not (isinstance(known, dict) and known.get("kind") == KIND):
-                raise InputError(f"--out {out}: holds files that are not a gainlens report")
+                raise InputError(f"--out {out} contains files that are not a gainlens report")
     return out
 
 
 def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
-    """Run the plan and leave ``out`` with the page, the figures and the numbers.
+    """Run the plan and write the page, the figures and the numbers to ``out``.
 
-    The folder appears in one step at the end, in the place of an old report if there is one.
+    The folder appears in one step at the end and replaces an old report if there is one.
 
     Returns:
-        What ``report.json`` holds.
+        The content of ``report.json``.
 
     Raises:
         InputError: another process is writing the report; see also ``check_report_folder``,
@@ -213,16 +213,16 @@ def _build(model: Any, plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def refitted_cuts(model: Any, calibration: torch.Tensor, plan: Plan) -> tuple[dict[str, Cut], str]:
-    """The best cut at a half that needs no training, as refitted and as merely zeroed.
+    """The best cut at 0.5 without training, both refitted and only zeroed.
 
-    Pairs are ranked by ``fisher`` within a layer; the kept query and key dimensions are then
+    Pairs are ranked by ``fisher`` within each layer. The kept query and key dimensions are then
     refitted to the intact attention logits on the same calibration text.
 
     Returns:
-        The cuts by name, and why there are none where the model's attention can't be refitted.
+        The cuts by name, and the reason if there are none because the model does not support it.
     """
     if plan.refit_rounds < 1:
-        return {}, "Left out of this run; --refit-rounds 2 puts it in the table."
+        return {}, "It was skipped in this run; --refit-rounds 2 adds it to the table."
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         cut = best_cut(model, calibration, 0.5, rounds=plan.refit_rounds)
@@ -235,7 +235,7 @@ def refitted_cuts(model: Any, calibration: torch.Tensor, plan: Plan) -> tuple[di
 def damage_by_place(
     evaluator: Evaluator, validation: torch.Tensor, gains: KeyGains, plan: Plan
 ) -> Damage | None:
-    """What the cut at a half costs in each layer and each key head alone."""
+    """The cost of the cut at 0.5 in each single layer and each single key head."""
     if plan.damage_docs < 1:
         return None
     text = validation[: plan.damage_docs, : plan.damage_length]
@@ -307,7 +307,7 @@ def _write(
 
 
 def _cut_facts(plan: Plan, gains: KeyGains) -> list[dict[str, Any]]:
-    """What share of the dimensions each fraction really cuts (units are whole)."""
+    """The share of dimensions that each fraction actually cuts (units are whole)."""
     return [
         {
             "fraction": fraction,

@@ -1,4 +1,4 @@
-"""The claims of the rank-collapse report, and what one model says of each."""
+"""The claims of the rank-collapse report, and their verdicts for one model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FUNCTIONAL_MARGIN = 0.1
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim with its verdict, its number in words, and its control.
+    """One claim with its verdict, the measured number in words, and its control.
 
     Attributes:
-        quote: the claim as the rank-collapse report makes it.
-        verdict: what this model says.
+        quote: the claim as stated in the rank-collapse report.
+        verdict: the verdict for this model.
         number: the measured quantity with unit and interval.
-        control: what the same measurement gives where the claim has no business to hold.
-        anchor: the id of the section of the page with the evidence.
+        control: the same measurement in a case where the claim should not hold.
+        anchor: id of the page section with the evidence.
     """
 
     quote: str
@@ -60,7 +60,7 @@ def surgery_claim(
     controls = []
     random = curve.find(order="random", fraction=fraction)
     if random:
-        # Seeds share the documents: average them within a document before the interval.
+        # Seeds share the documents, so average over seeds per document before the interval.
         delta = np.mean([curve.deltas(i) for i in random], axis=0)
         low, high = t_interval(delta)
         controls.append(f"random pairs {delta.mean():+.3f} [{low:.3f}, {high:.3f}]")
@@ -76,7 +76,7 @@ def cosine_claim(cmap: CoordinateMap) -> Claim:
     low, high = verdict.interval
     control = f"units shuffled {s['null_cosine']:.3f}"
     if "null_cosine_frequency" in s:
-        control += f", shuffled beside the frequency profile {s['null_cosine_frequency']:.3f}"
+        control += f", shuffled around the frequency profile {s['null_cosine_frequency']:.3f}"
     return Claim(
         "cosine above 0.99 between layers: one universal coordinate system",
         verdict,
@@ -88,7 +88,7 @@ def cosine_claim(cmap: CoordinateMap) -> Claim:
 
 
 def sink_claim(cmap: CoordinateMap) -> Claim:
-    """The claim that sinks are the same at every depth; undecided where they weren't measured."""
+    """The claim that sinks are the same at every depth; undecided if they were not measured."""
     quote = "a sink dimension is a sink at every depth"
     if cmap.sinks is None:
         unknown = float("nan")
@@ -114,7 +114,7 @@ def sink_claim(cmap: CoordinateMap) -> Claim:
 
 
 def all_claims(curve: SurgeryCurve, cmap: CoordinateMap, **choice: Any) -> list[Claim]:
-    """The four claims in the order in which the page shows them."""
+    """The four claims in page order."""
     return [
         surgery_claim(
             curve,

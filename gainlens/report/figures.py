@@ -19,18 +19,18 @@ from gainlens.probes.gains import KeyGains
 from gainlens.report.claims import FLAT_MARGIN
 
 SIZE = (4.8, 3.8)
-"""Inches: small enough that its words can be read on a phone."""
+"""Inches; small enough that the text is readable on a phone."""
 DPI = 190
 DAMAGE_FRACTION = 0.5
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What one layer, or one key head, costs when it alone is cut.
+    """The cost of cutting only one layer or only one key head.
 
     Attributes:
         by_layer, by_head: rise of the loss, nats per token.
-        n_documents, length: the validation text that it was measured on.
+        n_documents, length: size of the validation text.
     """
 
     by_layer: Float[np.ndarray, "layer one"]
@@ -57,7 +57,7 @@ def draw_figures(
     score: str,
     damage: Damage | None = None,
 ) -> dict[str, Path]:
-    """Write every figure as a PNG file; returns their paths by name."""
+    """Write every figure as a PNG file; returns the paths by name."""
     from matplotlib.figure import Figure
 
     drawings: dict[str, Callable[[Any], Any]] = {

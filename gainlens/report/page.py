@@ -12,13 +12,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PageFigure:
-    """A figure with the words that replace it for who can't see it.
+    """A figure with alternative text.
 
     Attributes:
         data: PNG in base64.
         alt: what it shows, in words.
-        caption: the line below it.
-        width, height: in pixels, so that the page keeps its place while it loads.
+        caption: the line below the figure.
+        width, height: in pixels, so that the layout is stable while the page loads.
     """
 
     data: str
@@ -41,10 +41,10 @@ class PageTable:
     """A table of strings.
 
     Attributes:
-        caption: what it holds, shown above it.
+        caption: title shown above the table.
         head: names of the columns.
-        rows: one string per column.
-        words: which columns hold words; the first always does, the others are numbers.
+        rows: one string per column in each row.
+        words: columns that contain text; the first always does, the others contain numbers.
     """
 
     caption: str
@@ -65,7 +65,7 @@ class Section:
 
 
 def render_page(**content: Any) -> str:
-    """Fill the template; everything is escaped."""
+    """Fill the template; all values are escaped."""
     from jinja2 import Environment, StrictUndefined
 
     source = files("gainlens.report").joinpath("templates/index.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How far a report is, and one estimate of the time that is left for all of it."""
+"""Progress of a report, with one estimate of the total remaining time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FORMAT = "{desc}: {percentage:3.0f}% done, {elapsed} so far, about {remaining} l
 
 
 def stage_costs(plan: Plan, shape: tuple[int, int, int]) -> dict[str, float]:
-    """What each stage of a report costs, in tokens that pass through the model.
+    """The cost of each stage of a report, in tokens that pass through the model.
 
     Args:
-        plan: what will run.
+        plan: the settings of the report.
         shape: ``(n_layers, n_kv_heads, d_head)`` of the model.
     """
     layers, heads, d_head = shape
@@ -33,17 +33,17 @@ def stage_costs(plan: Plan, shape: tuple[int, int, int]) -> dict[str, float]:
         # A backward pass counts as two forward passes.
         "refit": 3 * min(8, plan.n_docs) * plan.length + 2 * text if plan.refit_rounds else 0,
         "surgery": (len(plan.all_fractions) * (2 + len(plan.seeds)) + 1 + given) * text,
-        # A place is run from its layer on: half of the model on average.
+        # A single place is run from its layer on, which is half of the model on average.
         "damage": layers * (1 + heads) * damage / 2,
         "map": evidence * (35 + 6 * bisections) + damage * d_head / 2,
     }
 
 
 class Stages:
-    """The bar of a whole report.
+    """The progress bar of a whole report.
 
     Args:
-        costs: of the stages, in any one unit, in their order.
+        costs: costs of the stages in order, in any common unit.
         shown: whether to show anything.
     """
 
@@ -53,12 +53,12 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Show that a stage runs, and count it when it is over."""
+        """Show that a stage is running, and count it at the end."""
         number = list(self._costs).index(name) + 1
         self._bar.set_description(f"report, stage {number} of {len(self._costs)} ({name})")
         yield
         self._bar.update(self._costs[name])
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar in its current state."""
         self._bar.close()

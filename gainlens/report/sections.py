@@ -1,4 +1,4 @@
-"""The sections of the page, each from the result objects alone."""
+"""The sections of the page, made only from the result objects."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def all_sections(
     without: str = "",
     damage: Damage | None = None,
 ) -> list[Section]:
-    """The page below the claims, in order."""
+    """All sections below the claims, in order."""
     sections = [surgery_section(curve, figures["surgery_impact"], score, without)]
     if damage is not None:
         sections.append(damage_section(damage, curve, figures, score))
@@ -45,7 +45,7 @@ def all_sections(
         Section(
             "gains",
             "Gains",
-            ["How loud each key dimension is, by layer."],
+            ["The gain of each key dimension, by layer."],
             [
                 PageFigure.of(
                     figures["key_gains"],
@@ -61,7 +61,7 @@ def all_sections(
 
 
 def surgery_section(curve: SurgeryCurve, figure: Path, score: str, without: str) -> Section:
-    """What cutting costs, with controls, and the best that needs no training."""
+    """The cost of cutting, with controls, and the best cut without training."""
     rows = []
     for row in curve.table():
         low, high = row["interval"]
@@ -79,15 +79,15 @@ def surgery_section(curve: SurgeryCurve, figure: Path, score: str, without: str)
         "surgery",
         "Surgery: what cutting costs",
         [
-            f"Whole rotary pairs are zeroed after the rotation, in each key head the same share, "
+            f"Whole rotary pairs are zeroed after the rotation, the same share in each key head, "
             f"ranked by {score} on the calibration text. The intact model has a loss of "
             f"{curve.baseline.mean():.4f} nats per token.",
             f"Flat means less than {FLAT_MARGIN:g} nats, highly functional less than "
             f"{FUNCTIONAL_MARGIN:g} nats (perplexity up by about a tenth).",
-            "A cut that needs no training either: pairs ranked by fisher within a layer, and the "
-            "kept query and key dimensions refitted by least squares to the intact attention "
-            "logits of the calibration text (the maps fold into W_Q and W_K). "
-            + (without or "It is in the table as refitted, beside the same cut merely zeroed."),
+            "A better cut without training ranks pairs by fisher within each layer and refits the "
+            "kept query and key dimensions by least squares to the intact attention logits on "
+            "the calibration text (the maps fold into W_Q and W_K). "
+            + (without or "The table lists it as refitted, next to the same cut only zeroed."),
         ],
         [
             PageFigure.of(
@@ -108,12 +108,12 @@ def surgery_section(curve: SurgeryCurve, figure: Path, score: str, without: str)
 def damage_section(
     damage: Damage, curve: SurgeryCurve, figures: dict[str, Path], score: str
 ) -> Section:
-    """Where the cut hurts, one place at a time."""
+    """The damage of the cut, one place at a time."""
     together = curve.find(order="quietest", score=score, fraction=DAMAGE_FRACTION)
     whole = ""
     if together:
         whole = (
-            f" One at a time the layers add up to {damage.by_layer.sum():+.3f} nats; all together "
+            f" Cut one at a time, the layers sum to {damage.by_layer.sum():+.3f} nats; together, "
             f"they cost {curve.deltas(together[0]).mean():+.3f} on the whole validation text."
         )
     order = np.argsort(-damage.by_head, axis=None, kind="stable")[:10]
@@ -123,21 +123,21 @@ def damage_section(
         "Damage: where the cut hurts",
         [
             f"The quietest {DAMAGE_FRACTION:.0%} by {score}, cut in one layer (or one key head) "
-            f"while all others stay whole, on {damage.n_documents} validation documents of "
-            f"{damage.length} tokens: a map of where to look, without intervals." + whole,
+            f"while all others stay intact, on {damage.n_documents} validation documents of "
+            f"{damage.length} tokens: a guide to where to look, without intervals." + whole,
         ],
         [
             PageFigure.of(
                 figures["damage_by_layer"],
-                "Bars: rise of the loss by layer when that layer alone is cut; largest in layer "
+                "Bars: rise of the loss by layer when only that layer is cut; largest in layer "
                 f"{int(damage.by_layer[:, 0].argmax())} ({damage.by_layer.max():+.4f} nats).",
-                "Rise of the loss when one layer alone is cut.",
+                "Rise of the loss when only one layer is cut.",
             ),
             PageFigure.of(
                 figures["damage_by_head"],
-                "Heat map: rise of the loss by layer and key head when that head alone is cut; "
-                "the table below has the largest.",
-                "Rise of the loss when one key head alone is cut.",
+                "Heat map: rise of the loss by layer and key head when only that head is cut; "
+                "the table below lists the largest.",
+                "Rise of the loss when only one key head is cut.",
             ),
         ],
         [

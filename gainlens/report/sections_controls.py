@@ -1,4 +1,4 @@
-"""The section of the page on controls of the key claim, and on effective ranks."""
+"""The page section on controls of the key claim and on effective ranks."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ UNITS = {
 def controls_section(
     controls: SideControls | None = None, ranks: EffectiveRank | None = None
 ) -> Section:
-    """Is the claim about keys, is the kept set needed, and how many directions do heads use.
+    """Is the claim about keys, is the kept set needed, and how many directions do heads use?
 
     Args:
-        controls: of the cut that the page is about.
-        ranks: of queries and keys.
+        controls: controls of the cut on the page.
+        ranks: effective ranks of queries and keys.
     """
     paragraphs, tables = [], []
     if controls is not None:
         paragraphs.append(
-            "The cut beside its controls, all by zeroing. The same units zeroed in queries are the "
-            "same cut: they remove the same products from the logits. The complement keeps what "
-            "was cut and cuts what was kept. Values live in another space: there the indices of "
-            "the cut mean nothing, and should cost what random ones cost."
+            "The cut and its controls, all by zeroing. Zeroing the same units in queries is the "
+            "same cut, because it removes the same products from the logits. The complement keeps "
+            "what was cut and cuts what was kept. Values live in another space, where the indices "
+            "of the cut have no meaning and should cost as much as random ones."
         )
-        paragraphs += [f"Left out: {why}." for why in controls.without.values()]
+        paragraphs += [f"Skipped: {why}." for why in controls.without.values()]
         tables.append(
             PageTable(
                 "The cut and its controls",

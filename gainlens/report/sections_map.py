@@ -1,4 +1,4 @@
-"""The sections of the page that a coordinate map fills: likeness, sinks, sharing cost, red line."""
+"""The page sections from a coordinate map: similarity, sinks, sharing cost, red line."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from gainlens.stats.verdicts import Verdict
 def map_section(
     cmap: CoordinateMap, similarity: Sequence[dict[str, Any]], figures: dict[str, Path]
 ) -> Section:
-    """Is there one coordinate system, and on what evidence."""
+    """Is there one coordinate system, and what is the evidence?"""
     shared, by_head = cmap.verdict(), cmap.verdict(claim="shared by heads")
     kind = cmap.units.kind
     paragraphs = [
-        f"Layers, the heads of each averaged: {cmap.answer}. {_correlation(shared)}",
+        f"Layers, averaged over their heads: {cmap.answer}. {_correlation(shared)}",
         f"Single heads of different layers: {cmap.answer_by_head}. {_correlation(by_head)}",
-        "What is compared is the log gain less each layer's own smooth profile over log frequency: "
-        "two layers whose slow pairs are loud follow the same curve without sharing anything.",
+        "The comparison uses log gains minus each layer's own smooth profile over "
+        "log frequency: two layers whose slow pairs are loud follow the same curve without "
+        "sharing anything.",
         _named(cmap, cmap.universal_units, f"{kind}s are loud in most layers"),
         _named(cmap, cmap.universal_units_by_head, f"{kind}s are loud in most single heads"),
         _named(cmap, cmap.universal.beyond_chance, f"{kind}s are loud more widely than by chance"),
-        "Non-negative vectors are never far from parallel, so a cosine is read beside its null "
+        "Non-negative vectors always have a high cosine, so read each cosine with its null "
         "and its centred value. Alignment: " + str(cmap.facts["alignment"]) + ".",
     ]
     rows = [
@@ -56,10 +57,10 @@ def map_section(
             ),
             PageFigure.of(
                 figures["layer_correlation_above_null"],
-                "Heat map, layer by layer: what is left of the cosine above the mean of its "
+                "Heat map, layer by layer: the cosine minus the mean of its "
                 "permutation null, with dots where what two layers share beyond frequency is "
                 "significant.",
-                "What is left of the cosine above its null.",
+                "The cosine minus its null.",
             ),
             PageFigure.of(
                 figures["universal_units"],
@@ -75,7 +76,7 @@ def map_section(
         ],
         [
             PageTable(
-                "Likeness of layers by gain",
+                "Similarity of layers by gain",
                 [*head, "beyond frequency", "answer"],
                 rows,
                 words=(1, 2, 9),
@@ -133,20 +134,20 @@ def sinks_section(cmap: CoordinateMap, figure: Path | None) -> Section:
         [
             f"{len(sinks.layers)} of {len(sinks.mass)} layers have a key head whose queries give "
             f"the first position at least {sinks.min_mass:.0%} of their attention (an even spread "
-            f"gives {sinks.uniform:.1%}). Below, the units that carry most of it, the most "
-            "lasting first.",
+            f"gives {sinks.uniform:.1%}). The table lists the units that carry most of it, the "
+            "most persistent first.",
         ],
         [
             PageFigure.of(
                 figure,
                 "Heat map of the units that carry the sink in each layer, by the nats that they "
-                "add to the first position's logit.",
+                "add to the logit of the first position.",
                 "Units that carry the attention sink, by layer.",
             )
         ],
         [
             PageTable(
-                "Units that carry the sink, the most lasting first",
+                "Units that carry the sink, the most persistent first",
                 [
                     cmap.units.kind,
                     "wavelength (tokens)",
@@ -162,7 +163,7 @@ def sinks_section(cmap: CoordinateMap, figure: Path | None) -> Section:
 
 
 def sharing_cost_section(cmap: CoordinateMap, figure: Path) -> Section:
-    """What sharing one index set costs."""
+    """The cost of sharing one index set."""
     cost = cmap.sharing_cost
     assert cost is not None
     rows = [
@@ -213,15 +214,15 @@ def red_line_section(cmap: CoordinateMap, figure: Path) -> Section:
     judged = "; ".join(_judged(name, line.verdict(name)) for name in line.judged)
     return Section(
         "red-line",
-        "The red line: what has to stay",
+        "The red line: what must be kept",
         [
             f"To keep the loss within {line.margin:g} nats, {len(line.universal)} of "
             f"{line.n_units} {cmap.units.kind}s must stay if all layers share one set, "
             f"{len(line.per_layer[0])} if each layer has its own. The size was chosen on "
             f"calibration text and judged on validation text: {judged}.",
-            "A head uses a unit when it is in its loudest quarter. Patched alone means that the "
-            "unit carries its calibration mean in every layer and head while all else stays. The "
-            "gain at a position is relative to the unit's own mean over positions.",
+            "A head uses a unit if it is in the loudest quarter. Patched alone means that the "
+            "unit is set to its calibration mean in every layer and head and all else is intact. "
+            "The gain at a position is relative to the unit's own mean over positions.",
         ],
         [
             PageFigure.of(
@@ -238,7 +239,7 @@ def red_line_section(cmap: CoordinateMap, figure: Path) -> Section:
 def red_line_table(
     details: Sequence[dict[str, Any]], n_heads: int, kind: str
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the universal set, with all that was measured of each unit."""
+    """Header and rows of the universal set, with all measurements of each unit."""
     head = [
         f"{kind} (dims)",
         "wavelength (tokens)",
@@ -285,7 +286,7 @@ def _judged(scope: str, verdict: Verdict) -> str:
 
 
 def tokens_per_turn(wavelength: float | None) -> str:
-    """Three digits, no exponent; a dash where the unit does not rotate."""
+    """Three digits without exponent; a dash if the unit does not rotate."""
     if wavelength is None:
         return "–"
     return f"{wavelength:.3g}" if wavelength < 1000 else f"{float(f'{wavelength:.3g}'):,.0f}"

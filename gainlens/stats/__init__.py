@@ -1,1 +1,1 @@
-"""Intervals, stopping rules and verdicts. Nothing here knows a model."""
+"""Intervals, stopping rules and verdicts, independent of any model."""

@@ -1,4 +1,4 @@
-"""Confidence intervals for the mean over documents. Documents, not tokens, are independent."""
+"""Confidence intervals for the mean over documents. Documents are independent; tokens are not."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from gainlens.errors import InputError
 
 RESAMPLES = 4000
 FEW = 6
-"""Documents below which one resample in a thousand is one document alone."""
+"""Minimum number of documents for the bootstrap: with fewer, one resample in a thousand repeats a
+single document."""
 
 
 @lru_cache(maxsize=4096)
 def t_quantile(level: float, freedom: int) -> float:
-    """Half the width of Student's two-sided interval, in standard errors."""
+    """Half-width of Student's two-sided interval, in standard errors."""
     return float(stats.t.ppf(0.5 + level / 2, freedom))
 
 
@@ -36,7 +37,7 @@ def t_interval(
         (low, high); both infinite with fewer than two documents.
 
     Raises:
-        InputError: NaN or infinity among the differences, or a level outside 0..1.
+        InputError: the differences hold NaN or infinity, or the level is outside 0..1.
     """
     _check_level(level)
     values, _ = grouped(differences)
@@ -56,28 +57,27 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Bootstrap-t interval for the mean of paired differences: documents drawn with replacement.
+    """Bootstrap-t interval for the mean of paired differences, resampling documents.
 
-    Each resample's mean is studentised by its own spread (Efron and Tibshirani 1993, ch. 12), so
-    skewed differences give a skewed interval; a plain percentile interval is too short for the
-    few documents that a surgery has.
+    Each resample's mean is studentised by its own standard error (Efron and Tibshirani 1993,
+    ch. 12), so skewed differences give a skewed interval. A plain percentile interval is too short
+    for the small number of documents in a typical surgery.
 
     Args:
         differences: one per document, in nats.
         level: coverage, above 0 and below 1.
-        groups: a label per document; documents with one label depend on each other (windows of
-            one text) and are drawn together. By default each document stands alone.
+        groups: a label per document. Documents with the same label are dependent (windows of one
+            text) and are drawn together. By default all documents are independent.
         resamples: number of bootstrap resamples, at least 100.
         seed: of the draws; the same on every machine.
 
     Returns:
-        (low, high); both infinite with fewer than two documents or groups, and an end is where
-        documents agree so closely that resamples without spread decide it. With fewer than
-        ``FEW`` documents or groups it is Student's.
+        (low, high). Both are infinite with fewer than two documents or groups. One end is infinite
+        if the documents agree so closely that resamples without spread determine it. With fewer
+        than ``FEW`` documents or groups, the interval is Student's.
 
     Raises:
-        InputError: as for ``t_interval``, too few resamples, or labels that are not one per
-            document.
+        InputError: as for ``t_interval``; too few resamples; or not one label per document.
     """
     _check_level(level)
     sums, sizes = grouped(differences, groups)
@@ -94,12 +94,12 @@ def bootstrap_ends(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[Float[np.ndarray, " draw"], Float[np.ndarray, " draw"]]:
-    """Ends of the bootstrap-t interval, for many samples of one size at once.
+    """Ends of the bootstrap-t interval, for many samples of equal size at once.
 
     Args:
-        sums: the total of each group of documents (of single documents, their values).
-        sizes: how many documents each group has.
-        errors: chances that the mean is below the lower end and above the upper one.
+        sums: the total of each group of documents (for single documents, their values).
+        sizes: number of documents in each group.
+        errors: probabilities that the mean is below the lower end and above the upper end.
         resamples, seed: see ``bootstrap_interval``.
 
     Raises:
@@ -115,7 +115,7 @@ def bootstrap_ends(
         quantiles = [t_quantile(1 - 2 * error, n - 1) for error in errors]
         return mean - quantiles[0] * spread, mean + quantiles[1] * spread
     ratios = _studentised(sums, sizes, resamples, seed)
-    # Whole order statistics, the outer ones: between -inf and a number nothing can be had.
+    # Order statistics, rounded outwards: no interpolation is possible between -inf and a number.
     last = resamples - 1
     places = math.floor(errors[1] * last), math.ceil((1 - errors[0]) * last)
     ratios.partition(places, axis=1)
@@ -134,11 +134,11 @@ def bootstrap_chances(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """One-sided p-values that belong to the ends of ``bootstrap_interval``.
+    """One-sided p-values that correspond to the ends of ``bootstrap_interval``.
 
     Returns:
-        Of a mean at the margin or above, and of a mean at the margin or below: an end of the
-        interval lies beyond the margin about when the chance is below that end's error.
+        For the hypotheses that the mean is at least, and at most, the margin. An end of the
+        interval is clear of the margin approximately when its p-value is below that end's error.
     """
     sums, sizes = grouped(differences, groups)
     if len(sizes) < 2:
@@ -162,11 +162,11 @@ def grouped(
     """Total and number of documents of each group, in order of first appearance.
 
     Raises:
-        InputError: NaN or infinity among the differences, or not one label per document.
+        InputError: the differences hold NaN or infinity, or there is not one label per document.
     """
     values = np.asarray(differences, dtype=np.float64)
     if not np.isfinite(values).all():
-        raise InputError("differences hold NaN or infinity, so no interval can be given")
+        raise InputError("differences hold NaN or infinity, so there is no interval")
     if groups is None:
         return values, np.ones(len(values))
     if len(groups) != len(values):
@@ -180,22 +180,22 @@ def grouped(
 
 
 def _mean_and_spread(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over documents and its standard error over groups, as a ratio of two totals."""
+    """Mean over documents and its standard error over groups, using a ratio estimator."""
     n, total = len(sizes), sizes.sum()
     mean = sums.sum(1) / total
     residuals = sums - mean[:, None] * sizes
     spread = np.sqrt((residuals**2).sum(1) * n / (n - 1)) / total
-    # Equal documents differ from their own mean by rounding.
+    # Equal documents differ from their mean only by rounding.
     same = spread <= 1e-12 * np.abs(sums).max(1, initial=0.0)
     return mean, np.where(same, 0.0, spread)
 
 
 def _studentised(sums: np.ndarray, sizes: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """(Mean of a resample less the mean) / its own standard error, ``[draw, resample]``.
+    """(Resample mean - mean) / standard error of the resample, ``[draw, resample]``.
 
-    Counts of how often each group was drawn turn all means and spreads into matrix products. A
-    resample without spread is infinitely far from the mean: leaving it out would hide that nine
-    documents without harm and one with are often drawn as ten without.
+    Means and standard errors are matrix products with the counts of how often each group was
+    drawn. A resample without spread counts as infinitely far from the mean. Leaving it out would
+    hide that nine unharmed documents and one harmed are often drawn as ten unharmed.
     """
     n = len(sizes)
     mean, spread = _mean_and_spread(sums, sizes)
@@ -205,7 +205,7 @@ def _studentised(sums: np.ndarray, sizes: np.ndarray, resamples: int, seed: int)
     for counts in _drawn(n, resamples, seed):
         total = counts @ sizes
         shift = centred @ counts.T / total
-        # Of equal groups the middle term needs no product of its own.
+        # With equal groups, the middle term needs no matrix product.
         cross = sizes[0] * shift * total if alike else (centred * sizes) @ counts.T
         squares = centred**2 @ counts.T - 2 * shift * cross + shift**2 * (counts @ sizes**2)
         spreads = np.sqrt(np.maximum(squares, 0.0) * n / (n - 1)) / total
@@ -219,7 +219,7 @@ def _studentised(sums: np.ndarray, sizes: np.ndarray, resamples: int, seed: int)
 
 
 def _drawn(n: int, resamples: int, seed: int) -> Iterable[np.ndarray]:
-    """How often each of ``n`` is drawn in every resample, ``[resample, n]``, in parts."""
+    """Counts of how often each of ``n`` groups is drawn, ``[resample, n]``, in chunks."""
     return _kept_draws(n, resamples, seed) if n * resamples <= 2**21 else _draw(n, resamples, seed)
 
 
@@ -245,20 +245,20 @@ def _check_level(level: float) -> None:
 def documents_by_scaling(
     interval: tuple[float, float], estimate: float, margin: float, n_documents: int
 ) -> int | None:
-    """How many more documents would bring the interval clear of the margin.
+    """Estimate how many more documents would bring the interval clear of the margin.
 
-    Mean and spread are taken to stay what they are, so that the ends of the interval close in on
-    the estimate as 1/sqrt(n).
+    This assumes that mean and spread stay the same, so the ends of the interval approach the
+    estimate as 1/sqrt(n).
 
     Args:
-        interval: around the estimate.
+        interval: confidence interval of the estimate.
         estimate: mean so far, in nats.
-        margin: the bound set beforehand.
-        n_documents: that gave the interval.
+        margin: the predefined bound.
+        n_documents: number of documents behind the interval.
 
     Returns:
-        Zero where the interval is clear of it; None where it can't be said, or a million would
-        not do.
+        Zero if the interval is already clear of the margin; None if the number is unknown or above
+        a million.
     """
     if interval[1] < margin or interval[0] > margin:
         return 0

@@ -1,4 +1,4 @@
-"""The verdict on the rise of a loss, measured on the same documents before and after a cut."""
+"""The verdict on the rise of the loss, measured on the same documents before and after a cut."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def rise_verdict(
     """The verdict on paired differences of the loss, one per document.
 
     Args:
-        rise: loss of the cut model minus that of the intact one, nats per token.
-        fraction: share of the key dimensions cut, for the claim's words; None where not known.
-        margin: nats per token that still count as no rise.
-        trained: whether the rest was trained, for the claim's words.
+        rise: loss of the cut model minus loss of the intact model, nats per token.
+        fraction: share of the key dimensions cut, for the wording of the claim; None if unknown.
+        margin: non-inferiority margin, in nats per token.
+        trained: whether the kept part was trained, for the wording of the claim.
     """
     how = " and the rest trained" if trained else ""
     cut = "" if fraction is None else f"with {fraction:.0%} of the key dimensions cut{how}, "

@@ -1,4 +1,4 @@
-"""Several claims judged on one text: Holm's correction, so that any false word stays rare."""
+"""Several claims judged on one text, with Holm's correction for multiple testing."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from gainlens.stats.verdicts import LEVEL, Verdict, judge, resamples_for
 
 
 def judge_together(claims: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    """Verdicts on several claims on one text, corrected so that all of them may be quoted.
+    """Verdicts on several claims on one text, corrected so that all of them can be quoted.
 
-    The chance that any of them is called ``holds`` or ``fails`` falsely is that of a single one
-    (Holm 1979, step-down, on the p-values that belong to the bootstrap-t interval). Each verdict's
-    interval is the one that its step used, and its note says that it was corrected.
+    The probability that any of them is falsely called ``holds`` or ``fails`` is that of a single
+    claim (Holm 1979, step-down, on the p-values of the bootstrap-t interval). Each verdict has the
+    interval used in its step and a note about the correction.
 
     Args:
         claims: the arguments of ``gainlens.stats.verdicts.judge`` by name: ``claim``,
-            ``differences``, ``margin`` and, where wanted, ``groups``, ``domain``, ``context``,
+            ``differences``, ``margin`` and optionally ``groups``, ``domain``, ``context``,
             ``note``.
 
     Raises:
-        InputError: no claim, or see ``judge``.
+        InputError: there is no claim; or as for ``judge``.
 
     Example:
         >>> rises = np.random.default_rng(0).normal(0.0, 0.01, (2, 80))
@@ -59,7 +59,7 @@ def judge_together(claims: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         said = f"corrected for {count} claims on this text (Holm)"
         note = f"{verdict.note}; {said}" if verdict.note else said
         verdicts[index] = replace(verdict, note=note)
-        # Once a claim stays open, those less clear are held to the same level.
+        # Once a claim is undecided, all less clear ones are judged at the same level.
         low, high = verdict.interval
         going = going and (high < verdict.margin or low > verdict.margin)
         left = max(1, left - going)

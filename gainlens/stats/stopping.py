@@ -1,20 +1,20 @@
-"""Stop a point early once its claim is decided, with the error of all looks together controlled.
+"""Stop a point early once its claim is decided, controlling the error over all looks.
 
-Looking at the running interval after every batch and stopping when it clears the margin would
-call "holds" too often. Here the error is shared out over the looks beforehand (Bonferroni): by the
-union bound the chance that a claim whose true damage is the margin (or more) is ever called
-"holds" is at most (1 - level) / 2, however the looks depend on each other, and the same for
-"fails" - as far as the interval at each look keeps its promise.
+Checking the running interval after every batch and stopping when it clears the margin would call
+"holds" too often. Here the error is divided among the looks in advance (Bonferroni). By the union
+bound, if the true damage is at or above the margin, the probability that the claim is ever called
+"holds" is at most (1 - level) / 2, however the looks depend on each other. The same bound applies
+to "fails". Both require that the interval at each look has its nominal coverage.
 
-"Holds" has the one rule of ``gainlens.stats.verdicts``: a bootstrap-t interval, at no look before
-``ENOUGH`` documents but the last, and then with the reserve that so few documents deserve. So that
-little is lost, such looks are few: at ``ENOUGH`` documents, at twice as many, four times …, and
-the last. "Fails" needs no such guard, since a harm that has not shown yet only adds to it: from
-``MIN_DOCUMENTS`` on every look may spend some of half its error, and the last spends the rest.
-Early looks have too few documents for resampling; theirs is Student's interval, widened by
-Johnson's (1978) correction on the side to which the differences are skewed.
+"Holds" follows the rule of ``gainlens.stats.verdicts``, with a bootstrap-t interval. It is tested
+only from ``ENOUGH`` documents on, or at the last look, with the caveat for few documents. To spend
+little error, these looks are few: at ``ENOUGH`` documents, twice as many, four times as many, …,
+and at the end. "Fails" needs no such restriction, since damage not yet seen could only add to it.
+From ``MIN_DOCUMENTS`` on, the looks share half of its error, and the last look spends the rest.
+Early looks have too few documents for resampling. They use Student's interval, widened by Johnson's
+(1978) correction on the side to which the differences are skewed.
 
-``benchmarks/verdict_simulation.py`` records how often the rule errs.
+``benchmarks/verdict_simulation.py`` records the error rates of this rule.
 """
 
 from __future__ import annotations
@@ -46,15 +46,16 @@ EARLY_FAILS = 0.5
 
 @dataclass(frozen=True)
 class StoppingRule:
-    """When a point of a sweep is decided.
+    """Decides when a point of a sweep can stop.
 
     Attributes:
-        margin: rise of the loss in nats per token that would still count as flat, above 0.
-        looks: after how many documents each look is taken, rising; the last is all of them.
+        margin: non-inferiority margin on the rise of the loss, in nats per token, above 0.
+        looks: ascending numbers of documents at which to look; the last is the total.
         level: coverage of the two-sided interval over all looks together.
 
     Raises:
-        InputError: a margin of zero or below, a level outside 0..1, no or unsorted looks.
+        InputError: the margin is not above 0, the level is outside 0..1, or looks are missing or
+            unsorted.
     """
 
     margin: float
@@ -67,18 +68,18 @@ class StoppingRule:
         if not 0 < self.level < 1:
             raise InputError(f"level={self.level!r} is outside 0..1")
         if not self.looks or any(b <= a for a, b in zip(self.looks, self.looks[1:], strict=False)):
-            raise InputError(f"looks={self.looks!r}: expected rising numbers of documents")
+            raise InputError(f"looks={self.looks!r}: expected ascending numbers of documents")
 
     @classmethod
     def after_batches(cls, sizes: list[int], margin: float, level: float = LEVEL) -> StoppingRule:
-        """Look after every batch that brings the total to ``MIN_DOCUMENTS`` or more."""
+        """Look after every batch once the total reaches ``MIN_DOCUMENTS``."""
         ends = [int(n) for n in np.cumsum(sizes)]
         looks = (*(n for n in ends[:-1] if n >= MIN_DOCUMENTS), ends[-1])
         return cls(margin, looks, level)
 
     @property
     def holds_looks(self) -> tuple[int, ...]:
-        """Looks at which a point may be said to hold."""
+        """Looks at which a point may be called "holds"."""
         found, wanted = [], ENOUGH
         for n in self.looks[:-1]:
             if n >= wanted:
@@ -87,10 +88,10 @@ class StoppingRule:
         return (*found, self.looks[-1])
 
     def errors(self, n_documents: int) -> tuple[float, float]:
-        """Chances of a false "fails" and of a false "holds" that a look may spend.
+        """Error probabilities for "fails" and for "holds" that a look may spend.
 
         Args:
-            n_documents: after which the look is taken; none is spent where there is no look.
+            n_documents: number of documents at the look; both are zero if there is no look there.
         """
         error, early, last = (1 - self.level) / 2, len(self.looks) - 1, self.looks[-1]
         holds = error / len(self.holds_looks) if n_documents in self.holds_looks else 0.0
@@ -108,11 +109,11 @@ class StoppingRule:
         *,
         groups: Sequence[Hashable] | np.ndarray | None = None,
     ) -> Status:
-        """Decide at the present look; ``undecided`` also between looks.
+        """Decide at the current look; ``undecided`` between looks.
 
         Args:
             differences: rise of the loss per document so far, nats per token.
-            margin: another than the rule's; the interval keeps its promise for any.
+            margin: replaces the rule's margin; the error control holds for any margin.
             groups: a label per document, see ``gainlens.stats.verdicts.judge``.
         """
         n = len(differences)
@@ -135,9 +136,9 @@ class StoppingRule:
         context: Context | None = None,
         early: bool = False,
     ) -> Verdict:
-        """The verdict at the look that stopped the point; ``early`` says that documents were left.
+        """The verdict at the look that stopped the point; ``early`` means that documents remained.
 
-        Other arguments as for ``gainlens.stats.verdicts.judge``.
+        Other arguments are those of ``gainlens.stats.verdicts.judge``.
         """
         margin = self.margin if margin is None else margin
         sums, sizes = grouped(differences, groups)
@@ -159,9 +160,9 @@ class StoppingRule:
         *,
         groups: Sequence[Hashable] | np.ndarray | None = None,
     ) -> tuple[float, float]:
-        """The interval at the look that stopped the point; its ends spend different errors.
+        """The interval at the look that stopped the point; its two ends spend different errors.
 
-        An end for which the look spends nothing is that of the plain interval at ``level``.
+        An end for which the look spends no error is taken from the plain interval at ``level``.
 
         Args:
             differences: rise of the loss per document so far, nats per token.
@@ -194,7 +195,7 @@ def _bootstrap(
 
 
 def skew_interval(differences: Float[np.ndarray, " document"], level: float) -> tuple[float, float]:
-    """Student's interval, its end on the skewed side moved out by Johnson's correction.
+    """Student's interval, with Johnson's correction extending the end on the skewed side.
 
     Args:
         differences: one per document, in nats.
@@ -214,7 +215,7 @@ def skew_interval(differences: Float[np.ndarray, " document"], level: float) -> 
 def skew_ends(
     values: Float[np.ndarray, "draw document"], level: float
 ) -> tuple[Float[np.ndarray, " draw"], Float[np.ndarray, " draw"]]:
-    """``skew_interval`` of many samples of three documents or more, none of them constant."""
+    """``skew_interval`` for many samples, each non-constant with at least three documents."""
     n = values.shape[1]
     quantile = t_quantile(level, n - 1)
     mean, spread = values.mean(1), values.std(1, ddof=1)

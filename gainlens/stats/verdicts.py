@@ -1,10 +1,10 @@
-"""``Verdict``: what a claim comes to, with the number and the interval that decide it.
+"""``Verdict``: the outcome of testing a claim, with the estimate and interval that decide it.
 
-One rule stands behind the word "holds", for every claim about damage (``status_of``): the upper end
-of the bootstrap-t interval at 99% lies below the margin, and at least 72 independent documents
-were seen. With 36 to 71 the status says which harms they can't show; below 36 nothing holds,
-since a harm to one document in ten is missed by 16 documents in 18.5% of all draws, whatever the
-interval. ``benchmarks/verdict_simulation.py`` records how often the rule errs.
+Every claim about damage uses the same rule for "holds" (``status_of``): the upper end of the 99%
+bootstrap-t interval is below the margin, with at least 72 independent documents. With 36 to 71
+documents the status names the harms that they can't show. With fewer than 36 nothing holds: 16
+documents, for example, miss a harm to one document in ten in 18.5% of all draws, whatever the
+interval. ``benchmarks/verdict_simulation.py`` records the error rates of this rule.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ Status = Literal[
 HOLDS_BUT_RARE: Status = "holds, except for harms in fewer than one document in ten"
 
 MARGIN = 0.02
-"""Rise of the loss, in nats per token, that counts as none unless a caller sets another bound."""
+"""Default non-inferiority margin on the rise of the loss, in nats per token."""
 
 LEVEL = 0.99
-"""Coverage of the two-sided interval that decides."""
+"""Coverage of the two-sided interval that decides a claim."""
 ENOUGH, LEAST = 72, 36
-"""Independent documents for "holds", and for "holds" but for rare harms."""
+"""Minimum numbers of independent documents for "holds", and for "holds" except for rare harms."""
 WORST = ("fails", "undecided", HOLDS_BUT_RARE, "holds")
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where in a text a claim was judged.
+    """The positions and distances on which a claim was judged.
 
     Attributes:
-        positions: first and last position of the tokens that were read.
-        distances: least and largest number of tokens between a query and a key.
+        positions: first and last token position.
+        distances: smallest and largest number of tokens between a query and a key.
     """
 
     positions: tuple[int, int]
@@ -50,7 +50,7 @@ class Context:
 
     @classmethod
     def of(cls, lengths: Iterable[int]) -> Context:
-        """That of documents of these lengths in tokens, each read whole from position 0."""
+        """The context of documents with these lengths in tokens, each read in full."""
         last = max(lengths) - 1
         return cls((0, last), (0, last))
 
@@ -66,15 +66,15 @@ class Verdict:
         status: ``holds``, ``fails``, ``undecided``, or ``holds, except for harms in fewer than
             one document in ten``.
         claim: the claim in words.
-        estimate: the number that decides it, in the units that the claim names.
+        estimate: the deciding number, in the units named by the claim.
         interval: its confidence interval.
-        margin: the bound set beforehand.
-        n_documents: how many independent documents it rests on.
-        note: anything that a reader must know besides.
-        more_documents: how many more would decide it without reserve if mean and spread stay what
-            they are; 0 when decided, None when that can't be said.
-        domain: names of the texts that it was judged on; empty where nobody said.
-        context: positions and distances that it was judged on; None where nobody said.
+        margin: the predefined bound.
+        n_documents: number of independent documents behind it.
+        note: anything else that a reader must know.
+        more_documents: how many more documents would decide it without reserve if mean and spread
+            stay the same; 0 if decided, None if unknown.
+        domain: names of the texts that it was judged on; empty if not given.
+        context: positions and distances that it was judged on; None if not given.
     """
 
     status: Status
@@ -101,7 +101,7 @@ class Verdict:
         return domain + (f", {self.context}" if self.context else "")
 
     def covers(self, *, context: int | None = None, domain: str | None = None) -> bool:
-        """Whether the claim was judged there.
+        """Whether the claim was judged in this context and domain.
 
         Args:
             context: length of a text in tokens: its positions and its distances.
@@ -117,7 +117,7 @@ class Verdict:
             domain: name of a text.
 
         Raises:
-            InputError: it was not judged there.
+            InputError: the claim was not judged there.
 
         Example:
             >>> short = Verdict("holds", "half can go", 0.0, (0.0, 0.01), 0.02, 80,
@@ -128,14 +128,14 @@ class Verdict:
             False
         """
         if beyond := self._beyond(context, domain):
-            raise InputError(f"{beyond}: {self.claim!r} can't be quoted there, judge it there")
+            raise InputError(f"{beyond}: {self.claim!r} can't be quoted there; judge it there")
         return self
 
     def _beyond(self, context: int | None, domain: str | None) -> str:
-        """What a place lies beyond; empty where it was judged."""
+        """Why the claim can't be quoted there; empty if it was judged there."""
         if context is not None:
             if self.context is None:
-                return f"context={context} but the verdict does not say on which it was judged"
+                return f"context={context}, but the verdict does not record its context"
             last = min(self.context.positions[1], self.context.distances[1])
             if context < 1 or context - 1 > last:
                 return f"context={context} is outside the 1 to {last + 1} tokens that were judged"
@@ -145,7 +145,7 @@ class Verdict:
         return ""
 
     def to_dataframe(self) -> Any:
-        """One row; the interval as ``low`` and ``high``, other columns named as the attributes.
+        """One row; the interval becomes ``low`` and ``high``, other columns match the attributes.
 
         Raises:
             InputError: pandas is not installed.
@@ -154,7 +154,7 @@ class Verdict:
         return data_frame([{**asdict(self), **where}])
 
     def plot(self, ax: Any = None) -> Any:
-        """The interval beside the margin; returns the matplotlib axes, shows nothing."""
+        """Plot the interval and the margin; returns the matplotlib axes without showing them."""
         from gainlens.plots.basics import plot_verdict
 
         return plot_verdict(self, ax)
@@ -171,7 +171,7 @@ class Verdict:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a JSON file."""
+        """JSON-serialisable values."""
         plain = {**asdict(self), "interval": list(self.interval), "domain": list(self.domain)}
         for key in ("estimate", "margin"):
             plain[key] = _finite(plain[key])
@@ -180,17 +180,17 @@ class Verdict:
 
 
 def _finite(value: float) -> float | None:
-    """JSON knows neither NaN nor infinity."""
+    """None for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 def status_of(interval: tuple[float, float], margin: float, n_documents: int) -> Status:
-    """The one rule: damage below ``margin`` holds, fails, or can't be told.
+    """The decision rule: damage below ``margin`` holds, fails, or is undecided.
 
     Args:
         interval: the bootstrap-t interval of the mean damage at ``LEVEL``, or that of a stopping
             rule.
-        margin: the bound set beforehand.
+        margin: the predefined bound.
         n_documents: independent documents, or groups of dependent ones.
     """
     low, high = interval
@@ -212,21 +212,21 @@ def judge(
     note: str = "",
     level: float = LEVEL,
 ) -> Verdict:
-    """Is the mean of paired differences below ``margin``? A non-inferiority test.
+    """Non-inferiority test: is the mean of paired differences below ``margin``?
 
     Args:
-        claim: in words.
-        differences: damage of each document, e.g. loss with the cut less loss without, in nats.
-        margin: the bound set before the differences were seen, above 0.
-        groups: a label per document; documents with one label depend on each other (windows of
-            one text), are drawn together and count as one.
+        claim: the claim in words.
+        differences: damage to each document, e.g. loss with the cut minus loss without, in nats.
+        margin: the bound, set before the differences were seen, above 0.
+        groups: a label per document. Documents with the same label are dependent (windows of one
+            text); they are drawn together and count as one.
         domain: names of the texts.
         context: positions and distances that were judged.
-        note: anything that a reader must know besides.
-        level: coverage of the interval; above ``LEVEL`` where several claims are corrected for.
+        note: anything else that a reader must know.
+        level: coverage of the interval; above ``LEVEL`` when correcting for several claims.
 
     Raises:
-        InputError: a margin of zero or below, a difference that is not finite.
+        InputError: the margin is not above 0, or a difference is not finite.
     """
     interval = bootstrap_interval(
         differences, level, groups=groups, resamples=resamples_for(1 - level)
@@ -255,10 +255,10 @@ def non_inferiority(
     domain: Sequence[str] = (),
     context: Context | None = None,
 ) -> Verdict:
-    """As ``judge``, where the interval is there already; see ``status_of`` for which one.
+    """Like ``judge``, with a given interval; see ``status_of`` for which one.
 
     Raises:
-        InputError: a margin that is not a number above 0: absence of damage can't be shown.
+        InputError: the margin is not a number above 0: absence of damage can't be shown.
     """
     if not margin > 0 or not math.isfinite(margin):
         raise InputError(
@@ -277,7 +277,7 @@ def non_inferiority(
 
 
 def with_more(note: str, status: Status, more: int | None) -> str:
-    """A note, and in words how many more documents would decide what is not decided."""
+    """A note, extended by how many more documents would decide an undecided claim."""
     if status in ("holds", "fails"):
         return note
     said = (
@@ -289,16 +289,16 @@ def with_more(note: str, status: Status, more: int | None) -> str:
 
 
 def worst(verdicts: Mapping[str, Verdict]) -> Verdict:
-    """Of one claim judged on several texts the verdict over all of them: the worst decides.
+    """Combine verdicts on one claim over several texts: the worst one decides.
 
-    Each text is judged as if it were alone. No correction is due: that the claim holds
-    everywhere is said only where every single test says so.
+    Each text is judged separately. No correction is needed, because the claim holds overall only
+    if every single test says that it holds.
 
     Args:
-        verdicts: by the name of the text.
+        verdicts: verdicts by name of the text.
 
     Raises:
-        InputError: no verdict.
+        InputError: there is no verdict.
     """
     if not verdicts:
         raise InputError("verdicts is empty: expected at least one")
@@ -311,5 +311,5 @@ def worst(verdicts: Mapping[str, Verdict]) -> Verdict:
 
 
 def resamples_for(error: float) -> int:
-    """How many resamples put twenty beyond either end; of 20,000 and more, at least one."""
+    """Number of resamples with about twenty beyond either end; from 20,000 on, at least one."""
     return max(4000, min(math.ceil(40 / error), 20_000), math.ceil(2 / error))

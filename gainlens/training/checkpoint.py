@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one safetensors file, written beside and renamed."""
+"""Checkpoints of a run: one safetensors file, written under another name and renamed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CHECKPOINT = record(
     ),
     optimizer=facts_,
 )
-"""What the header of a checkpoint holds."""
+"""The header of a checkpoint."""
 
 
 def save_checkpoint(
@@ -52,10 +52,10 @@ def save_checkpoint(
 
     Args:
         path: the file.
-        slices: with their leaves.
-        optimizer: over those leaves.
-        header: what must be the same for a run to go on.
-        progress: where it stands.
+        slices: slices with their leaves.
+        optimizer: the optimiser of those leaves.
+        header: what must be unchanged for a run to resume.
+        progress: progress of the run.
     """
     tensors = {f"active.{p.name}": p.leaf for p in slices if p.leaf is not None}
     plain: dict[str, dict[str, Any]] = {}
@@ -76,8 +76,9 @@ def load_checkpoint(
     """Restore a run; returns its progress.
 
     Raises:
-        FileFormatError: damaged, no checkpoint, or one whose numbers are not finite.
-        InputError: of another model, plan, text, seed or setting; says which is different.
+        FileFormatError: damaged, not a checkpoint, or with numbers that are not finite.
+        InputError: the checkpoint is of another model, plan, text, seed or setting; the message
+            says which.
     """
     tensors, facts = load_tensors(path, KIND)
     with checking(str(path), "checkpoint"):

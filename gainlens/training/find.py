@@ -1,4 +1,4 @@
-"""Which rows of which parameters a plan makes active, for each of the three kinds of model."""
+"""Find the rows of parameters that a plan makes active, for all three kinds of model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gainlens.export.plan import SlicePlan
 from gainlens.training.slices import Layout, Place, Slice, from_rows, module_at, places_of, to_rows
 
 TRAINABLE = ("q", "k", "v", "o", "mlp", "norm", "embedding")
-"""What ``train=`` names. Of q and k only the planned units, of the others everything."""
+"""Names accepted by ``train=``. For q and k only the kept units are trained."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +27,9 @@ class Part:
 
     Attributes:
         letter: ``q``, ``k`` or ``v``.
-        parameter: which holds them, maybe with others.
-        layout: of the parameter.
-        rows: which, head by head: ``[head, d_head]``.
+        parameter: the parameter that holds them, possibly with others.
+        layout: layout of the parameter.
+        rows: row indices by head, ``[head, d_head]``.
     """
 
     letter: str
@@ -49,15 +49,15 @@ def find_slices(
     """The slices of a model.
 
     Args:
-        root: the module that is run.
+        root: the module to run.
         kind: ``huggingface`` (also a fast copy), ``bridge`` or ``hooked``.
         family, config: of the model.
-        plan: what is active; its maps are folded into the rows that training starts from.
+        plan: the active units; its maps are folded into the initial rows.
         train: some of ``TRAINABLE``.
 
     Raises:
-        InputError: something in ``train`` that isn't known, or that the model has nothing of.
-        UnsupportedModelError: projections that are kept in an unknown form.
+        InputError: a name in ``train`` is unknown, or the model has no such weights.
+        UnsupportedModelError: the projections are stored in an unknown form.
     """
     check_train(train)
     places = places_of(root)
@@ -76,7 +76,7 @@ def find_slices(
         slices += _attention_slices(parts, plan, train, family.norm, names[key], places[key])
     done |= set(by_parameter)
     for name, parameter in root.named_parameters():
-        if id(parameter) in done or "qkv." in name:  # a bridge's unused copy of a joint matrix
+        if id(parameter) in done or "qkv." in name:  # unused copy of a joint matrix in a bridge
             continue
         what = "o" if id(parameter) in outputs else _kind_of(name)
         if what in train:
@@ -126,7 +126,7 @@ def _attention_slices(
             heads = rows[order].double()
             new = torch.einsum("hrd,hd...->hr...", maps.to(device).double(), heads)
             rows[order] = new.to(rows.dtype)
-        if not norm:  # a norm's statistic runs over the ghosts, which are masked after it
+        if not norm:  # the statistic of a norm includes the ghosts, which are masked after it
             rows[order[~keep.repeat_interleave(group, 0)]] = 0
         written.append(active)
         if part.letter in train:

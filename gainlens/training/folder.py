@@ -1,4 +1,4 @@
-"""The folder of a trained model: a plain checkpoint at full width, the plan, how it came about."""
+"""The folder of a trained model: a plain checkpoint at full width, the plan, the record."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def save_folder(
     """Write checkpoint, ``plan.json`` and ``training.json`` beside ``folder`` and rename.
 
     Args:
-        folder: a new or an empty one.
-        model: the trained model, any of the three kinds.
-        plan: with the trained model's fingerprint.
-        facts: for ``training.json``.
-        tokenizer: saved with the checkpoint; None for none.
-        files: more of them to copy into the folder, by name.
+        folder: a new or empty folder.
+        model: the trained model, of any of the three kinds.
+        plan: the plan, with the fingerprint of the trained model.
+        facts: entries for ``training.json``.
+        tokenizer: tokenizer to save with the checkpoint, or None.
+        files: additional files to copy into the folder, by name.
 
     Raises:
-        InputError: the folder holds something or can't be written, the disk is full.
-        UnsupportedModelError: a model whose weights lie in no transformers layout.
+        InputError: the folder is not empty or not writable, or the disk is full.
+        UnsupportedModelError: transformers has no layout for these weights.
     """
     whole = transformers_model(model)
     about = sealed(KIND, {**facts, **environment()})  # refuses NaN before anything is written

@@ -18,6 +18,7 @@ from gainlens.ablation.key_mask import Scope
 from gainlens.ablation.kinds import load_cut
 from gainlens.ablation.recipe import RANKING_DOCUMENTS, best_cut
 from gainlens.ablation.refit_cut import RefitCut
+from gainlens.data.overlap import document_identities, shares_text
 from gainlens.data.splits import Split
 from gainlens.data.texts import as_rows
 from gainlens.errors import GainlensError, InputError
@@ -218,27 +219,37 @@ def _texts(healing: Healing, model: Any) -> dict[str, torch.Tensor]:
         )
 
     calibration = documents("calibration", healing.n_docs + healing.monitor)
-    validation = documents("validation", healing.judge)
-    # Short documents may open with the very same words; what judges is left out of the others.
-    judges = row_digests(validation)
-    calibration = _without(calibration, judges)
     if len(calibration) < healing.n_docs + 2:
         raise InputError(
             f"text {healing.text} has {len(calibration)} documents for calibration: expected "
             f"{healing.n_docs + 2} or more (n_docs, and 2 to be monitored)"
         )
     monitor = calibration[healing.n_docs :]
+    watched = row_digests(monitor)
     training = documents("training", "all", windows="all")
+    training = training[[row_digests([row]).isdisjoint(watched) for row in training]]
+    # Short documents of two splits may open with the very same words: those do not judge.
+    tokenizer = getattr(model, "tokenizer", None)
+    used = document_identities([*training, *calibration], tokenizer)
+    known = row_digests([*training, *calibration])
+    validation = documents("validation", "all")
+    shared = shares_text(validation, used, tokenizer)
+    unlike = [
+        row
+        for row, like in zip(validation, shared, strict=True)
+        if not like and row_digests([row]).isdisjoint(known)
+    ][: healing.judge]
+    if len(unlike) < healing.judge:
+        raise InputError(
+            f"text {healing.text} has {len(unlike)} validation documents that share no text with "
+            f"the others: expected {healing.judge} (judge)"
+        )
     return {
         "calibration": calibration[: healing.n_docs],
         "monitor": monitor,
-        "training": _without(training, judges | row_digests(monitor)),
-        "validation": validation,
+        "training": training,
+        "validation": torch.stack(unlike),
     }
-
-
-def _without(rows: torch.Tensor, digests: set[str]) -> torch.Tensor:
-    return rows[[row_digests([row]).isdisjoint(digests) for row in rows]]
 
 
 def _cut(

@@ -1,4 +1,4 @@
-"""What is minimised. A new objective is one row of ``OBJECTIVES``."""
+"""Training objectives. A new objective is one row of ``OBJECTIVES``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Objective:
     """One row.
 
     Attributes:
-        name: what ``objective=`` says.
-        teacher: whether it needs the intact model's logits.
-        loss: from the student's logits ``[row, vocab]``, the teacher's, and the next tokens
-            ``[row]`` to the sum over rows, nats.
+        name: its name in ``objective=``.
+        teacher: whether it needs the logits of the intact model.
+        loss: function of the student's logits ``[row, vocab]``, the teacher's logits and the next
+            tokens ``[row]``; returns the sum over rows in nats.
     """
 
     name: str

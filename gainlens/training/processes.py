@@ -37,12 +37,12 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that writes and shows progress."""
+        """Whether this process writes files and shows progress."""
         return self.rank == 0
 
     @classmethod
     def here(cls) -> Processes:
-        """The group that was launched; a process alone where there was none."""
+        """The launched group of processes, or a single process."""
         if not dist.is_available():
             return cls()
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -52,14 +52,13 @@ class Processes:
         return cls(dist.get_rank(), dist.get_world_size())
 
     def share(self, items: Sequence[Any]) -> list[Any]:
-        """Every item belongs to exactly one process."""
+        """The items of this process; every item belongs to exactly one process."""
         return list(items[self.rank :: self.count])
 
     def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes.
 
-        Between GPUs nothing but their own memory is summed; what lies on the CPU goes there and
-        back.
+        With several GPUs, tensors on the CPU are copied to the GPU, summed there and copied back.
         """
         if self.count == 1:
             return
@@ -73,7 +72,7 @@ class Processes:
                 dist.all_reduce(tensor)
 
     def most(self, number: int) -> int:
-        """The largest ``number`` of any process."""
+        """Maximum of ``number`` over all processes."""
         found: list[int] = self.gathered(number)
         return max(found)
 
@@ -86,7 +85,7 @@ class Processes:
         return found
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes arrive."""
         if self.count > 1:
             dist.barrier()
 

@@ -20,7 +20,7 @@ from gainlens.training.student import Student
 
 @dataclass(frozen=True)
 class Round:
-    """A round that is over: its plan and settings, its curve and facts."""
+    """A finished round: its plan, settings, curve and facts."""
 
     plan: SlicePlan
     settings: Settings
@@ -29,7 +29,7 @@ class Round:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a later round must find the same to go on."""
+        """What must be unchanged for a later round to resume."""
         return {"plan": tensor_digest([self.plan.keep]), "steps": self.settings.steps}
 
 
@@ -40,18 +40,18 @@ def nested_plans(
     score: str = "fisher",
     scope: Scope = "layer",
 ) -> list[SlicePlan]:
-    """Plans on the way to ``plan``, each inside the one before and the last ``plan`` itself.
+    """A series of plans that ends with ``plan``, each a subset of the one before.
 
-    Every round cuts the same share of what the round before left.
+    Every round cuts the same share of what the previous round left.
 
     Args:
-        gains: which rank the units, with ``score`` among them.
-        plan: where the way ends.
-        rounds: how many plans, at least 1.
+        gains: gains that rank the units; they must have ``score``.
+        plan: the last plan.
+        rounds: number of plans, at least 1.
         score, scope: as for ``KeyMask.quietest``.
 
     Raises:
-        InputError: no rounds, gains of another shape or without the score.
+        InputError: no rounds, or gains of another shape or without the score.
     """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise InputError(f"rounds={rounds!r}: expected a whole number of at least 1")
@@ -95,7 +95,7 @@ def as_rounds(plan: Any) -> list[SlicePlan]:
 
 
 def split_steps(settings: Settings, rounds: int) -> list[Settings]:
-    """The settings of each round; the last ones get the steps that are left over.
+    """The settings of each round; the last rounds get the remaining steps.
 
     Raises:
         InputError: fewer steps than rounds.
@@ -107,7 +107,7 @@ def split_steps(settings: Settings, rounds: int) -> list[Settings]:
 
 
 def round_file(checkpoint: str | Path | None, number: int, rounds: int) -> Path | None:
-    """The checkpoint of a round: the file itself for the last, which a run without rounds has."""
+    """The checkpoint of a round; the last (or only) round uses ``checkpoint`` itself."""
     if checkpoint is None:
         return None
     path = Path(checkpoint)

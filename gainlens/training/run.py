@@ -1,4 +1,4 @@
-"""``TrainingRun``: what training gave, its judgement, and the folder it is kept in."""
+"""``TrainingRun``: the result of training, how it is judged, and how it is saved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.data.batches import Tokens, batches
+from gainlens.data.batches import Tokens
 from gainlens.data.document_identity import row_hash
 from gainlens.data.overlap import check_overlap
 from gainlens.errors import InputError
@@ -25,17 +25,17 @@ from gainlens.training.student import Student
 
 @dataclass(eq=False)
 class TrainingRun:
-    """A trained model and how it came about.
+    """A trained model and the record of its training.
 
     Attributes:
-        student: the model, intact and cut.
-        plan: what is active, with the fingerprint of the trained model: for ``gainlens.slim``.
-        curve: per step ``step``, ``tokens``, ``loss`` (the objective, nats per position), and
-            where it was monitored ``rise`` (nats per token over the intact model) and
+        student: the model, both intact and cut.
+        plan: the active units, with the fingerprint of the trained model, for ``gainlens.slim``.
+        curve: for each step ``step``, ``tokens`` and ``loss`` (the objective, nats per position);
+            at monitored steps also ``rise`` (nats per token over the intact model) and
             ``interval``.
         facts: settings, text, bytes, seconds.
-        trained_on: digests of the documents that trained the model or said when to stop.
-        identities: of the same documents, see ``gainlens.data.overlap``.
+        trained_on: digests of the documents that trained the model or decided when to stop.
+        identities: identities of the same documents, see ``gainlens.data.overlap``.
     """
 
     student: Student = field(repr=False)
@@ -47,7 +47,7 @@ class TrainingRun:
 
     @property
     def model(self) -> Any:
-        """The trained model, at full width: its ghosts count unless the plan masks them."""
+        """The trained model at full width; ghosts contribute unless the plan masks them."""
         return self.student.model
 
     def __repr__(self) -> str:
@@ -63,21 +63,21 @@ class TrainingRun:
 
         Args:
             tokens: documents, ``[document, position]`` or a list of any lengths.
-            intact: of the original before the cut, instead of the cut and trained model.
+            intact: measure the original before the cut instead of the trained model.
         """
         return self.student.document_losses(tokens, intact=intact)
 
     def judge(self, tokens: Tokens, margin: float = MARGIN) -> Verdict:
-        """Whether the loss of the cut and trained model rose by less than ``margin``.
+        """Test whether the loss of the cut and trained model rose by less than ``margin``.
 
         Args:
-            tokens: documents that neither trained the model nor said when to stop.
-            margin: nats per token that still count as no rise.
+            tokens: documents that neither trained the model nor decided when to stop.
+            margin: largest rise that counts as none, nats per token.
 
         Raises:
-            InputError: documents of the training or parts of them, a margin of zero or below.
+            InputError: documents overlap with the training text, or the margin is not above zero.
         """
-        documents = [row for batch in batches(tokens, self.student.vocabulary) for row in batch]
+        documents = [row for batch in self.student.batches(tokens) for row in batch]
         shared = row_digests(documents) & self.trained_on
         if shared:
             raise InputError(
@@ -96,24 +96,24 @@ class TrainingRun:
         facts: Mapping[str, Any] | None = None,
         files: Mapping[str, Path] | None = None,
     ) -> Path:
-        """Write the trained model: a plain checkpoint, ``plan.json``, ``training.json``.
+        """Write the trained model as a plain checkpoint, with ``plan.json`` and ``training.json``.
 
-        The checkpoint has the original's class and its full width; any tool loads it, and computes
-        with the ghosts unless the plan cuts them (``gainlens.slim``, ``gainlens.ablate``).
+        The checkpoint has the class and the full width of the original, so any tool loads it. It
+        computes with the ghosts unless the plan cuts them (``gainlens.slim``, ``gainlens.ablate``).
 
         Args:
-            folder: a new or an empty one; written beside and renamed.
-            tokenizer: a transformers tokenizer; the model's own by default.
-            facts: more for ``training.json``, such as verdicts.
-            files: more of them to copy into the folder, by name.
+            folder: a new or empty folder. It is written under another name and then renamed.
+            tokenizer: a transformers tokenizer; by default that of the model.
+            facts: additional entries for ``training.json``, such as verdicts.
+            files: additional files to copy into the folder, by name.
 
         Returns:
             The folder.
 
         Raises:
-            InputError: the folder holds something or can't be written.
-            UnsupportedModelError: weights in a layout that transformers has not (a
-                HookedTransformer, a bridge of GPT-2 or GPT-NeoX).
+            InputError: the folder is not empty or not writable.
+            UnsupportedModelError: transformers has no such weight layout (a HookedTransformer, a
+                bridge of GPT-2 or GPT-NeoX).
         """
         chosen = getattr(self.model, "tokenizer", None) if tokenizer is None else tokenizer
         about = {**self.facts, "curve": self.curve, **(facts or {})}

@@ -1,4 +1,4 @@
-"""How a run is trained: checked before it starts, compared before it goes on."""
+"""Training settings, checked before a run starts and compared before it resumes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DECAYS = ("cosine", "linear", "constant")
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a run's weights depend on besides model, plan and text.
+    """Everything besides model, plan and text that determines the trained weights.
 
     Attributes are the arguments of ``gainlens.train_virtual_width``.
 
@@ -85,7 +85,7 @@ class Settings:
         object.__setattr__(self, "betas", betas)
 
     def share_at(self, step: int) -> float:
-        """The learning rate of ``step`` (from 0) as a share of the highest."""
+        """Learning rate at ``step`` (from 0) as a share of the maximum."""
         warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         done = step / self.steps
         if self.decay == "cosine":
@@ -93,7 +93,7 @@ class Settings:
         return warm * ((1 - done) if self.decay == "linear" else 1.0)
 
     def rate(self, group: str) -> float:
-        """The highest learning rate of a group of weights; a third of ``lr`` besides W_Q, W_K."""
+        """Maximum learning rate of a weight group; by default ``lr`` / 3 outside W_Q, W_K."""
         if group == "qk":
             return self.lr
         return self.lr / 3 if self.other_lr is None else self.other_lr

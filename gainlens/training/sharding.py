@@ -1,9 +1,9 @@
-"""Weights that nobody trains, of which each process keeps one part between uses.
+"""Weights that are not trained, divided among the processes between uses.
 
 As in fully sharded data parallelism (Rajbhandari et al., 2020: ZeRO, stage 3): a layer's weights
 are whole only while it runs, forward or backward. They are gathered as bytes, so nothing is
-rounded, and are whole again after the run. Active slices and their optimiser state, the small
-part, every process holds whole; so it does embeddings and output head.
+rounded, and are whole again after the run. Every process holds all active slices with their
+optimiser state (a small part), the embeddings and the output head.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def launched_sharded() -> bool:
 
 
 def check_whole(model: Any) -> None:
-    """Raise ``InputError`` where the parameters of ``model`` are divided already."""
+    """Raise ``InputError`` if the parameters of ``model`` are already divided."""
     # By name: the classes need a build of PyTorch with distributed tensors.
     kinds = {type(p).__name__ for p in getattr(model, "parameters", tuple)()}
     if divided := kinds & {"DTensor", "FlatParameter"}:
@@ -71,7 +71,7 @@ class Part:
         self._whole = True
 
     def free(self) -> None:
-        """Give the memory of the whole parameters back."""
+        """Free the memory of the whole parameters."""
         for parameter in self._parameters if self._whole else ():
             parameter.untyped_storage().resize_(0)
         self._whole = False
@@ -89,22 +89,22 @@ class Shards:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of this process's parts."""
+        """Bytes of the parts of this process."""
         return sum(len(part.held) for part in self._parts)
 
     def enter(self, number: int, *_: Any) -> None:
-        """A layer is about to run, forward or backward; no other needs to be whole."""
+        """Prepare one layer for a forward or backward pass; no other layer needs to be whole."""
         self.free(but=number)
         self._parts[number].fill()
 
     def free(self, *, but: int | None = None) -> None:
-        """Nothing, or one layer alone, is whole after this."""
+        """Free all layers, or all but one."""
         for number, part in enumerate(self._parts):
             if number != but:
                 part.free()
 
     def fill(self) -> None:
-        """Everything is whole."""
+        """Gather all layers."""
         for part in self._parts:
             part.fill()
 

@@ -1,10 +1,10 @@
-"""Active slices: the planned rows of a model's weights as tensors of their own.
+"""Active slices: the trained rows of the weights as separate tensors.
 
-A slice is a leaf tensor that holds the trained rows of one parameter and nothing else, so that
-gradient, optimiser state and weight decay exist for them alone. While the student runs, a
-full-width tensor made from the slice stands in the parameter's place: trained rows from the slice,
-ghost rows zero, which leaves whole rotary pairs of queries and keys out of every logit. The
-parameter itself is not written before the run is over, so the intact model can be run at any time.
+A slice is a leaf tensor with only the trained rows of one parameter, so only these have a gradient,
+optimiser state and weight decay. While the student runs, a full-width tensor made from the slice
+replaces the parameter: trained rows come from the slice, ghost rows are zero, so whole rotary pairs
+of queries and keys add nothing to any logit. The parameter itself is written only after the run, so
+the intact model can run at any time.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ def from_rows(
 
 @dataclass(eq=False)
 class Slice:
-    """What is trained of one parameter.
+    """The trained part of one parameter.
 
     Attributes:
-        name: of the parameter.
-        group: ``qk`` or ``other``; each has its learning rate.
-        stored: the parameter, untouched until ``write``.
+        name: name of the parameter.
+        group: ``qk`` or ``other``; each has its own learning rate.
+        stored: the parameter, unchanged until ``write``.
         places: every module attribute that holds it (tied weights have two).
         layout: see ``Layout``.
-        trained: the rows in ``leaf``; None for all of the parameter.
-        leaf: their values, float32 or wider; None where nothing of the parameter is trained.
+        trained: the rows in ``leaf``; None for the whole parameter.
+        leaf: their values, float32 or wider; None if nothing of the parameter is trained.
         rest: all rows, for those that are not trained: ghosts zero, refitted rows with their new
             values; None where every other row is zero.
         written: rows that ``write`` puts into the parameter.
@@ -115,7 +115,7 @@ class Slice:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Put the active rows into the parameter; every other bit of it stays."""
+        """Write the active rows into the parameter; all other bits stay unchanged."""
         new = self.full()
         if self.written is None:
             self.before = self.stored.detach().clone()
@@ -141,7 +141,7 @@ class Slice:
 
 @contextmanager
 def swapped(tensors: list[tuple[Slice, torch.Tensor]]) -> Iterator[None]:
-    """Inside the ``with``, ``tensors`` stand in the places of their parameters."""
+    """Inside the ``with``, ``tensors`` replace their parameters."""
     try:
         for part, tensor in tensors:
             for module, leaf in part.places:
@@ -165,7 +165,7 @@ def places_of(root: torch.nn.Module) -> dict[int, list[Place]]:
 
 @contextmanager
 def frozen(root: torch.nn.Module) -> Iterator[None]:
-    """No stored parameter takes a gradient inside the ``with``; after it they are as before."""
+    """Turn off gradients of all stored parameters inside the ``with``."""
     wanted = [p for p in root.parameters() if p.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""``Student``: one set of stored weights, run intact (the teacher) or at virtual width."""
+"""``Student``: one set of weights that runs intact (the teacher) or at virtual width."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from gainlens.training.slices import (
 )
 
 SAME_LOGITS = 1e-3
-"""Largest difference from the model's own logits at which its fast copy is used, in float32."""
+"""Largest difference from the logits of the model at which the fast copy is used, float32."""
 PRECISIONS = ("float32", "bfloat16")
 
 QueriesKeys = list[tuple[torch.Tensor, torch.Tensor]]
@@ -46,28 +46,28 @@ QueriesKeys = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Student:
-    """A model whose planned units are trained, and the intact model in one.
+    """The model in training and the intact model, in one object.
 
-    Forward passes go through a fast copy with fused attention (``gainlens.model.fast_copy``) where
-    there is one that gives the model's own logits, otherwise through the model itself.
+    Forward passes use a fast copy with fused attention (``gainlens.model.fast_copy``) if one gives
+    the same logits as the model, otherwise the model itself.
 
     Args:
         model: a TransformerBridge, a HookedTransformer or a transformers model.
-        plan: what is active; its maps are folded into the active rows first.
-        train: what is trained; see ``gainlens.training.find.TRAINABLE``.
+        plan: the active units; its maps are first folded into the active rows.
+        train: which weights to train; see ``gainlens.training.find.TRAINABLE``.
         precision: ``float32``, or ``bfloat16`` for matrix products in bfloat16 with weights,
             residual stream, gradients and optimiser in float32.
 
     Attributes:
-        slices: what is active, parameter by parameter.
-        train: what is trained.
-        n_heads: query heads.
-        shards: where processes divide the layers' weights, their parts.
+        slices: the active slices of each parameter.
+        train: names of the trained weights.
+        n_heads: number of query heads.
+        shards: the parts of the layer weights, if processes divide them.
 
     Raises:
-        InputError: a plan of another model, in another basis, or with thin values; see
+        InputError: the plan is of another model, in another basis, or has thin values; see
             ``find_slices``.
-        UnsupportedModelError: a family that can't be made slim.
+        UnsupportedModelError: this family cannot be made slim.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Student:
             self._longest = int(model.cfg.n_ctx)
         elif not self.family.rotary_dim(self.config):
             self._longest = int(self.config.max_position_embeddings)
-        # A bridge trains its own parts of a joint matrix, which a fast copy does not run.
+        # A bridge trains separate parts of a joint matrix, which a fast copy does not use.
         joint = bridge and source.family.layout.joint
         self.fast_copy = (
             None if joint or (lens and not bridge) else self._verified_fast_copy(bridge)

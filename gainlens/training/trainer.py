@@ -1,4 +1,4 @@
-"""``Trainer``: the loop of a run, or of one of its rounds."""
+"""``Trainer``: the training loop of a run or of one round."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from gainlens.training.settings import Settings
 from gainlens.training.student import QueriesKeys, Student
 
 CHECKED = 256
-"""Tokens on which weights are checked before they are kept."""
+"""Number of tokens on which weights are checked before they are saved."""
 HEAD_ROWS = 128
-"""Positions whose logits are held at a time."""
+"""Number of positions whose logits are in memory at a time."""
 
 
 class TrainingError(GainlensError, RuntimeError):
-    """Training can't go on; the message names the step. The last good checkpoint stays."""
+    """Training cannot continue; the message names the step. The last good checkpoint is kept."""
 
 
 class Trainer:
-    """The loop: one step after another, the same on every process.
+    """The training loop, identical on every process.
 
-    ``earlier`` says ``plan`` (a digest) and ``steps`` of each round before this one, after which
-    the text goes on where they ended.
+    ``earlier`` has ``plan`` (a digest) and ``steps`` of each earlier round. The text continues
+    where those rounds ended.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Trainer:
         self._texts = (text_fingerprint(documents), text_fingerprint(watched))
 
     def header(self) -> dict[str, Any]:
-        """What must be the same for a run to go on, in the order in which it is told."""
+        """What must be unchanged for a run to resume, in the order in which it is reported."""
         student, maps = self.student, self.student.plan.maps
         before = {"earlier rounds": self.earlier} if self.earlier else {}
         return {
@@ -86,7 +86,7 @@ class Trainer:
         }
 
     def facts(self) -> dict[str, Any]:
-        """What a result must say about how it was made."""
+        """Facts about the training for the result."""
         active = sum(leaf.numel() * leaf.element_size() for leaf in self.leaves)
         return {
             "architecture": self.student.architecture,
@@ -109,7 +109,7 @@ class Trainer:
 
     @torch.enable_grad()  # a notebook may have turned gradients off for good
     def run(self, checkpoint: Path | None, save_every: int, progress: bool) -> None:
-        """From the last checkpoint, or the start, to the end."""
+        """Train from the last checkpoint, or the start, to the end."""
         first = 0
         if checkpoint is not None and checkpoint.exists():
             found = load_checkpoint(checkpoint, self.student.slices, self.optimizer, self.header())
@@ -190,11 +190,11 @@ class Trainer:
         return loss
 
     def _idle(self, passes: int) -> int:
-        """How many passes of nothing follow ``passes``: gathering shards takes all processes."""
+        """Number of empty passes after ``passes``: all processes must take part in gathering."""
         return 0 if self.student.shards is None else self.processes.most(passes) - passes
 
     def _chosen(self, step: int) -> list[Int[torch.Tensor, " pos"]]:
-        """The documents of a step: each pass over the text has an order of its own."""
+        """The documents of a step; each epoch has its own order."""
         n, batch = len(self.documents), min(self.settings.batch, len(self.documents))
         step += self.steps_before
         found = []
@@ -216,10 +216,10 @@ class Trainer:
     def _backward(
         self, batch: Int[torch.Tensor, "document pos"], count: float, share: float
     ) -> float:
-        """Add the gradient of some documents to the leaves; their part of the step's loss.
+        """Add the gradient of some documents to the leaves; returns their part of the loss.
 
-        The output head is run on a few positions at a time, forward and backward, so that not
-        all logits are held.
+        The output head runs on a few positions at a time, forward and backward, so that not all
+        logits are in memory.
         """
         student, objective, settings = self.student, self.objective, self.settings
         matching = settings.attention > 0
@@ -267,9 +267,9 @@ class Trainer:
         return total
 
     def _check_good(self, step: int) -> None:
-        """What replaces the last good checkpoint, or the model's weights, must be good itself.
+        """Check the weights before they replace the last good checkpoint or those of the model.
 
-        The last step's loss was that of the weights before it.
+        The loss of the last step belongs to the weights before that step.
 
         Raises:
             TrainingError: a weight, or a loss with it, is not finite.

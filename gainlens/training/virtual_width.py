@@ -1,4 +1,4 @@
-"""``train_virtual_width``: train the active units of a model, and nothing else."""
+"""``train_virtual_width``: train only the active units of a model."""
 
 from __future__ import annotations
 
@@ -45,40 +45,40 @@ def train_virtual_width(
     progress: bool = True,
     **settings: Any,
 ) -> TrainingRun:
-    """Train the units that a plan keeps, at full width, with the cut units left out.
+    """Train the units that a plan keeps, at full tensor width, without the cut units.
 
-    Of W_Q and W_K only the planned rows get a gradient, optimiser state and weight decay. The
-    ghost rows add nothing to any attention logit and stay bit for bit as they were, so the result
-    slims without loss. The model's own weights are written once, at the end: a run that fails
-    leaves the model as it was.
+    Only the kept rows of W_Q and W_K have a gradient, optimiser state and weight decay. The cut
+    (ghost) rows add nothing to any attention logit and do not change by a single bit, so the result
+    can be made slim without loss. The weights of the model are written once, at the end: a run that
+    fails does not change the model.
 
-    By default this heals: what is minimised is the divergence from the intact model's own
-    next-token distribution, so that the text's domain is not learned. ``objective="next_token"``
-    trains on the text, for models from scratch.
+    By default this heals a cut. The loss is the divergence from the next-token distribution of the
+    intact model, so the model does not learn the domain of the text. ``objective="next_token"``
+    trains on the text itself, for models from scratch.
 
-    Where a norm sits on the keys (Qwen3, Gemma3), its statistic runs over the full width: there
-    the ghosts are masked after the norm, and still count in it, as in the slim model.
+    If a norm acts on the keys (Qwen3, Gemma3), its statistic is over the full width. There the
+    ghosts are masked after the norm and still count in it, as in the slim model.
 
     Args:
         model: a TransformerBridge, a HookedTransformer or a transformers model; changed in place.
-        plan: a cut of this model, or a ``SlicePlan``; training starts from the maps of a cut that
-            has any (``gainlens.best_cut``). Several, each inside the one before, cut in rounds:
-            ``steps`` are divided among them, each round has the learning-rate schedule of its
-            own, and the last is the result (see ``nested_plans``).
-        tokens: training text, ``[document, position]`` or documents of any length; another than
-            what chose the plan and than what judges.
+        plan: a cut of this model, or a ``SlicePlan``. If the cut has maps
+            (``gainlens.best_cut``), training starts from them. Several plans, each a subset of the
+            one before, cut in rounds: ``steps`` are divided among them, each round has its own
+            learning-rate schedule, and the last plan is the result (see ``nested_plans``).
+        tokens: training text, ``[document, position]`` or documents of any length. It must share no
+            document with the text that chose the plan or the text that judges.
         steps: optimiser steps in all, each on ``batch`` documents.
-        monitor: documents of the training or calibration text, none of ``tokens``, on which the
-            rise of the loss is shown during the run and by which it may stop. They choose when to
-            stop, so they can't judge: see ``TrainingRun.judge``.
-        checkpoint: a file that is written every ``save_every`` steps; when it is there already,
-            the run goes on from it, on a CPU to the same bytes as without the interruption. Of
-            several rounds each has a file, beside it, with the round's number in the name.
+        monitor: documents on which the rise of the loss is measured during the run, and which may
+            stop it. Take them from the training or calibration text, but not from ``tokens``. They
+            choose when to stop, so they cannot judge: see ``TrainingRun.judge``.
+        checkpoint: a file that is written every ``save_every`` steps. If it exists, the run resumes
+            from it; on a CPU the result has the same bytes as without the interruption. With
+            several rounds, each has a file of its own, with the number of the round in the name.
         save_every: steps between checkpoints.
         tokens_per_batch: upper bound on tokens per forward pass; larger steps are accumulated.
-        shard: where several processes train, divide the layers' weights that are not trained
-            among them (transformers models, and bridges of them); by default as ``accelerate
-            launch`` was told (``--use_fsdp``).
+        shard: with several processes, divide the layer weights that are not trained among them
+            (only transformers models and bridges of them). By default this follows the options of
+            ``accelerate launch`` (``--use_fsdp``).
         progress: show a progress bar.
         settings: see ``gainlens.training.Settings``: ``objective`` (``divergence``,
             ``next_token``), ``train`` (``q``, ``k``, ``v``, ``o``, ``mlp``, ``norm``,
@@ -94,13 +94,13 @@ def train_virtual_width(
         ``save``.
 
     Raises:
-        InputError: nothing active, a document shorter than two tokens or longer than the model
-            reads, ids that it does not know, ``stop_margin`` without ``monitor``, documents that
-            are monitored and trained on, a setting out of range, a plan of another model or not
-            inside the one before, a checkpoint of another run or one that another process is
-            writing, a folder that can't be written.
-        UnsupportedModelError: a family that can't be made slim.
-        TrainingError: a loss or a gradient that is not finite; names the step.
+        InputError: nothing is active; a document has fewer than two tokens or exceeds the context
+            of the model; token ids are unknown to the model; ``stop_margin`` without ``monitor``;
+            documents are both monitored and trained on; a setting is out of range; a plan is of
+            another model or no subset of the one before; the checkpoint is of another run or being
+            written by another process; a folder is not writable.
+        UnsupportedModelError: this family cannot be made slim.
+        TrainingError: the loss or a gradient is not finite; the message names the step.
     """
     plans = as_rounds(plan)
     try:

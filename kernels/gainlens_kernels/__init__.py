@@ -1,7 +1,7 @@
 """Attention with thin keys and full values: one operator for CPU and GPU.
 
 ``sliced_attention`` computes grouped-query attention for queries and keys whose head size
-differs from that of the values, without widening, repeating or materialising anything of size
+differs from that of the values. It does not widen or repeat tensors, and holds nothing of size
 queries × keys. ``reference`` is the same function in plain PyTorch.
 """
 

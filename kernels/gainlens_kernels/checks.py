@@ -1,4 +1,4 @@
-"""What the operator accepts, and the errors that say what it got instead."""
+"""Checks of the arguments of the operator, with error messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _shape(x: torch.Tensor) -> str:
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raise ``SlicedAttentionError`` unless q, k and v belong together.
+    """Raise ``SlicedAttentionError`` unless shapes, dtypes and devices of q, k and v match.
 
     Shapes: q ``[batch, heads, tq, d_qk]``, k ``[batch, kv_heads, tk, d_qk]``,
     v ``[batch, kv_heads, tk, d_v]``.
@@ -73,7 +73,7 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def check_scale(scale: float) -> float:
-    """Return the scale as a float, or raise if it is no finite number."""
+    """Return the scale as a float, or raise if it is not a finite number."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float, Real)):
         raise SlicedAttentionError(f"scale is {scale!r}, expected a finite number")
     if not abs(scale) <= 1e38:  # an integer may be too large to be made a float
@@ -107,7 +107,7 @@ def check_arguments(
     lengths: torch.Tensor | None,
     starts: torch.Tensor | None,
 ) -> float:
-    """All that can be checked without reading values; the scale as a float.
+    """Check everything that needs no tensor values; return the scale as a float.
 
     Shapes as for ``check_tensors``; ``lengths`` and ``starts`` are ``[batch]``.
     """
@@ -128,9 +128,9 @@ def check_gradient(grad: torch.Tensor, q: torch.Tensor, v: torch.Tensor) -> None
 
 
 def own_bounds(bounds: torch.Tensor | None) -> torch.Tensor | None:
-    """A copy as contiguous int64 that nobody else writes, for ``[batch]`` integers on the CPU.
+    """A private contiguous int64 copy of ``[batch]`` integers on the CPU.
 
-    What is checked is then what is used, also where another thread changes them.
+    The checked values are then the values in use, even if another thread changes the original.
     """
     if bounds is None:
         return None
@@ -138,7 +138,7 @@ def own_bounds(bounds: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def check_bound_values(name: str, bounds: torch.Tensor | None, tk: int) -> None:
-    """Raise unless every value lies in [0, tk]; reads the values, so for the CPU only."""
+    """Raise unless every value lies in [0, tk]. It reads the values, so only for the CPU."""
     if bounds is None:
         return
     for row, value in enumerate(bounds.tolist()):

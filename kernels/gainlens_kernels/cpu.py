@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: loading, and PyTorch's threads for them."""
+"""Load the compiled CPU kernels, and run them on the threads of PyTorch."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _warned = False
 
 
 def warn_once() -> None:
-    """Say once, at first use, that the slow path is taken and why."""
+    """Warn once, at first use, that the slow path is used, with the reason."""
     global _warned
     if not _warned:
         _warned = True
@@ -128,5 +128,5 @@ def attend(
 
 
 def supports(q: torch.Tensor) -> bool:
-    """Whether the compiled kernels take this dtype and device."""
+    """Whether the compiled kernels support this dtype and device."""
     return native is not None and q.is_cpu and q.dtype in _CODES

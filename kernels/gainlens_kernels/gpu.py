@@ -21,7 +21,7 @@ def _recent(index: int) -> bool:
 
 
 def supports(q: torch.Tensor) -> bool:
-    """Whether the Triton kernels take this tensor's dtype and device."""
+    """Whether the Triton kernels support the dtype and device of this tensor."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     return (
         available()

@@ -41,7 +41,7 @@ def _forward(
     lengths: torch.Tensor | None,
     starts: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What the operator computes; called as ``torch.ops…``, nothing has been checked before."""
+    """The implementation of the operator. Calls through ``torch.ops…`` are not checked before."""
     scale = check_arguments(q, k, v, scale, lengths, starts)
     if cpu.supports(q):
         return cpu.attend(q, k, v, scale, causal, lengths, starts)
@@ -149,7 +149,7 @@ def _no_second_gradient(ctx: Any, *_: Any) -> Any:
 
 
 class _Transformed(torch.autograd.Function):
-    """The operator under torch.func's grad and vmap, in which custom operators take no part."""
+    """The operator under grad and vmap of torch.func, which do not support custom operators."""
 
     generate_vmap_rule = True
 
@@ -188,11 +188,11 @@ _dispatch: Callable[..., torch.Tensor] = _operator
 
 
 def _make_is_plain() -> Any:
-    """A function that says whether a call can bypass PyTorch's dispatcher.
+    """A function that tells whether a call can bypass the dispatcher of PyTorch.
 
-    Dispatching a custom operator costs several times the attention of one query. It is skipped
-    only where nothing can be watching: no tracing, no modes, no function transforms, no forward
-    gradients. A PyTorch in which one of these cannot be asked always dispatches.
+    Dispatching a custom operator costs several times the attention of one query. It is skipped only
+    without tracing, modes, function transforms and forward gradients. If a version of PyTorch does
+    not expose one of these states, calls are always dispatched.
     """
     try:
         dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -265,8 +265,8 @@ def sliced_attention(
         taken over the keys that the query may attend to, and over no other.
 
     Raises:
-        SlicedAttentionError: An argument cannot be used; the message names it. On a GPU the
-            values of ``lengths`` and ``starts`` are not looked at: they are clamped to [0, tk].
+        SlicedAttentionError: An argument is invalid; the message names it. On a GPU the values
+            of ``lengths`` and ``starts`` are not checked but clamped to [0, tk].
     """
     scale = check_arguments(q, k, v, scale, lengths, starts)
     if torch.compiler.is_compiling():
@@ -290,7 +290,7 @@ def sliced_attention(
 
 
 def backend(device: str | torch.device = "cpu") -> str:
-    """What computes on this device: ``"cpu (avx512, openmp)"``, ``"triton"``, ``"reference"``."""
+    """Name of the backend of a device: ``cpu (avx512, openmp)``, ``triton`` or ``reference``."""
     kind = torch.device(device).type
     if kind == "cpu" and cpu.native is not None:
         return f"cpu ({cpu.native.instruction_set()}, {cpu.native.thread_backend()})"

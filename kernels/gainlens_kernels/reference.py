@@ -1,4 +1,4 @@
-"""The operator in plain PyTorch: its definition, and the answer where nothing is compiled."""
+"""The operator in plain PyTorch: its definition, and the fallback without compiled kernels."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def allowed_keys(
 
 
 def _weighted_values(weights: torch.Tensor, allowed: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """``weights @ v`` in which a key that a row may not attend to never touches it.
+    """``weights @ v``, unaffected by keys that a row may not attend to.
 
     A plain product would turn 0 · NaN of a masked key into NaN.
     """

@@ -272,10 +272,10 @@ def _bounds(values: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor:
 
 
 def plan_splits(pairs: int, rows: int, tk: int, processors: int) -> int:
-    """Into how many parts the keys of one KV head are split: 1 for prefill.
+    """Number of parts into which the keys of one KV head are split; 1 for prefill.
 
-    Few rows mean one block of them per KV head; parts of at least 256 keys are made until there
-    are about four programs per multiprocessor, which is what keeps its memory pipes full.
+    Few rows give one block per KV head. The keys are split into parts of at least 256 until there
+    are about four programs per multiprocessor, enough to keep its memory pipelines full.
     """
     if rows > 64:
         return 1

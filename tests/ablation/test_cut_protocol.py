@@ -155,7 +155,7 @@ def test_cuts_of_other_kinds_have_one_mode(unchecked, mask, tiny, tiny_gains):
         pass
     with pytest.raises(InputError, match="expected a cut"):
         gl.ablation_hooks(tiny, mask.keep)
-    with pytest.raises(InputError, match="no file"):
+    with pytest.raises(InputError, match="cannot be saved"):
         mask.in_mode("mean", gains=tiny_gains).save("x")
 
 

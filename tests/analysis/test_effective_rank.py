@@ -66,14 +66,13 @@ def test_a_silent_rotation_is_turned_here():
     model, tokens = bridge(name), family_tokens(6, 12)
     found = effective_rank(model, tokens, progress=False)
     from gainlens.model.finding_sites import key_sites
-    from gainlens.model.rotation import rotate
 
     sites = key_sites(model)
     kept = {}
     hook = ("blocks.1.attn.hook_k", lambda x, hook: kept.update(k=x.detach()))
     with torch.inference_mode():
         model.run_with_hooks(tokens, fwd_hooks=[hook], return_type=None)
-    turned = rotate(kept["k"].float(), sites.frequencies[1], sites.pairing)
+    turned = sites.rotation.turn(1, 12).heads(kept["k"].float())
     participation, _ = by_hand(turned[:, :, 0].flatten(0, 1).double().numpy())
     assert found.participation["key", "rotated"][1, 0] == pytest.approx(participation, rel=1e-3)
 
@@ -81,5 +80,5 @@ def test_a_silent_rotation_is_turned_here():
 def test_no_rotation_has_one_stage_and_one_token_no_rank():
     found = effective_rank(bridge("GPT2LMHeadModel"), family_tokens(), progress=False)
     assert {stage for _, stage in found.entropy} == {"projected"}
-    with pytest.raises(gl.errors.InputError, match="two or more"):
+    with pytest.raises(gl.errors.InputError, match="at least 2"):
         effective_rank(bridge("GPT2LMHeadModel"), family_tokens(1, 1), progress=False)

@@ -59,7 +59,7 @@ def test_every_run_is_that_of_plain_hooks(any_tiny, tiny_gains, tiny_validation,
         0.95, len(difference) - 1, difference.mean(), scipy.stats.sem(difference)
     )
     assert (low, high) == pytest.approx(ends)
-    with pytest.raises(gl.errors.InputError, match="was not made"):
+    with pytest.raises(gl.errors.InputError, match="does not exist"):
         found.difference(("key", "loudest"), ("key", "given"))
 
 

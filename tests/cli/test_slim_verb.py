@@ -15,6 +15,7 @@ import gainlens as gl
 from gainlens.export import SlicePlan, plan_of, slim
 from gainlens.export.judging import document_losses
 from gainlens.export.recipe import refitted
+from gainlens.files import sealed, write_json
 from gainlens.model.loading import load_hf
 
 TEXT = ["--model", "tiny", "--n-docs", "6", "--length", "64", "--judge", "4"]
@@ -135,7 +136,9 @@ def test_bad_input_leaves_nothing(tmp_path, capsys, tiny_gains):
     assert "rotary pairs" in refused(capsys, "--plan", tmp_path / "half.json", "--out", out)
     document = SlicePlan(torch.ones(4, 2, 32, dtype=torch.bool)).to_json()
     document["keep"][1][0] = []
-    (tmp_path / "empty.json").write_text(json.dumps(document))
+    for name in ("format", "kind", "checksum"):
+        del document[name]
+    write_json(tmp_path / "empty.json", sealed("slice_plan", document))
     assert "key head 0 of layer 1 no dimension" in refused(
         capsys, "--plan", tmp_path / "empty.json", "--out", out
     )

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,9 +127,8 @@ def test_slim_takes_the_folder(healed, tmp_path):
 
 
 def test_a_plan_file_is_taken(healed, tmp_path):
-    kept = read_json(healed / "plan.json")
     own = tmp_path / "plan.json"
-    plan = gl.SlicePlan.from_json({**kept, "fingerprint": None})
+    plan = replace(gl.SlicePlan.load(healed / "plan.json"), fingerprint=None)
     plan.save(own)
     out = tmp_path / "out"
     call = ["train", *SMALL, "--plan", str(own), "--refit-rounds", "0", "--steps", "1"]
@@ -151,7 +151,7 @@ def test_goes_on_after_an_interrupt(healed, tmp_path, monkeypatch, capsys):
     call = ["train", *SMALL, "--steps", "3", "--out", str(out)]
     capsys.readouterr()
     assert main(call) == 130
-    assert f"the same command goes on from {out}.part" in capsys.readouterr().err
+    assert f"the same command resumes from {out}.part" in capsys.readouterr().err
     assert not out.exists()
     assert main([*call, "--lr", "1e-3"]) == 2
     assert "unfinished run with lr=0.0006, not 0.001" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from calls import status_of
 from oracle_surgery import plain_surgery
 
 import gainlens as gl
@@ -124,7 +125,7 @@ def test_bench_says_what_it_measured(tmp_path, capsys):
     assert facts["ratio_to_bare"]["bare"] == 1
     assert set(facts["seconds"]) == {"bare", "probed", "ablated"}
     assert facts["machine"] == printed["machine"]
-    assert main(["bench", *SMALL, "--repeats", "0", "--out", str(out)]) == 2
+    assert status_of(["bench", *SMALL, "--repeats", "0", "--out", str(out)]) == 2
 
 
 def broken_model(folder):

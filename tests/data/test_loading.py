@@ -312,7 +312,7 @@ def test_too_few_says_how_many_there_are(tokenizer, tmp_path):
         ("latin.txt", b"caf\xe9", "not UTF-8.*byte 3"),
         ("broken.jsonl", b'{"text": ', "line 1 of"),
         ("number.jsonl", b'{"text": "ok"}\n{"text": 3}', "line 2 of"),
-        ("table.csv", b"a,b", "neither .txt nor .jsonl"),
+        ("table.csv", b"a,b", "not .txt, .jsonl or .parquet"),
     ],
 )
 def test_files_that_are_no_text(tokenizer, tmp_path, file, content, wanted):
@@ -326,7 +326,7 @@ def test_files_that_are_no_text(tokenizer, tmp_path, file, content, wanted):
 
 
 def test_sources_that_are_not_there(tokenizer, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"no \.txt or \.jsonl"):
+    with pytest.raises(InputError, match=r"no \.txt, \.jsonl"):
         load_tokens(tmp_path, tokenizer)
     with pytest.raises(InputError, match="no-such-set") as error:
         load_tokens("nobody-at-all/no-such-set", tokenizer)  # the hub is off in the tests

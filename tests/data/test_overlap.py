@@ -80,7 +80,7 @@ def test_merged_identities_and_whole_texts():
     known = document_identities(TOKENS[:6]) + document_identities(TOKENS[6:])
     assert known == document_identities(TOKENS) == document_identities(list(TOKENS))
     assert document_identities(TOKENS[:, :16]) == ()
-    with pytest.raises(InputError, match="no identity of a document"):
+    with pytest.raises(InputError, match="not a document identity"):
         check_overlap(OTHERS, ["0123456789ab"])
 
 

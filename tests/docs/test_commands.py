@@ -14,6 +14,7 @@ import pytest
 from test_blocks import PAGES, blocks
 
 from gainlens.cli.main import main
+from gainlens.data.sources import documents
 
 pytestmark = pytest.mark.one_env
 
@@ -21,7 +22,6 @@ STAND_INS = {"smollm2": "tiny", "my_checkpoint": "tiny"}
 """Models of the text, and what runs in their place."""
 FEW = {"--steps": "2", "--permutations": "50"}
 """Counts that only cost time; every other option is as printed."""
-PIECES = ("The people and the government of the United States. ", "A page of notes, number ")
 
 
 def commands(page):
@@ -56,7 +56,7 @@ def on_the_small_model(words):
 @pytest.fixture
 def readers_folder(tmp_path, monkeypatch):
     """What the pages take a reader to have: notes, and a file of own documents."""
-    texts = [f"{PIECES[1]}{n}. {PIECES[0] * 60}" for n in range(80)]
+    texts = [text[:4000] for text in documents("stdlib") if len(text) > 1500][:400]
     (tmp_path / "notes").mkdir()
     for number, text in enumerate(texts):
         (tmp_path / f"notes/{number}.txt").write_text(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -56,11 +57,28 @@ def test_faults_of_a_docstring_are_found():
     assert "unknown shape" in docstrings.faults_of(unshaped, "f")[0]
 
 
+def test_an_override_may_leave_its_parameters_to_the_base_class():
+    class Base:
+        def edit(self, tensors: "dict[str, torch.Tensor]", depth: int):
+            """Change ``tensors`` down to ``depth``."""
+
+    class Kind(Base):
+        def edit(self, tensors: "dict[str, torch.Tensor]", depth: int):
+            """Change nothing."""
+
+    Base.__module__ = Kind.__module__ = "gainlens.made_up"
+    above = docstrings.overridden(Kind, "edit")
+    assert docstrings.faults_of(Kind.edit, "f", "", above) == []
+    assert docstrings.faults_of(Kind.edit, "f") == ["f: says nothing of tensors, depth"]
+
+
 def test_every_public_name_is_on_one_api_page():
     text = "".join(p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs/api").glob("*.md")))
     for name in gl.__all__:
         assert text.count(f"{{ #gainlens.{name} }}") == 1, name
-    assert sum(map(len, api.names_by_page().values())) == len(gl.__all__)
+    down = [f"{room}.{n}" for room, names in gl._ONE_LEVEL_DOWN.items() for n in names]
+    listed = [name for entries in api.names_by_page().values() for name, _ in entries]
+    assert sorted(listed) == sorted([*gl.__all__, *down])
 
 
 def test_a_missing_record_says_how_to_make_it(monkeypatch, tmp_path):
@@ -75,6 +93,37 @@ def test_a_missing_record_says_how_to_make_it(monkeypatch, tmp_path):
                  claims.planted, ledgers.kernels, ledgers.engines, slim.page, healing.page,
                  from_scratch.page, ledgers.cost, worth.worth):  # fmt: skip
         assert "Not recorded yet" in make()
+
+
+def test_records_of_the_map_before_and_after_the_profile(monkeypatch):
+    """Keys of the present are taken from a map that is made here."""
+    from parts import claims
+
+    gains = np.random.default_rng(0).lognormal(0, 0.5, (5, 1, 12))
+    cmap = gl.coordinate_map(gains, frequency=10.0 ** -np.arange(12), n_permutations=9)
+    mapped, summary = cmap.to_json(), cmap.summary()
+    line = claims._agreement(mapped)
+    assert f"{summary['residual_correlation']:.3f}" in line
+    assert f"{summary['null_cosine_frequency']:.3f}" in line
+    old = {"cosine": 0.9, "null_cosine_band": 0.8}
+    assert "0.800" in claims._agreement({"summary": old})
+
+    row = {"score": "qk", "stage": "rotated", "unit": "pair", "answer": cmap.answer, **summary}
+    cost = {"scope": "universal", "order": "random", "fraction": 0.5, "score": "random",
+            "rise": 1.5, "interval": [1.0, 2.0]}  # fmt: skip
+    measured = {"rows": [cost], "n_documents": 2, "n_tokens": 512}
+    facts = {"map": {**mapped, "sharing_cost": measured}, "similarity": [row]}
+    monkeypatch.setattr(claims, "recorded", lambda path: facts)
+    head, _, values = claims.similarity().splitlines()[:3]
+    cells = dict(zip(head.split("|"), values.split("|"), strict=True))
+    assert cells[" beyond frequency "].strip() == f"{summary['residual_correlation']:.3f}"
+    assert cells[" frequency null "].strip() == f"{summary['null_cosine_frequency']:.3f}"
+    assert "| universal, random (control) | random | 50% | +1.500 |" in claims.sharing_cost()
+
+    before = {"sharing": "random model", "cut": 0.5, "score": "random", "rise": 1.5,
+              "interval": [1.0, 2.0]}  # fmt: skip
+    facts["map"] = {"price": {**measured, "rows": [before]}}
+    assert "| universal, random (control) | random | 50% | +1.500 |" in claims.sharing_cost()
 
 
 def test_numbers_read_as_numbers():

@@ -215,7 +215,7 @@ def test_a_slim_folder_with_a_flipped_bit(thin, tmp_path):
     data = bytearray(file.read_bytes())
     data[-11] ^= 4
     file.write_bytes(data)
-    with pytest.raises(FileFormatError, match="is not what was written"):
+    with pytest.raises(FileFormatError, match="does not match its checksum"):
         load_slim(folder)
 
 

@@ -43,10 +43,15 @@ def test_from_gains_belongs_to_the_model(tiny, tiny_gains):
     slim(tiny, plan)
 
 
-@pytest.mark.parametrize("keep", [0, -0.1, 1.5, True])
-def test_shares_that_mean_nothing(tiny_gains, keep):
-    with pytest.raises(InputError, match="keep="):
-        SlicePlan.from_cut(KeyMask.quietest(tiny_gains, 1 - keep))
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, True, "half"])
+def test_shares_that_mean_nothing(unchecked, tiny_gains, fraction):
+    with pytest.raises(InputError, match="fraction="):
+        KeyMask.quietest(tiny_gains, fraction)
+
+
+def test_a_plan_of_nothing(tiny_gains):
+    with pytest.raises(InputError, match="no dimension"):
+        SlicePlan.from_cut(KeyMask.quietest(tiny_gains, 1.0))
 
 
 def test_a_head_with_nothing():

@@ -132,6 +132,7 @@ def test_every_kind_in_the_code_has_a_row():
     code = "\n".join(p.read_text(encoding="utf-8") for p in root.rglob("*.py"))
     named = set(re.findall(r'(?:save_tensors|load_tensors)\(\s*\w+, "([\w-]+)"', code))
     named |= set(re.findall(r'^KIND = "([\w-]+)"', code, re.MULTILINE))
+    named |= set(re.findall(r'^    kind = "([\w-]+)"', code, re.MULTILINE))  # of cuts
     assert named - ELSEWHERE - {"gainlens-report"} == set(KINDS)
 
 
@@ -244,7 +245,7 @@ TENSORS = {
     "refit: query rows": ("refit", lambda t, f: t.update(query_maps=torch.ones(2, 4, 4, 4))),
     "refit: NaN": ("refit", lambda t, f: t.update(key_maps=nan(t["key_maps"]))),
     "refit: heads": ("refit", lambda t, f: t.update(query_maps=t["query_maps"][:, :3])),
-    "refit: facts": ("refit", lambda t, f: f.update(mask=[])),
+    "refit: facts": ("refit", lambda t, f: f.update(refit=[])),
     "training: NaN": ("training", lambda t, f: t.update({"active.q": nan(t["active.q"])})),
     "training: state": (
         "training",
@@ -363,5 +364,5 @@ def test_configs_of_no_model_end_before_one_is_built(settings, tmp_path):
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **settings}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for load in (check_config, gl.load_model, gl.load_slim):
-        with pytest.raises(FileFormatError, match="is of no model"):
+        with pytest.raises(FileFormatError, match="does not describe a valid model"):
             load(tmp_path)

@@ -284,7 +284,7 @@ def test_a_changed_file_is_found_and_standard_tools_agree(tmp_path):
     data = bytearray(file.read_bytes())
     data[1234] ^= 1
     file.write_bytes(data)
-    with pytest.raises(FileFormatError, match=r"weights\.bin is not what was written"):
+    with pytest.raises(FileFormatError, match=r"weights\.bin does not match its checksum"):
         check_sums(target)
     file.unlink()
     with pytest.raises(FileFormatError, match=r"weights\.bin.*missing"):

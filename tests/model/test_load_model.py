@@ -333,7 +333,7 @@ def test_missing_and_truncated_weights(folders, tmp_path):
         ("nobody-at-all/no-such-model", "no-such-model"),
         ("a/b/c", "does not exist"),
         ("smolm2", "did you mean 'smollm2'"),
-        ("", "names no model"),
+        ("", "is empty"),
     ],
 )
 def test_names_of_no_model(tmp_path, name, wanted):
@@ -345,7 +345,7 @@ def test_names_of_no_model(tmp_path, name, wanted):
 
 def test_folder_with_a_broken_config(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError) as error:
+    with pytest.raises(GainlensError) as error:
         load_model(tmp_path)
     assert str(tmp_path) in one_line(error)
 

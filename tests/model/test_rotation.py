@@ -116,6 +116,7 @@ def test_a_cut_after_a_scaled_rotation(name, length):
 @pytest.mark.parametrize("name", ROPES)
 def test_gains_after_a_scaled_rotation(name, length):
     model, original = pair_of_models(*ROPES[name])
+    model.cfg.n_ctx = 64  # the user who goes beyond the trained length says so
     tokens = family_tokens(2, length)
     seen = {}
 
@@ -215,7 +216,7 @@ def test_the_fast_copy_turns_as_the_hooks_do(length):
     with torch.inference_mode():
         with attached(model, cut.hooks(model)):
             wanted = model(tokens)
-        with fast.edited(cut.edit(sites, length)):
+        with fast.edited(cut.edit(model, tokens)):
             got = fast.logits(fast.hidden(tokens))
     assert torch.allclose(got, wanted, atol=1e-4 * float(wanted.abs().max()))
 

@@ -105,6 +105,9 @@ def test_logit_std_is_the_spread_of_the_share(name):
     model, tokens = bridge(name), family_tokens(rows=2, length=7)
     gains = gl.probe_gains(model, tokens, ("logit_std",), progress=False)
     sites = gl.model.key_sites(model)
+    config = model.original_model.config
+    own = getattr(config, "attention_multiplier", None)
+    scale = own or (getattr(config, "query_pre_attn_scalar", None) or sites.d_head) ** -0.5
     layer, seen = 1, {}
     prefix = f"blocks.{layer}.attn.hook_"
     hooks = [(prefix + n, lambda x, hook, n=n: seen.update({n: x.detach().double()}))
@@ -118,7 +121,7 @@ def test_logit_std_is_the_spread_of_the_share(name):
             for h in range(sites.n_heads):
                 for i in range(7):
                     share = k[b, :, h // sites.group_size, dims] @ q[b, i, h, dims]
-                    share = share / sites.d_head**0.5
+                    share = share * scale
                     centre = (a[b, h, i] * share).sum()
                     spread = (a[b, h, i] * (share - centre).square()).sum()
                     wanted[h // sites.group_size] += spread

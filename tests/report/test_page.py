@@ -63,7 +63,7 @@ def test_every_figure_has_words_and_a_size(page):
         assert int(image["height"]) > 200
     assert len({image["alt"] for image in images}) == len(images)
     assert all(svg.get("role") == "img" and svg.get("aria-label") for svg in page.all("svg"))
-    assert page.text.count("Rise of the loss when one layer alone is cut.") == 1
+    assert page.text.count("Rise of the loss when only one layer is cut.") == 1
 
 
 def test_nothing_is_fetched_and_nothing_runs(made, page):

@@ -1,4 +1,4 @@
-"""What an ablation mode has to say: what a cut dimension carries instead."""
+"""The definition of an ablation mode: the replacement values of cut dimensions."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from gainlens.probes.gains import KeyGains
 
 Replacement = Callable[[Float[torch.Tensor, "batch pos kv_head d_head"], int], torch.Tensor]
-"""From the keys of one layer and its number to what broadcasts in their place."""
+"""Maps the keys of a layer and its index to replacement values that broadcast over the keys."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a mode may draw on.
+    """Inputs available to a mode.
 
     Attributes:
-        sites: of the model.
-        stage: at which the cut acts.
+        sites: key sites of the model.
+        stage: where the cut is applied.
         gains: calibration gains, if the caller gave any.
         cache: keys of another run, if the caller gave any.
-        seed: of what is drawn at random.
+        seed: seed of random draws.
     """
 
     sites: KeySites
@@ -43,12 +43,12 @@ class Mode:
     """One row of the table.
 
     Attributes:
-        name: how callers ask for it.
-        replacement: makes the replacement for one ablation; raises ``InputError`` when the
-            context lacks what the mode needs.
+        name: the name that callers use.
+        replacement: makes the replacement for one ablation; raises ``InputError`` if the
+            context lacks an input that the mode needs.
         commutes: whether cutting whole pairs this way commutes with the rotation.
         meaning: one line for reports.
-        takes_donors: whether what it puts in comes from other documents of the text.
+        takes_donors: whether the replacement values come from other documents of the text.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Mean: the unit keeps its calibration mean, so only what it says about a position is gone."""
+"""Mean: the unit is set to its calibration mean, so only its variation with position is lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gainlens.errors import InputError
 
 def _mean(context: Context) -> Replacement:
     if context.gains is None:
-        raise InputError("mode='mean' needs gains=…, whose means it puts in: got None")
+        raise InputError("mode='mean' needs gains=… for the calibration means: got None")
     means = context.gains.mean(context.stage)
     return lambda keys, layer: means[layer].to(keys)
 

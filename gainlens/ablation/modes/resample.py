@@ -1,4 +1,4 @@
-"""Resample: the value that the unit has in another document at the same position."""
+"""Resample: the unit gets its value from another document at the same position."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def _resample(context: Context) -> Replacement:
     if n_donors < 2:
         raise InputError(
             f"mode='resample' needs a cache of two documents or more: got {n_donors}, and a "
-            "document can't be its own donor"
+            "document cannot be its own donor"
         )
-    # Never zero modulo the number of donors, so that no document gives to itself.
+    # Never zero modulo the number of donors, so that no document is its own donor.
     shift = 1 + context.seed % (n_donors - 1)
 
     def replace(keys: torch.Tensor, layer: int) -> torch.Tensor:
         rows, n_pos = keys.shape[:2]
         if n_pos > cache.n_pos:
             raise InputError(
-                f"cache holds {cache.n_pos} positions: the prompt has {n_pos}, expected at most "
-                "as many"
+                f"cache holds {cache.n_pos} positions: the prompt has {n_pos}; expected at most "
+                "that many"
             )
         donors = (torch.arange(rows) + shift) % n_donors
         return cache.keys[layer][donors.to(cache.keys[layer].device), :n_pos].to(keys)

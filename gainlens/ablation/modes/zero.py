@@ -1,4 +1,4 @@
-"""Zero: the unit's share of every attention logit is gone."""
+"""Zero: the unit no longer contributes to any attention logit."""
 
 from __future__ import annotations
 

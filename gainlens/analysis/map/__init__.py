@@ -1,1 +1,1 @@
-"""The coordinate map: do layers share key dimensions? One file an idea."""
+"""The coordinate map: do layers share key dimensions?"""

@@ -1,4 +1,4 @@
-"""Does the map stay the same over texts, halves of a text, and seeds of its permutations?"""
+"""Stability of the map over texts, halves of a text and permutation seeds."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def map_stability(
     seeds: Sequence[int] = (0, 1, 2),
     **settings: Any,
 ) -> Stability:
-    """Map every text and compare.
+    """Make a map for every text and compare them.
 
     Args:
-        gains: by the name of the text: domains, halves of one text, samples.
-        seeds: permutation seeds; the first is used for every text, the rest for the first text.
-        settings: for ``coordinate_map`` (score, stage, n_permutations, …).
+        gains: gains by name of the text; the texts may be domains, halves of one text or samples.
+        seeds: permutation seeds. The first is used for every text, the others for the first text.
+        settings: arguments of ``coordinate_map`` (score, stage, n_permutations, …).
 
     Raises:
         InputError: fewer than two texts, or gains of different shapes.
     """
     if len(gains) < 2:
-        raise InputError(f"gains holds {len(gains)} text: expected two or more to compare")
+        raise InputError(f"gains has {len(gains)} text: expected two or more to compare")
     shapes = {name: tuple(g.shape) for name, g in gains.items()}
     if len(set(shapes.values())) > 1:
         raise InputError(f"gains have different shapes: {shapes}")

@@ -1,12 +1,12 @@
 """Gains in each head's canonical basis, for models without rotary embeddings.
 
-Without a rotation any invertible map M of a head's keys, undone on its queries, changes no logit,
-so key dimension i of one head has nothing to do with dimension i of another. What the logits do
-fix is the bilinear form W_Q W_Kᵀ. Its singular value decomposition U S Vᵀ gives the one basis (up
-to signs) in which queries U S^½ and keys V S^½ are balanced; dimensions come in falling order of
-their singular values.
+Without a rotation, any invertible map M of the keys of a head, with its inverse on the queries,
+leaves the logits unchanged, so key dimension i of one head is unrelated to dimension i of another.
+The logits do determine the bilinear form W_Q W_Kᵀ. Its singular value decomposition U S Vᵀ gives a
+basis, unique up to signs, in which queries U S^½ and keys V S^½ are balanced. Dimensions are sorted
+by decreasing singular value.
 
-Biases are rows of the augmented matrices, and the layer norm's own weight, bias and centring are
+Biases are rows of the augmented matrices. The weight, bias and centring of the layer norm are
 folded in first, so the basis is the same for a folded and an unfolded model.
 """
 
@@ -36,20 +36,20 @@ from gainlens.probes.gains import ModelCard
 from gainlens.probes.scores import get_score
 
 RANK_TOLERANCE = 1e-6
-"""Singular values below this share of the largest are directions that no logit sees."""
+"""Singular values below this share of the largest count as zero: they affect no logit."""
 
 
 @dataclass(frozen=True, eq=False)
 class CanonicalGains:
-    """Gains per singular direction of each head's W_Q W_Kᵀ. They name no key dimension: no mask
-    can be made of them.
+    """Gains per singular direction of each head's W_Q W_Kᵀ. A direction is not a key dimension, so
+    they cannot be turned into a mask.
 
     Attributes:
-        model: the model they were gathered on.
-        moments: means over tokens, float64 ``[layer, head, direction]``: ``k_mean``, ``k_sq``,
+        model: the model on which they were gathered.
+        moments: averages over tokens, float64 ``[layer, head, direction]``: ``k_mean``, ``k_sq``,
             ``q_sq``.
-        singular_values: ``[layer, head, direction]``, falling.
-        n_tokens, n_documents: how much text went in.
+        singular_values: ``[layer, head, direction]``, in decreasing order.
+        n_tokens, n_documents: size of the text.
     """
 
     model: ModelCard
@@ -64,10 +64,10 @@ class CanonicalGains:
         return self.model.shape
 
     def score(self, name: str) -> Float[torch.Tensor, "layer head direction"]:
-        """The gain of every direction, float32; ``name`` is a row of the table of scores.
+        """The gain of every direction, float32. ``name`` is a row of the table of scores.
 
         Raises:
-            InputError: unknown name, or one that needs statistics not gathered here.
+            InputError: the name is unknown, or needs statistics that are not gathered here.
         """
         score = get_score(name)
         moments = {**self.moments}
@@ -77,7 +77,7 @@ class CanonicalGains:
             return score.compute(moments).float()
         except KeyError as missing:
             raise InputError(
-                f"score={name!r} can't be had in the canonical basis: it needs {missing.args[0]}"
+                f"score={name!r} is not supported in a canonical basis: it needs {missing.args[0]}"
             ) from None
 
 
@@ -91,12 +91,12 @@ def canonical_basis(
 ]:
     """Maps M_q, M_k with W_Q M_q = U S^½ and W_K M_k = V S^½, where U S Vᵀ = W_Q W_Kᵀ; and S.
 
-    M_q M_kᵀ is the identity where W_Q W_Kᵀ has full rank, so every logit stays as it was;
-    directions that no logit sees (singular value zero) are mapped to zero. Computed from two thin
-    QR factors, so no d_model × d_model matrix is formed.
+    M_q M_kᵀ is the identity if W_Q W_Kᵀ has full rank, so no logit changes. Directions with
+    singular value zero, which affect no logit, are mapped to zero. The maps are computed from two
+    thin QR factors, so no d_model × d_model matrix is formed.
 
     Args:
-        w_q, w_k: weights of one head, bias as a further row.
+        w_q, w_k: weights of one head, with the bias as an extra row.
     """
     r_q, r_k = (torch.linalg.qr(w.double(), mode="r").R for w in (w_q, w_k))
     u, s, vh = torch.linalg.svd(r_q @ r_k.T)
@@ -108,10 +108,10 @@ def canonical_basis(
 def head_weights(
     model: Any, layer: int
 ) -> tuple[Float[torch.Tensor, "head row d_head"], Float[torch.Tensor, "head row d_head"]]:
-    """W_Q and W_K of every head with the norm folded in and the bias as last row, float64.
+    """W_Q and W_K of every head, with the norm folded in and the bias as last row, float64.
 
     Raises:
-        UnsupportedModelError: the weights can't be read as ``[head, d_model, d_head]``.
+        UnsupportedModelError: the weights cannot be read as ``[head, d_model, d_head]``.
     """
     block = model.blocks[layer]
     centred = "LN" in str(getattr(model.cfg, "normalization_type", ""))
@@ -127,14 +127,14 @@ def head_weights(
 
 
 def _folded(w: torch.Tensor, bias: torch.Tensor, norm: Any, centred: bool) -> torch.Tensor:
-    """The norm's own weight, bias and centring moved into the matrix, as far as it has them."""
+    """The matrix with the weight, bias and centring of the norm folded in, where present."""
     scale, shift = (_parameter(norm, names) for names in (("w", "weight"), ("b", "bias")))
     if shift is not None and shift.shape == w.shape[1:2]:
         bias = bias + (shift @ w)[:, None, :]
     if scale is not None and scale.shape == w.shape[1:2]:
         w = w * scale[None, :, None]
     if centred:
-        w = w - w.mean(1, keepdim=True)  # the norm takes the mean off its input
+        w = w - w.mean(1, keepdim=True)  # the norm subtracts the mean of its input
     return torch.cat([w, bias], dim=1)
 
 
@@ -165,19 +165,19 @@ def canonical_gains(
         progress: show a progress bar.
 
     Raises:
-        UnsupportedModelError: the model rotates its keys (there rotary pairs are the basis), or
-            has fewer key heads than query heads.
+        UnsupportedModelError: the model rotates its keys (use rotary pairs instead), or has fewer
+            key heads than query heads.
     """
     sites = key_sites(model)
     if sites.rotary_dim:
         raise UnsupportedModelError(
-            f"{sites.architecture} rotates its keys, which fixes their basis up to a turn of each "
-            "pair: map its pairs (coordinate_map(gains))"
+            f"{sites.architecture} rotates its keys, which fixes their basis up to a rotation "
+            "of each pair; use coordinate_map(gains), which compares pairs"
         )
     if sites.n_heads != sites.n_kv_heads:
         raise UnsupportedModelError(
             f"{sites.architecture} has {sites.n_heads} query heads on {sites.n_kv_heads} key "
-            "heads: one key basis can't be canonical for several W_Q"
+            "heads: one key basis cannot be canonical for several W_Q"
         )
     probe = _CanonicalProbe(model, sites)
     fingerprint = model_fingerprint(model)
@@ -192,7 +192,7 @@ def canonical_gains(
 
 
 class _CanonicalProbe:
-    """Sums of rotated-into-basis keys and queries."""
+    """Sums of keys and queries in the canonical basis."""
 
     def __init__(self, model: Any, sites: KeySites) -> None:
         self.sites = sites
@@ -231,7 +231,7 @@ class _CanonicalProbe:
     def gains(self, fingerprint: str, n_documents: int) -> CanonicalGains:
         counts = {n for per_layer in self.tokens.values() for n in per_layer}
         if len(counts) != 1 or 0 in counts:
-            raise SilentSiteError("some key or query hooks stayed silent in the canonical probe")
+            raise SilentSiteError("some key or query hooks did not fire in the canonical probe")
         n_tokens = counts.pop()
         return CanonicalGains(
             model=ModelCard.of(self.sites, fingerprint),

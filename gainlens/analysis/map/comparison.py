@@ -1,4 +1,4 @@
-"""Two maps side by side: two models, or two checkpoints of one."""
+"""Comparison of two maps: of two models, or of two checkpoints of one model."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from gainlens.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class MapComparison:
-    """What two maps have in common, beyond what both owe to frequency.
+    """What two maps have in common beyond a shared dependence on frequency.
 
-    Null: the residuals of the second map shuffled, layer by layer; see ``frequency_profile``.
+    The null shuffles the residuals of the second map layer by layer; see ``frequency_profile``.
 
     Attributes:
         a, b: the maps.
-        cosine, centred: of every layer of ``a`` with every layer of ``b``, ``[layer_a, layer_b]``.
+        cosine, centred: every layer of ``a`` against every layer of ``b``, ``[layer_a, layer_b]``.
         partner: for each layer of ``a`` the layer of ``b`` at the same relative depth.
-        same_depth: correlation of residuals at the same depth, ``[layer_a]``; for two checkpoints
-            of one model, how much each layer has stayed the same.
+        same_depth: correlation of residuals at the same depth, ``[layer_a]``. For two checkpoints
+            of one model, it measures how similar each layer has stayed.
         null_high: 95th percentile of the mean of ``same_depth`` over shuffles.
-        p_value: one-sided, of that mean.
-        common: units universal in both.
-        gained, lost: universal in ``b`` only, in ``a`` only.
-        p_common: chance of as many common units for two sets of these sizes (hypergeometric).
-        same_frequencies: whether unit i rotates equally fast in both; if not, equal indices do
+        p_value: one-sided p-value of that mean.
+        common: units that are universal in both.
+        gained, lost: units that are universal only in ``b``, or only in ``a``.
+        p_common: probability of at least this many common units by chance (hypergeometric).
+        same_frequencies: whether unit i has the same frequency in both. If not, equal indices do
             not mean equal frequencies.
     """
 
@@ -60,7 +60,7 @@ class MapComparison:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Both maps' summaries and what changed."""
+        """Summaries of both maps, and what changed."""
         first, second = self.a.summary(), self.b.summary()
         return {
             "answer": [self.a.answer, self.b.answer],
@@ -93,7 +93,7 @@ class MapComparison:
         return found
 
     def plot(self, ax: Any = None) -> Any:
-        """Layers against layers, change per layer, presence against presence; returns the axes."""
+        """Layer similarity, change per layer, and presence in both maps; returns the axes."""
         from gainlens.plots.coordinate_maps import plot_comparison
 
         return plot_comparison(self, ax)
@@ -105,15 +105,15 @@ def compare_maps(
     """Compare two maps unit by unit and layer by layer.
 
     Args:
-        a, b: maps with as many units per head; their numbers of layers and heads may differ.
-        n_permutations, seed: of the null.
+        a, b: maps with equally many units per head; the numbers of layers and heads may differ.
+        n_permutations, seed: settings of the null.
 
     Raises:
-        InputError: heads of different width, or units of different kinds.
+        InputError: the heads have different widths, or the units are of different kinds.
     """
     if len(a.units) != len(b.units) or a.units.kind != b.units.kind:
         raise InputError(
-            f"maps can't be compared: a has {len(a.units)} {a.units.kind}s per head, b has "
+            f"maps cannot be compared: a has {len(a.units)} {a.units.kind}s per head, b has "
             f"{len(b.units)} {b.units.kind}s; expected heads of the same width"
         )
     if n_permutations < 1:

@@ -1,4 +1,4 @@
-"""The coordinate map: do layers use the same key units, beyond what chance gives?"""
+"""The coordinate map: do layers use the same key units more than by chance?"""
 
 from __future__ import annotations
 
@@ -36,48 +36,47 @@ from gainlens.frames import data_frame
 from gainlens.stats.verdicts import Verdict
 
 PARTS = (HeadSimilarity, PairTest, SharingCost, RedLine, Sinks, Stability, Universal, Units)
-"""What a map's file may hold beside the map."""
+"""Other classes that a map file may contain."""
 
 HEADS_LIMIT = 2048
-"""More heads than this are not compared one by one unless asked: the cost is their square."""
+"""Above this number, heads are compared one by one only on request: the cost is quadratic."""
 HEADS_BUDGET = 10_000_000
-"""Gains that the null of sharing by head may shuffle; at least 250 permutations are made."""
+"""Limit on the gains shuffled for the null of sharing by head; at least 250 permutations run."""
 
 
 @dataclass(frozen=True, eq=False)
 class CoordinateMap:
     """Similarity of gains between layers and heads, universal units, and the evidence for them.
 
-    Layers are compared by the mean of their heads, each scaled to mean 1 first, so the order of
-    heads doesn't matter. Where units rotate, what decides is what each layer's own smooth profile
-    over log frequency leaves of its log gains; elsewhere what their mean leaves. A layer whose
-    gains are all zero is kept in every array (similarity 0, p-value 1) and left out of every mean;
-    ``facts["dead_layers"]`` lists it. A unit that is zero in every head takes no part.
+    Layers are compared by the mean of their heads, each first scaled to mean 1, so the order of
+    heads does not matter. The answer is based on residuals: the log gains of each layer minus its
+    smooth profile over log frequency if units rotate, and minus their mean otherwise. A layer whose
+    gains are all zero stays in every array (similarity 0, p-value 1) but is excluded from every
+    mean; ``facts["dead_layers"]`` lists it. A unit that is zero in every head is excluded.
 
     Attributes:
         units: what the last axis stands for.
         profiles: mean gain of each unit over the heads of a layer, ``[layer, unit]``.
-        residuals: what is left of their logs without the profile, ``[layer, unit]``.
-        alive: layers that carry anything.
-        cosine, centred_cosine, spearman: of the gains of every pair of layers, ``[layer, layer]``.
-        residual_correlation: of the residuals of every pair of layers, ``[layer, layer]``.
-        head_correlation: the same for heads: mean over all heads of the one with all heads of the
-            other layer, ``[layer, layer]``.
+        residuals: their logs minus the profile, ``[layer, unit]``.
+        alive: layers with a gain above zero.
+        cosine, centred_cosine, spearman: similarity of the gains of two layers, ``[layer, layer]``.
+        residual_correlation: correlation of the residuals of two layers, ``[layer, layer]``.
+        head_correlation: the mean of the same over all pairs of their heads, ``[layer, layer]``.
         overlap: Jaccard overlap of the k loudest units, by k.
         cv: coefficient of variation of each layer's gains, ``[layer]``; flat gains (a small CV)
-            make any cosine high.
-        tests: per null (``plain``, and ``frequency`` where units have one) and measure what
-            shuffles give. ``plain`` has ``cosine``, ``centred``, ``spearman`` and ``top k``,
-            ``frequency`` has ``cosine``; the one of the two that decides (``null``) has ``layer``
-            and ``head``, the correlations of residuals.
-        universal: how widely each unit is loud, in layers (their heads averaged).
+            give a high cosine in any case.
+        tests: test results per null (``plain``, and ``frequency`` if units have one) and
+            measure. ``plain`` has ``cosine``, ``centred``, ``spearman`` and ``top k``,
+            ``frequency`` has ``cosine``. The null that is used for the answer (``null``) also
+            has ``layer`` and ``head``, the correlations of residuals.
+        universal: in how many layers each unit is loud (heads averaged).
         universal_by_head: the same, head by head.
-        heads: heads against heads, and layers with their heads matched; None where not asked.
+        heads: similarity of heads, and of layers with matched heads; None if not requested.
         n_documents: documents behind the gains (0 for a plain array).
         facts: score, stage, unit, alignment, permutations, seed, model, texts; ``freedom``,
-            the dimensions that the profile leaves.
-        sinks, red_line, sharing_cost, stability: None until ``with_evidence`` (or the function of
-            that name) measured them on a model; gains alone can't tell.
+            the dimensions left after the profile is removed.
+        sinks, red_line, sharing_cost, stability: None until measured on a model, by
+            ``with_evidence`` or their own function; they cannot be derived from gains.
     """
 
     units: Units
@@ -107,14 +106,15 @@ class CoordinateMap:
         tail = f"; no {', '.join(missing)} yet (with_evidence)" if missing else ""
         return (
             f"CoordinateMap({len(self.cv)} layers × {len(self.units)} {self.units.kind}s, "
-            f"{self.answer}: {map_verdicts.evidence_line(self)}; "
+            f"{self.answer}: correlation {self.effect:.3f} (p = {self.summary()['p']:.2g}), "
+            f"cosine {self.summary()['cosine']:.3f}; "
             f"{len(self.universal_units)} universal units, {len(self.universal.beyond_chance)} "
             f"beyond chance{tail})"
         )
 
     @property
     def null(self) -> str:
-        """The null that decides: ``frequency`` where units rotate, else ``plain``."""
+        """The null used for the answer: ``frequency`` if units rotate, else ``plain``."""
         return "frequency" if "frequency" in self.tests else "plain"
 
     @property
@@ -129,15 +129,15 @@ class CoordinateMap:
 
     @property
     def p_values(self) -> Float[np.ndarray, "layer layer2"]:
-        """One-sided p-value of each pair's correlation of residuals, for the number of pairs."""
+        """One-sided p-values of residual correlations, corrected for the number of pairs."""
         return self.tests[self.null]["layer"].p_corrected
 
     @property
     def universal_units(self) -> tuple[int, ...]:
         """Units loud in more layers (heads averaged) than chance allows; see ``Universal``.
 
-        Empty where the map's answer is not ``universal`` or ``partly shared``: a false-discovery
-        rate of 5% alone would name some unit in 5 of 100 models that share nothing.
+        Empty unless the map's answer is ``universal`` or ``partly shared``: a false-discovery
+        rate of 5% alone would report a unit in 5 of 100 models that share nothing.
         """
         return self.universal.units if self.answer in map_verdicts.STATUS_SHARED else ()
 
@@ -149,7 +149,7 @@ class CoordinateMap:
 
     @property
     def aligned(self) -> bool:
-        """Whether index i means the same thing in two heads."""
+        """Whether index i is comparable between heads."""
         return bool(self.facts.get("aligned", True))
 
     @property
@@ -163,7 +163,7 @@ class CoordinateMap:
         return self.correlation("layer")[1]
 
     def correlation(self, level: map_verdicts.Level = "layer") -> tuple[float, tuple[float, float]]:
-        """Mean correlation of residuals between layers, or between heads of different layers.
+        """Mean correlation of residuals; ``level="head"``: between heads of different layers.
 
         Returns:
             The mean and its 95% jackknife interval over layers.
@@ -184,7 +184,7 @@ class CoordinateMap:
 
     @property
     def answer_by_head(self) -> map_verdicts.Answer:
-        """The same for single heads of different layers."""
+        """Like ``answer``, for single heads of different layers."""
         return map_verdicts.answer(self, "head")
 
     def _pairs(self, matrix: np.ndarray) -> np.ndarray:
@@ -193,7 +193,7 @@ class CoordinateMap:
         return values
 
     def summary(self) -> dict[str, float]:
-        """Means over the pairs of different living layers, and the p-values of these means."""
+        """Means over pairs of distinct living layers, and the p-values of these means."""
         test = self.tests[self.null]
         found = {
             "residual_correlation": self.effect,
@@ -215,23 +215,23 @@ class CoordinateMap:
         return found
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per measure and null: its mean over pairs, what chance gives, p-values."""
+        """One row per measure and null: its mean over pairs, its chance level and p-values."""
         return measure_rows(self)
 
     def verdict(self, threshold: float | None = None, claim: str = "shared") -> Verdict:
-        """What a claim about this map comes to.
+        """The verdict on a claim about this map.
 
         Args:
-            threshold: the bound of the claim. For ``shared`` and ``shared by heads`` none by
-                default: the verdict is then that of ``answer``. 0.99 for ``cosine``, 0.9 for
+            threshold: the bound of the claim. Defaults: none for ``shared`` and ``shared by
+                heads`` (the verdict then follows ``answer``), 0.99 for ``cosine``, 0.9 for
                 ``sinks``, 0.02 nats for ``sharing cost``.
             claim: ``shared`` ("layers share units beyond frequency"), ``shared by heads`` (the
-                same of single heads), ``cosine`` ("the cosine between layers is above 0.99: one
+                same for single heads), ``cosine`` ("the cosine between layers is above 0.99: one
                 coordinate system"), ``sinks`` ("a sink unit is a sink at every depth"),
                 ``sharing cost`` ("sharing one index set costs next to nothing").
 
         Raises:
-            InputError: an unknown claim, one whose evidence has not been measured, or a threshold
+            InputError: the claim is unknown, its evidence was not measured, or the threshold is
                 outside 0..1 (for ``sharing cost``: not above 0).
         """
         if claim not in map_verdicts.CLAIMS:
@@ -240,7 +240,7 @@ class CoordinateMap:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Every number of the map as plain values; heads as their summary."""
+        """Every number of the map as plain values, with a summary of the heads."""
         return map_json(self)
 
     def save(self, path: str | Path) -> None:
@@ -249,10 +249,10 @@ class CoordinateMap:
 
     @classmethod
     def load(cls, path: str | Path) -> CoordinateMap:
-        """Read what ``save`` wrote; executes nothing.
+        """Read a file written by ``save``; executes no code.
 
         Raises:
-            FileFormatError: missing, truncated, or not a map.
+            FileFormatError: the file is missing, truncated or not a map.
         """
         found: CoordinateMap = load_map(path, cls, PARTS)
         return found
@@ -261,24 +261,24 @@ class CoordinateMap:
         """A table of the map.
 
         Args:
-            rows: ``pairs`` (one row per pair of layers, every measure beside its null), ``units``
+            rows: ``pairs`` (one row per pair of layers, every measure with its null), ``units``
                 (one per unit: wavelength, presence, p-values) or ``measures`` (as ``table``).
 
         Raises:
-            InputError: other rows, or pandas is not installed.
+            InputError: ``rows`` is unknown, or pandas is not installed.
         """
         return data_frame(map_rows(self, rows))
 
     def plot(self, ax: Any = None, *, part: str = "map") -> Any:
-        """A figure of the map; shows nothing and returns the axes drawn on.
+        """Draw a figure of the map; returns the axes without showing.
 
         Args:
-            ax: matplotlib axes to draw into; new ones by default. For the whole ``map`` four (layer
-                heat maps, unit × layer map, rank plot), or one for the unit × layer map alone.
+            ax: matplotlib axes to draw into; new ones by default. ``map`` needs four (layer heat
+                maps, unit × layer map, rank plot), or one for only the unit × layer map.
             part: ``map``, ``sinks``, ``sharing_cost`` or ``red_line``.
 
         Raises:
-            InputError: another part, or one that has not been measured.
+            InputError: the part is unknown or has not been measured.
         """
         from gainlens.plots.coordinate_maps import plot_part
 
@@ -315,21 +315,21 @@ def coordinate_map(
     Args:
         gains: ``KeyGains``, ``CanonicalGains`` (models without rotary embeddings), or a
             non-negative array ``[layer, kv_head, unit]``.
-        score, stage: of ``KeyGains``; ignored for an array.
-        unit: ``pair`` (default where the model rotates) or ``dim``.
+        score, stage: which gains of ``KeyGains`` to use; ignored for an array.
+        unit: ``pair`` (default if the model rotates its keys) or ``dim``.
         frequency: for an array, radians per token of its units, ``[unit]``, or ``[layer, unit]``
-            where layers rotate differently.
-        n_permutations: of each null.
-        seed: of the permutations.
-        heads: compare head with head too; by default up to ``HEADS_LIMIT`` heads.
-        fdr, min_presence: what makes a unit universal; see ``gainlens.analysis.map.universal``.
+            if layers rotate differently.
+        n_permutations: number of permutations for each null.
+        seed: seed of the permutations.
+        heads: also compare single heads; by default up to ``HEADS_LIMIT`` heads.
+        fdr, min_presence: criteria for a universal unit; see ``gainlens.analysis.map.universal``.
 
     Raises:
-        InputError: one layer (or one that is not all zero) only, NaN, negative gains, another
-            number of axes. One head per layer is fine: matching then has nothing to choose.
+        InputError: fewer than two layers with a gain above zero, NaN, negative gains, or a wrong
+            number of axes. One head per layer is allowed.
 
     Warns:
-        UserWarning: a layer whose gains are all zero.
+        UserWarning: the gains of a layer are all zero.
 
     Example:
         >>> cmap = gl.coordinate_map(gains)
@@ -342,10 +342,12 @@ def coordinate_map(
     dead = [int(i) for i in np.flatnonzero(~profiles.any(1))]
     if len(alive) < 2:
         raise InputError(
-            f"gains are all zero in layers {dead}: a map needs two layers that carry anything"
+            f"gains are all zero in layers {dead}: a map needs two layers with a gain above zero"
         )
     if dead:
-        warnings.warn(f"gains of layers {dead} are all zero; they enter no mean", stacklevel=2)
+        warnings.warn(
+            f"gains of layers {dead} are all zero; they are excluded from every mean", stacklevel=2
+        )
     profile = FrequencyProfile.of(units.layer_frequency, np.asarray(profiles.any(0)))
     logs, head_logs = log_gains(profiles)[:, None], log_gains(x)
     residuals, head_residuals = profile.residuals(logs), profile.residuals(head_logs)

@@ -1,4 +1,4 @@
-"""Fill a map with what only the model can tell: sinks, red line, sharing cost, stability."""
+"""Add evidence that needs the model to a map: sinks, red line, sharing cost, stability."""
 
 from __future__ import annotations
 
@@ -42,34 +42,34 @@ def with_evidence(
 ) -> CoordinateMap:
     """The same map with ``sinks``, ``red_line``, ``sharing_cost`` and ``stability`` measured.
 
-    Costs about 25 forward passes over a text for the default parts, and one more per unit with
-    ``patch``: keep the texts small on a CPU.
+    This costs about 25 forward passes over a text for the default parts, and one more per unit with
+    ``patch``. Keep the texts small on a CPU.
 
     Args:
-        model: the model that the gains are of.
-        calibration: text that may choose: sinks are observed and the red line's size picked on it.
-        validation: text that judges; other documents.
-        cmap: a map of ``gains`` in their pairs (or dimensions, where the model does not rotate).
-        gains: as given to ``coordinate_map``.
-        parts: which to measure, of ``PARTS``.
+        model: the model on which the gains were gathered.
+        calibration: text for observing sinks and for choosing the size of the red line.
+        validation: text for evaluation, with other documents.
+        cmap: a map of ``gains`` by pair (or by dimension if the model does not rotate its keys).
+        gains: the gains given to ``coordinate_map``.
+        parts: which parts of ``PARTS`` to measure.
         texts: gains on further texts, by name, for ``stability``.
-        score: what ranks the units of the red line and the sharing cost; of several,
-            ``calibration`` picks.
-        margin: of the red line, nats per token.
+        score: which gain ranks the units of the red line and the sharing cost; if several are
+            given, the best on ``calibration`` is used.
+        margin: margin of the red line, nats per token.
         fractions: shares cut for the sharing cost.
-        patch: patch each unit of the red line alone as well: on these documents, or with True on
-            ``validation``.
-        seed: of random controls and permutations.
-        evaluator: of this model, where several calls share one.
+        patch: also patch each unit of the red line on its own, on these documents, or on
+            ``validation`` if True.
+        seed: seed of random controls and permutations.
+        evaluator: an ``Evaluator`` of this model, to share between calls.
         progress: show progress bars.
 
     Raises:
-        InputError: an unknown part, gains of another model or of other units, a validation text
-            that chose.
+        InputError: an unknown part, gains of another model or of other units, or a validation text
+            that was already used for a choice.
     """
     for part in parts:
         if part not in PARTS:
-            raise InputError(f"parts holds {part!r}: expected of {', '.join(PARTS)}")
+            raise InputError(f"parts contains {part!r}: expected only {', '.join(PARTS)}")
     units = _units_of(cmap, gains)
     evaluator = evaluator_of(model, evaluator)
     found: dict[str, Any] = {}
@@ -106,7 +106,7 @@ def with_evidence(
     if "stability" in parts:
         if not texts:
             raise InputError(
-                "parts holds 'stability' but texts is empty: expected gains by name of text"
+                "parts contains 'stability' but texts is empty: expected gains by name of text"
             )
         found["stability"] = map_stability(
             {"this": gains, **texts},
@@ -121,7 +121,7 @@ def _units_of(cmap: CoordinateMap, gains: KeyGains) -> Units:
     fingerprint = (cmap.facts.get("model") or {}).get("fingerprint")
     if fingerprint != gains.model.fingerprint:
         raise InputError(
-            "cmap and gains are of different models: expected the gains that the map was made of"
+            "cmap and gains are of different models: expected the gains from which the map was made"
         )
     units = unit_gains(gains, "rms", "rotated")[1]
     if units.kind != cmap.units.kind:
@@ -144,11 +144,12 @@ def similarity_table(
     """One row per gain definition, stage and unit: summary, answer and universal units.
 
     Args:
-        gains: of a model.
-        scores: gain definitions; by default all that the gains hold statistics for.
-        stages, units: without rotary embeddings both stages are the same and there are no pairs;
-            those rows are left out, and so are those that a gain definition does not have.
-        n_permutations, seed: of the nulls.
+        gains: the gains of a model.
+        scores: gain definitions; by default all for which the gains have statistics.
+        stages, units: rows to include. Without rotary embeddings both stages are the same and
+            there are no pairs, so those rows are omitted. Rows that a gain definition does not
+            support are omitted too.
+        n_permutations, seed: settings of the nulls.
     """
     rows = []
     rotates = bool(gains.model.rotary_dim)

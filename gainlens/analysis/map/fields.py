@@ -1,4 +1,4 @@
-"""What the parts of a map may hold: their own annotations say it, and a table of ranges."""
+"""Validation of the parts of a map, from their annotations and a table of ranges."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RANGES = {
     "n_units": (1, math.inf),
     "n_tokens": (1, math.inf),
 }
-"""By the name of a field, of whatever part."""
+"""Allowed ranges by field name, for all parts."""
 ROUNDING = 1e-6
 
 
@@ -40,11 +40,11 @@ def check_part(part: Any, where: str = "map") -> None:
     """Check a part of a map, and the parts inside it, field by field.
 
     Raises:
-        Mismatch: another type or shape than annotated, or a value out of range.
+        Mismatch: a type or shape differs from the annotation, or a value is out of range.
     """
     hints = get_type_hints(type(part), include_extras=True)
 
-    with jaxtyped("context"):  # one letter of a shape is one size within a part
+    with jaxtyped("context"):  # an axis name has one size within a part
         for field in fields(part):
             place = f"{where}.{field.name}"
             value = getattr(part, field.name)
@@ -101,7 +101,7 @@ def _check_range(value: Any, name: str, where: str) -> None:
     elif name in RANGES and isinstance(value, np.ndarray | float | int):
         array = np.asarray(value, dtype=np.float64)
         if not bool(((array >= low - ROUNDING) & (array <= high + ROUNDING)).all()):
-            raise Mismatch(f"{where} holds values outside {low:g} to {high:g}, or NaN")
+            raise Mismatch(f"{where} contains values outside {low:g} to {high:g}, or NaN")
 
 
 def _name(hint: Any) -> str:

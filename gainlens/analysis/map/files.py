@@ -1,6 +1,6 @@
-"""Coordinate maps on disk: one safetensors file, its JSON header a tree of the map's parts.
+"""Coordinate maps on disk: one safetensors file with a JSON header, a tree of parts.
 
-Arrays are tensors named by their place in the tree; everything else is JSON.
+Arrays are tensors named by their path in the tree. Everything else is JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def save_map(cmap: CoordinateMap, path: str | Path) -> None:
-    """Write a map whole or not at all."""
+    """Write a map atomically."""
     tensors: dict[str, torch.Tensor] = {}
     tree = _pack(cmap, "map", tensors)
     save_tensors(path, "map", tensors, {"map": tree})
@@ -32,15 +32,15 @@ def load_map(path: str | Path, root: type, parts: Sequence[type]) -> Any:
     """Read a map; see ``CoordinateMap.load``.
 
     Args:
-        path: of the file.
+        path: path of the file.
         root: class of the map itself.
-        parts: the other classes that may be built from a file; no others ever are.
+        parts: the only other classes that may be built from a file.
     """
     tensors, facts = load_tensors(path, "map")
     with checking(str(path), "map"):
         found = _unpack(facts["map"], tensors, {c.__name__: c for c in (root, *parts)})
         if not isinstance(found, root):
-            raise Mismatch("its root is no map")
+            raise Mismatch("its root is not a map")
         check_part(found)
     return found
 
@@ -58,7 +58,7 @@ def _pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, list):
         return [_pack(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
     if isinstance(value, dict):
-        # Keys may be numbers, which JSON would turn into text.
+        # Keys may be numbers, which JSON would convert to strings.
         return {"$dict": [[k, _pack(v, f"{name}.{k}", tensors)] for k, v in value.items()]}
     return plain(value)
 
@@ -79,7 +79,7 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor], parts: dict[str, type]
 
 
 def plain(value: Any) -> Any:
-    """Numbers, text and containers that JSON knows; NaN and infinity become None."""
+    """Numbers, strings and containers for JSON; NaN and infinity become None."""
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
     if isinstance(value, np.generic):
@@ -94,7 +94,7 @@ def plain(value: Any) -> Any:
 
 
 def map_json(cmap: CoordinateMap) -> dict[str, Any]:
-    """The numbers of a map for a report: matrices of layers in full, heads as their summary."""
+    """The numbers of a map for a report: full matrices of layers, and a summary of heads."""
     low, high = cmap.effect_interval
     claims = ["shared", "shared by heads", "cosine"]
     claims += [] if cmap.sinks is None else ["sinks"]

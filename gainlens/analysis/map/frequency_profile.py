@@ -1,14 +1,14 @@
-"""The smooth profile of a layer's gains over rotary frequency, and what is left without it.
+"""The smooth profile of a layer's gains over rotary frequency, and the residuals.
 
-Two layers whose slow pairs are loud agree without sharing anything: they follow the same curve. So
-the log gains of every layer, and of every head, are fitted by a cubic in log frequency of their
-own; sharing is looked for in the residuals. Units that do not rotate have a level of their own in
-place of a curve, so without rotary embeddings only the mean is taken off.
+Two layers whose slow pairs are loud agree without sharing anything, because they follow the same
+curve. We therefore fit the log gains of every layer, and of every head, with their own cubic in log
+frequency and test the residuals for sharing. Units that do not rotate get their own constant
+instead of a curve, so without rotary embeddings only the mean is subtracted.
 
-Residuals of a fit are no longer exchangeable: they are smaller where the fit bends easily, and
-every layer's are orthogonal to the same curves. A null that merely shuffles them is too narrow (7%
+Residuals of a fit are not exchangeable: they are smaller where the fit is flexible, and those of
+every layer are orthogonal to the same curves. A null that only shuffles them is too narrow (7%
 instead of 1% false sharing at six pairs). The null here follows Freedman and Lane (1983): shuffle
-the residuals, then take the profile off again.
+the residuals, then fit and subtract the profile again.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from gainlens.analysis.map.nulls import Orders, in_chunks, shuffle
 
 DEGREE = 3
 FLOOR = 0.01
-"""A unit below this share of its head's mean gain counts as this quiet: a logarithm of zero, or of
-rounding, would outweigh all other units."""
+"""Gains below this share of the head's mean are raised to it. Otherwise the logarithm of zero, or
+of rounding error, would dominate all other units."""
 
 
 @dataclass(frozen=True, eq=False)
 class FrequencyProfile:
-    """The curves that are taken off, layer by layer.
+    """The curves to subtract, for each layer.
 
     Attributes:
         designs: for each layer the curves as columns, ``[unit, curve]``; all zero for a unit that
             no layer uses.
-        off: for each layer the projection that takes them off, ``[layer, unit, unit]``.
-        groups: which units may take each other's place in a shuffle: 0 those that rotate, 1 those
-            that do not, 2 those that no layer uses.
-        freedom: dimensions that are left in the layer with the fewest.
+        off: for each layer the projection that removes them, ``[layer, unit, unit]``.
+        groups: units that may be shuffled among each other: 0 for units that rotate, 1 for units
+            that do not, 2 for units that no layer uses.
+        freedom: residual dimensions, in the layer with the fewest.
     """
 
     designs: tuple[np.ndarray, ...]
@@ -47,7 +47,7 @@ class FrequencyProfile:
 
     @property
     def rotates(self) -> bool:
-        """Whether any unit has a frequency, so that there is more than a mean to take off."""
+        """Whether any unit has a frequency, so that more than a mean is subtracted."""
         return bool((self.groups == 0).any())
 
     @classmethod
@@ -57,8 +57,8 @@ class FrequencyProfile:
         """The profile over each layer's own frequencies.
 
         Args:
-            frequency: radians per token; 0 where a unit does not rotate.
-            used: units that are loud anywhere; the others take no part.
+            frequency: radians per token; 0 if a unit does not rotate.
+            used: units that are loud anywhere; the others are excluded.
         """
         groups = np.where(used, np.where(frequency > 0, 0, 1), 2)
         designs = tuple(_design(f, g) for f, g in zip(frequency, groups, strict=True))
@@ -69,7 +69,7 @@ class FrequencyProfile:
     def residuals(
         self, logs: Float[np.ndarray, "layer *place unit"]
     ) -> Float[np.ndarray, "layer *place unit"]:
-        """Log gains less the profile; 1 is a factor of e above it."""
+        """Log gains minus the profile; 1 means a factor of e above it."""
         rows = logs.reshape(len(logs), -1, logs.shape[-1])
         found: np.ndarray = np.matmul(rows, self.off).reshape(logs.shape)
         found[np.abs(found) < 1e-9] = 0
@@ -87,10 +87,10 @@ class FrequencyProfile:
     def excess(
         self, logs: Float[np.ndarray, "layer place unit"], named: Sequence[int]
     ) -> Float[np.ndarray, " unit"]:
-        """Mean over layers of the log gain above a profile fitted without the units named.
+        """Mean over layers of the log gain above a profile fitted without the ``named`` units.
 
-        Loud units pull the curve up, and their quiet neighbours seem quieter or, on the far side
-        of a bend, louder than they are. Where too few units are left for a fit, all are used.
+        Loud units pull the curve up, so their quiet neighbours appear quieter than they are, or
+        louder on the far side of a bend. If too few units are left for a fit, all are used.
         """
         left = np.ones(logs.shape[-1], dtype=bool)
         left[list(named)] = False
@@ -108,7 +108,7 @@ class FrequencyProfile:
 
 
 def log_gains(x: Float[np.ndarray, "*row unit"]) -> Float[np.ndarray, "*row unit"]:
-    """Log of each gain over its row's mean, not below ``FLOOR``; a row of zeros stays zero."""
+    """Log of each gain over the mean of its row, floored at ``FLOOR``; zero rows stay zero."""
     mean = x.mean(-1, keepdims=True)
     relative = np.divide(x, mean, out=np.ones_like(x), where=mean > 0)
     found: np.ndarray = np.log(np.maximum(relative, FLOOR))

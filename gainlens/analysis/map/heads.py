@@ -1,9 +1,9 @@
-"""Similarity between single heads of different layers, with their heads matched.
+"""Similarity between single heads of different layers, also after matching heads.
 
-Head h of one layer has nothing to do with head h of the next, so layers are compared twice: by the
-mean of their heads (``CoordinateMap.cosine``), which needs no order, and head by head after the
-best one-to-one assignment. An assignment picks the best of many by chance too; its null repeats it
-on every shuffle.
+Head h of one layer is unrelated to head h of the next, so layers are compared twice: by the mean of
+their heads (``CoordinateMap.cosine``), which does not depend on the order, and head by head after
+the best one-to-one assignment. An optimal assignment finds similar heads by chance too, so its null
+repeats the assignment on every shuffle.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from gainlens.analysis.map.nulls import TOLERANCE, Orders
 from gainlens.analysis.map.similarity import unit_length
 
 BLOCK_ROWS = 128
-"""Heads per matrix product: large enough for the processor, small enough for its cache."""
+"""Heads per matrix product: large enough to be efficient, small enough for the CPU cache."""
 MATCHINGS = 30_000
-"""Assignments that the null may cost (some 50 µs each for 32 heads)."""
+"""Limit on the assignments for the null (about 50 µs each for 32 heads)."""
 
 
 @dataclass(frozen=True, eq=False)
 class HeadSimilarity:
-    """Heads against heads; heads are numbered layer · n_heads + head.
+    """Similarity between heads; heads are numbered layer · n_heads + head.
 
     Attributes:
-        cosine: ``[layer·head, layer·head]``, float32; 0 with a head that is all zero.
-        centred: the same of residuals: gains relative to each head's own profile over frequency
-            (its mean where nothing rotates).
-        p_raw: one-sided p-value of each pair's centred cosine under the null that decides,
-            ``[layer·head, layer·head]``, float32; 1 within a layer, which the shuffle does not
+        cosine: ``[layer·head, layer·head]``, float32; 0 for a head that is all zero.
+        centred: the same for residuals: gains relative to each head's own profile over frequency
+            (its mean if nothing rotates).
+        p_raw: one-sided p-value of each pair's centred cosine under the map's ``null``,
+            ``[layer·head, layer·head]``, float32; 1 within a layer, where the shuffle is not a
             test.
-        p_corrected_cut: the centred cosine from which a pair is significant at 5% after
+        p_corrected_cut: the centred cosine above which a pair is significant at 5% after
             correction for all pairs.
-        share_significant: the share of pairs of heads above that.
+        share_significant: the share of head pairs above that.
         matched: mean centred cosine of matched heads, ``[layer, layer]``.
         matched_null: its mean over shuffles, with the matching repeated.
         matched_p: one-sided p-value of the mean over pairs of layers; its resolution is
             1 / (1 + matched_permutations).
-        matched_permutations: shuffles behind it.
-        order: for each layer its heads, put in the order of the heads of ``reference``.
-        reference: the layer that all others were matched to, the one most like the rest.
+        matched_permutations: number of shuffles used for it.
+        order: for each layer its heads, in the order of the matching heads of ``reference``.
+        reference: the layer to which all others were matched: the one most similar to the rest.
     """
 
     cosine: Float[np.ndarray, "flat_head flat_head2"]
@@ -92,10 +92,10 @@ def head_similarity(
 
     Args:
         x: gains per unit.
-        residuals: what ``profile`` leaves of their logs.
-        profile: over frequency, of each layer.
-        orders: shuffles.
-        seed: of the shuffles drawn for the null of the matching.
+        residuals: their logs minus ``profile``.
+        profile: frequency profile of each layer.
+        orders: the shuffles.
+        seed: seed of the shuffles for the null of the matching.
     """
     n_layers, n_heads, n_units = x.shape
     centred = unit_length(residuals)
@@ -125,7 +125,7 @@ def head_similarity(
 def _shuffled_heads(
     rows: Float[np.ndarray, "layer head unit"], profile: FrequencyProfile, orders: Orders
 ) -> tuple[np.ndarray, float, float]:
-    """Raw p-values, the 5% cut of the largest over all pairs, and the share of pairs above it.
+    """Raw p-values, the 5% threshold for the maximum over pairs, and the share of pairs above it.
 
     Only blocks above the diagonal are computed.
     """
@@ -174,7 +174,7 @@ def _shuffled_heads(
 def _null_rows(
     rows: Float[np.ndarray, "layer head unit"], profile: FrequencyProfile, order: Orders
 ) -> Float[np.ndarray, "layer head unit"]:
-    """Rows of length 1 as one shuffle has them."""
+    """Rows of length 1 under one shuffle."""
     return unit_length(next(profile.shuffled(rows, order))[0])
 
 
@@ -192,8 +192,8 @@ def _matching(
 ) -> tuple[np.ndarray, np.ndarray, float, int]:
     """Mean centred cosine of matched heads for every pair of layers, its null and its p-value.
 
-    Under the null only the relative order of two layers matters, so each shuffle is drawn per
-    pair of layers, as many as the budget allows.
+    Under the null only the relative order of two layers matters, so shuffles are drawn per pair
+    of layers, as many as the budget allows.
     """
     n_layers = len(blocks)
     matched, null = np.eye(n_layers), np.eye(n_layers)

@@ -1,4 +1,4 @@
-"""Every measure of likeness between layers against its nulls."""
+"""Tests of every similarity measure between layers against its nulls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def all_tests(
     alive: Int[np.ndarray, " living"],
     seed: int,
 ) -> dict[str, dict[str, PairTest]]:
-    """Every measure against its nulls; ``orders`` of layers, and of heads."""
+    """Test every measure against its nulls, with ``orders`` for layers and for heads."""
     free = shuffled_orders(len(orders[0]), np.zeros_like(profile.groups), seed + 1)
     tests = {
         "plain": {
@@ -58,7 +58,7 @@ def all_tests(
 def mean_of_heads(
     residuals: Float[np.ndarray, "*some kv_head unit"],
 ) -> Float[np.ndarray, "*some unit"]:
-    """Rows whose products are the mean correlation of the heads of one layer with another's."""
+    """Rows whose inner products are the mean correlations between the heads of two layers."""
     living = np.maximum(residuals.any(-1).sum(-1, keepdims=True), 1)
     mean: np.ndarray = unit_length(residuals).sum(-2) / living
     return mean

@@ -1,17 +1,18 @@
-"""Permutation nulls of a map: nothing is shared between layers.
+"""Permutation nulls of a map: the hypothesis that layers share nothing.
 
 *What is shuffled.* The units of a whole layer, with one order for all of its heads. The heads of a
-layer read the same residual stream and are not independent; shuffling each head on its own would
-take "the heads of one layer agree" for "the layers agree". A null with one order per layer is
-valid either way, so the layer is the exchangeable unit here.
+layer read the same residual stream and are not independent. Shuffling each head on its own would
+confuse agreement of heads within a layer with agreement between layers. A null with one order per
+layer is valid in both cases, so the layer is the exchangeable unit here.
 
-*Two nulls.* ``plain`` moves the gains of a layer anywhere. ``frequency`` keeps each layer's smooth
-profile over rotary frequency and moves only what is left (``frequency_profile``); it decides
-wherever units rotate.
+*Two nulls.* ``plain`` permutes the gains of a layer freely. ``frequency`` keeps each layer's smooth
+profile over rotary frequency and permutes only the residuals (``frequency_profile``). The answer
+uses ``frequency`` whenever units rotate.
 
-*Correction.* A pair's p-value counts shuffles that reach its correlation. The corrected one counts
-shuffles in which the largest z over all pairs reaches it (the max-statistic of Westfall and Young,
-1993): family-wise error at most the level, whatever the dependence between pairs.
+*Correction.* A pair's p-value counts shuffles that reach its correlation. The corrected
+p-value counts shuffles in which the largest z over all pairs reaches it (the max-statistic of
+Westfall and Young, 1993). The family-wise error is at most the level, for any dependence between
+pairs.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def shuffled_orders(
     """Independent random orders of the units for every permutation and layer.
 
     Args:
-        n_permutations: how many.
-        groups: units move only to places of their own group.
-        seed: of the draws.
+        n_permutations: number of permutations.
+        groups: units are permuted only within their group.
+        seed: seed of the draws.
     """
     rng = np.random.default_rng(seed)
     noise = rng.random((n_permutations, *groups.shape))
@@ -48,7 +49,7 @@ def shuffled_orders(
 
 
 def in_chunks(orders: Orders, size: int = 100) -> Iterator[Orders]:
-    """The same permutations a few at a time, so that memory stays small."""
+    """The same permutations in chunks, to limit memory."""
     for start in range(0, len(orders), size):
         yield orders[start : start + size]
 
@@ -75,9 +76,9 @@ class PairTest:
         null_mean: mean of the measure over shuffles, exact under the plain null.
         null_high: 95th percentile over the shuffles drawn.
         p_raw: one-sided p-value of each pair.
-        p_corrected: for the number of pairs.
+        p_corrected: p-value corrected for the number of pairs.
         p_mean: one-sided p-value of the mean over pairs.
-        excess: mean over pairs of the measure less its null mean.
+        excess: mean over pairs of the measure minus its null mean.
     """
 
     null_mean: Float[np.ndarray, "layer layer2"]
@@ -98,9 +99,9 @@ def pair_test(
 
     Args:
         rows: one per layer.
-        null: the same rows as the null has them, a few permutations at a time.
-        alive: layers that carry anything; others get a p-value of 1 and enter no mean.
-        moments: exact mean and standard deviation ``[layer, layer]`` under the null, where known.
+        null: the same rows under the null, a few permutations at a time.
+        alive: layers with a gain above zero; others get a p-value of 1 and are excluded from means.
+        moments: exact mean and standard deviation ``[layer, layer]`` under the null, if known.
     """
     observed = rows @ rows.T
     i, j = np.triu_indices(len(alive), 1)
@@ -147,7 +148,7 @@ def measures(
     """Rows whose inner products are the measures: cosine, centred, spearman, ``top k``.
 
     The inner product of two ``top k`` rows is the size of the intersection over k; the Jaccard
-    overlap is a rising function of it, so both have the same p-value.
+    overlap is an increasing function of it, so both have the same p-value.
     """
     found = {
         "cosine": unit_length(profiles),

@@ -1,8 +1,8 @@
-"""One pass over a text for what gains don't hold: keys by position, attention to the first
-positions, what makes up a query's preference for the first key, and the tokens of each unit.
+"""One pass over a text for statistics that gains do not contain: keys by position, attention to the
+first positions, each unit's part in the preference for the first key, and the tokens of each unit.
 
-Memory does not grow with the text: positions are binned by powers of two, and of the tokens only
-the largest few per unit are kept.
+Memory does not grow with the text: positions are binned by powers of two, and only the largest few
+tokens per unit are kept.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ from gainlens.model.tokens import model_batches
 from gainlens.probes.gains import KeyGains
 
 FIRST = 4
-"""Positions whose attention mass is kept one by one."""
+"""Number of first positions whose attention mass is recorded separately."""
 N_TOKENS = 8
 CONTEXT = 6
-"""Tokens kept before a token with a large value."""
+"""Tokens of context kept before a token with a large value."""
 
 
 @dataclass(frozen=True, eq=False)
 class KeyObservation:
-    """What one pass saw; every array in float64.
+    """The statistics of one pass; all arrays are float64.
 
     Attributes:
         bins: first position of each bin: 0, 1, 2, 4, 8, …
-        rms: root mean square of each unit's key by position, ``[layer, bin, kv_head, unit]``; a
-            pair's is that of its norm over √2, the same before and after the rotation.
+        rms: root mean square of each unit's key by position, ``[layer, bin, kv_head, unit]``; for
+            a pair, that of its norm over √2, which is the same before and after the rotation.
         first_rms, first_mean: rms and norm of the mean of the key at position 0 (over √2 for a
             pair), ``[layer, kv_head, unit]``.
-        mass: mean attention of queries from position 1 on to positions 0 … 3,
+        mass: mean attention to positions 0 … 3 of queries from position 1 on,
             ``[layer, head, position]``.
-        uniform: what even attention would give to one position.
-        advantage: mean over queries of a unit's part of the logit of position 0, less its mean
-            part over the other keys that the query sees; nats, ``[layer, kv_head, unit]``.
-        tokens: for each unit the tokens, past position 0, with the largest keys: squared norm
-            over the head's mean, averaged over all heads.
-        n_documents, n_tokens: length of the text.
-        text: its fingerprint.
+        uniform: the attention to one position if it were spread evenly.
+        advantage: mean over queries of a unit's part of the logit of position 0, minus its mean
+            part over the other keys visible to the query; nats, ``[layer, kv_head, unit]``.
+        tokens: for each unit the tokens after position 0 with the largest keys, measured by the
+            squared norm relative to the head's mean, averaged over all heads.
+        n_documents, n_tokens: size of the text.
+        text: fingerprint of the text.
     """
 
     bins: Int[np.ndarray, " bin"]
@@ -80,19 +80,19 @@ def observe_keys(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = True,
 ) -> KeyObservation:
-    """Run a text and gather what ``KeyObservation`` holds.
+    """Run a text and gather a ``KeyObservation``.
 
     Args:
         model: a TransformerBridge or HookedTransformer that computes attention eagerly.
         tokens: as for ``probe_gains``.
-        gains: of this model; their mean squares say what a large key is.
-        units: of the map.
+        gains: gains of this model; keys are compared with their mean squares.
+        units: the units of the map.
         tokens_per_batch: upper bound on tokens per forward pass.
         progress: show a progress bar.
 
     Raises:
-        UnsupportedModelError: no attention pattern can be read.
-        SilentSiteError: a layer's hooks did not fire.
+        UnsupportedModelError: the model exposes no attention pattern.
+        SilentSiteError: the hooks of a layer did not fire.
     """
     observer = _Observer(model, key_sites(model), gains, units)
     hasher = TextHasher()
@@ -108,7 +108,7 @@ def observe_keys(
 
 
 class _Observer:
-    """Hooks and sums; queries and keys of one layer are held until its pattern arrives."""
+    """Hooks and sums. Queries and keys of a layer are held until its pattern arrives."""
 
     def __init__(self, model: Any, sites: KeySites, gains: KeyGains, units: Units) -> None:
         self.model, self.sites, self.units = model, sites, units
@@ -156,7 +156,7 @@ class _Observer:
 
     def _add(self, pattern: torch.Tensor, hook: Any, *, layer: int) -> None:
         if set(self.held) != {"q", "k"}:
-            raise SilentSiteError(f"the key or query hook of layer {layer} stayed silent")
+            raise SilentSiteError(f"the key or query hook of layer {layer} did not fire")
         q, k = self.held.pop("q").float(), self.held.pop("k").float()
         self.seen[layer] += 1
         square = k.square().sum(0).double().cpu()
@@ -169,7 +169,7 @@ class _Observer:
         self.relative += (energy / self.mean_square[layer]).mean(2)
 
     def _preference(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Σ over queries i ≥ 1 of q_i·k_0 less the mean of q_i·k_j over 1 ≤ j ≤ i, per dim."""
+        """Σ over queries i ≥ 1 of q_i·k_0 minus the mean of q_i·k_j over 1 ≤ j ≤ i, per dim."""
         b, s, heads, d = k.shape
         seen = torch.arange(1, s, device=k.device, dtype=k.dtype)[None, :, None, None]
         others = k[:, 1:].cumsum(1) / seen
@@ -184,7 +184,7 @@ class _Observer:
         return torch.tensor([float(len(dims)) for dims in self.units.dims], dtype=torch.float64)
 
     def finish(self) -> None:
-        """Keep the largest tokens of the batch that just ran."""
+        """Keep the largest tokens of the current batch."""
         values = self.relative / self.sites.n_layers
         values[:, 0] = -1.0
         top = min(N_TOKENS, values.shape[0] * values.shape[1])
@@ -210,7 +210,7 @@ class _Observer:
         if min(self.seen) == 0 or len(set(self.seen)) > 1:
             silent = [layer for layer, n in enumerate(self.seen) if n < max(self.seen) or n == 0]
             raise SilentSiteError(
-                f"hook_pattern of layer(s) {silent} stayed silent: attention is computed without "
+                f"hook_pattern of layer(s) {silent} did not fire: attention is computed without "
                 "it (load the model with eager attention)"
             )
         bins = self.n_bins

@@ -1,8 +1,8 @@
 """The red line: the smallest set of units that keeps the loss within a margin.
 
-Once as one universal set for all layers and heads, and once with a set per layer (the same for its
-heads, equally large in every layer). The size is found by bisection on a text that may choose; the
-sets found are then judged on another.
+It is computed twice: as one universal set for all layers and heads, and as one set per layer (the
+same for its heads, and equally large in every layer). The size is found by bisection on calibration
+text. The resulting sets are then evaluated on other text.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ SCOPES = ("universal", "layer")
 
 @dataclass(frozen=True, eq=False)
 class RedLine:
-    """The sets, what they cost on the judging text, and what each universal unit is.
+    """The sets, their cost on the evaluation text, and a description of each universal unit.
 
     Attributes:
-        margin: nats per token that the loss may rise by.
-        scores: per scope the gain that ranked its units: the one that needed the fewest.
+        margin: allowed rise of the loss, nats per token.
+        scores: per scope the gain that ranked its units, the one with the smallest set.
         universal: the set for all layers and heads, loudest first.
         per_layer: a set for each layer, loudest first.
-        judged: per scope the rise on the judging text, its interval and the verdict.
-        steps: every bisection step on the choosing text.
-        details: per unit of the universal set what a person needs to study it.
+        judged: per scope the rise on the evaluation text, its interval and the verdict.
+        steps: every bisection step on the calibration text.
+        details: per unit of the universal set, measurements for studying it.
         n_units: units per head.
     """
 
@@ -65,7 +65,7 @@ class RedLine:
         return self.details
 
     def verdict(self, scope: str = "universal") -> Verdict:
-        """Whether the set of a scope keeps the loss within the margin on the judging text."""
+        """Whether the set of a scope keeps the loss within the margin on the evaluation text."""
         if scope not in self.judged:
             raise InputError(f"scope={scope!r} is not one of {', '.join(self.judged)}")
         row = self.judged[scope]
@@ -106,30 +106,31 @@ def find_red_line(
     evaluator: Evaluator | None = None,
     progress: bool = True,
 ) -> RedLine:
-    """Find the sets by bisection, judge them, and describe every unit of the universal one.
+    """Find the sets by bisection, evaluate them, and describe every unit of the universal set.
 
-    The bisection takes it that a larger set of louder units never hurts; every step is in
-    ``steps``. Costs about 2·log2(units) forward passes over ``choose`` per score, three over
+    The bisection assumes that adding louder units never hurts; every step is in ``steps``. It
+    costs about 2·log2(units) forward passes over ``choose`` per score, three over
     ``judge``, and one over ``patch`` per unit.
 
     Args:
         model: the model.
-        choose: text that picks the size: calibration or training documents.
-        judge: validation text.
-        gains: what ranks the units.
+        choose: text for choosing the size: calibration or training documents.
+        judge: validation text for the evaluation.
+        gains: the gains that rank the units.
         margin: rise of the loss in nats per token, above 0.
-        score: which gain ranks; of several, that with the smallest set on ``choose``.
-        mode: of the cut.
-        observation: from ``observe_keys``, for gain by position and tokens.
-        patch: text on which each unit of the universal set is patched alone, in all layers and
-            heads; None skips that.
-        patch_mode: what such a unit carries instead; ``mean`` takes away only what it says about
-            a position.
-        evaluator: of this model, where several calls share one.
+        score: which gain ranks the units; if several, the one with the smallest set on ``choose``.
+        mode: ablation mode of the cut.
+        observation: from ``observe_keys``, for the gain by position and the tokens.
+        patch: text on which each unit of the universal set is patched on its own, in all layers
+            and heads; None skips this.
+        patch_mode: replacement values of such a unit; ``mean`` removes only its variation with
+            position.
+        evaluator: an ``Evaluator`` of this model, to share between calls.
         progress: show a progress bar.
 
     Raises:
-        InputError: a margin of zero or below, gains of another model, a judging text that chose.
+        InputError: a margin of zero or below, gains of another model, or ``judge`` text that was
+            already used for a choice.
     """
     if not margin > 0:
         raise InputError(f"margin={margin!r} is not above 0: no finite text can show zero damage")
@@ -207,7 +208,7 @@ def _describe(
     units: Units,
     observation: KeyObservation | None,
 ) -> list[dict[str, Any]]:
-    """What a person needs to study each unit."""
+    """Measurements for studying each unit."""
     top = max(1, len(units) // 4)
     marks = loudest(x.reshape(-1, len(units)), top).reshape(x.shape)
     rows = []

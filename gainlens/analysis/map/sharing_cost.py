@@ -1,10 +1,10 @@
-"""The cost of sharing: the loss at equal cuts with one index set for all layers and heads, with one
-per layer, with one per head.
+"""The cost of sharing: the loss at equal cuts with one index set for all layers and heads, one per
+layer, or one per head.
 
-Every scope keeps the same number of units in every head, chosen by gains: of a head its own, or
-of a layer or the whole model the mean of its heads' shares. Which gain ranks best depends on the
-scope (a unit that few heads need dearly is lost in a mean), so several can be tried, and a text
-that does not judge picks one for each scope and fraction.
+Every scope keeps the same number of units in every head, ranked by the gains of the head, or by the
+mean of the heads' shares over the layer or the model. Which gain ranks best depends on the scope (a
+mean hides a unit that is essential to few heads), so several can be tried. The best for each scope
+and fraction is then chosen on text that is not used for the evaluation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SCOPES = ("universal", "layer", "head")
 def ranked_units(
     x: Float[np.ndarray, "layer head unit"], scope: str
 ) -> Int[np.ndarray, "layer head unit"]:
-    """Units from loudest to quietest as each head sees them under a scope."""
+    """Units of each head from loudest to quietest under a scope."""
     total = x.sum(-1, keepdims=True)
     share = np.divide(x, total, out=np.zeros_like(x), where=total > 0)
     if scope == "universal":
@@ -49,7 +49,7 @@ def ranked_units(
 def unit_mask(
     keep: Bool[np.ndarray, "layer head unit"], units: Units, d_head: int, **facts: Any
 ) -> KeyMask:
-    """The mask that keeps the given units; dimensions in no unit stay."""
+    """The mask that keeps the given units; dimensions outside all units are kept."""
     mask = torch.ones(*keep.shape[:2], d_head, dtype=torch.bool)
     for u, dims in enumerate(units.dims):
         mask[..., list(dims)] = torch.from_numpy(keep[..., u])[..., None].expand(-1, -1, len(dims))
@@ -71,13 +71,13 @@ class SharingCost:
 
     Attributes:
         rows: per scope (``universal``, ``layer``, ``head``) and fraction the rise of the loss in
-            nats per token with its interval, and the score that ranked; and of ``order``
-            ``random`` that of universal sets drawn at random, the control.
+            nats per token, its interval and the score used. Rows with ``order`` ``random`` are
+            the control: universal sets drawn at random.
         rises: rise per document, ``[row, document]``.
         intact: loss of each document without a cut.
-        tried: rise on the choosing text of every score, where several were tried.
-        n_units, n_tokens: units per head; length of the text.
-        text: its fingerprint.
+        tried: rise of every score on the ``choose`` text, if several were tried.
+        n_units, n_tokens: units per head; size of the text.
+        text: fingerprint of the text.
     """
 
     rows: list[dict[str, Any]]
@@ -98,34 +98,34 @@ class SharingCost:
 
     @property
     def fractions(self) -> tuple[float, ...]:
-        """Shares cut that were measured."""
+        """The measured shares cut."""
         return tuple(sorted({r["fraction"] for r in self.rows}))
 
     def row(self, scope: str, fraction: float) -> int:
-        """The number of the row of a scope at a fraction.
+        """The row index of a scope at a fraction.
 
         Raises:
-            InputError: it was not measured.
+            InputError: this combination was not measured.
         """
         for i, r in enumerate(self.rows):
             if (r["scope"], r["order"], r["fraction"]) == (scope, "quietest", fraction):
                 return i
         raise InputError(
-            f"scope={scope!r} at fraction={fraction!r} was not measured: expected of "
+            f"scope={scope!r} at fraction={fraction!r} was not measured: expected one of "
             f"{', '.join(SCOPES)} at {self.fractions}"
         )
 
     def difference(
         self, fraction: float, a: str = "universal", b: str = "head"
     ) -> tuple[float, tuple[float, float]]:
-        """Mean and 95% interval of the paired difference in loss of scopes ``a`` and ``b``."""
+        """Mean and 95% interval of the paired loss difference between scopes ``a`` and ``b``."""
         difference = self.differences(fraction, a, b)
         return float(difference.mean()), t_interval(difference)
 
     def differences(
         self, fraction: float, a: str = "universal", b: str = "head"
     ) -> Float[np.ndarray, " document"]:
-        """Loss of scope ``a`` less that of scope ``b`` on each document, nats per token."""
+        """Loss of scope ``a`` minus that of scope ``b`` on each document, nats per token."""
         found: Float[np.ndarray, " document"] = (
             self.rises[self.row(a, fraction)] - self.rises[self.row(b, fraction)]
         )
@@ -136,7 +136,7 @@ class SharingCost:
 
         Args:
             margin: nats per token, above 0.
-            fraction: a measured share cut; by default the one nearest to a half.
+            fraction: a measured share cut; by default the one nearest to 0.5.
         """
         at = min(self.fractions, key=lambda f: abs(f - 0.5)) if fraction is None else fraction
         own, universal = (self.rows[self.row(scope, at)] for scope in ("head", "universal"))
@@ -181,27 +181,27 @@ def cost_of_sharing(
     evaluator: Evaluator | None = None,
     progress: bool = True,
 ) -> SharingCost:
-    """Cut the same number of units everywhere, with sets shared ever more widely.
+    """Cut the same number of units in every head, with sets per head, per layer or for all heads.
 
     Args:
         model: the model.
-        tokens: validation text, other than what the gains were gathered on.
-        gains: what ranks the units.
+        tokens: validation text, different from the text for the gains.
+        gains: the gains that rank the units.
         fractions: shares of the units to cut, between 0 and 1.
-        score: which gain ranks, or several of which ``choose`` picks.
+        score: which gain ranks the units. If several are given, the best on ``choose`` is used.
         choose: calibration or training text; needed with several scores.
-        seeds: of random universal sets, the control.
-        mode: of the ablation.
-        evaluator: of this model, where several calls share one.
+        seeds: seeds of random universal sets, the control.
+        mode: ablation mode.
+        evaluator: an ``Evaluator`` of this model, to share between calls.
         progress: show a progress bar.
 
     Raises:
         InputError: a fraction that cuts nothing or everything, gains of another model, text that
-            chose, several scores without a text to choose by.
+            was already used for a choice, or several scores without ``choose``.
     """
     names = (score,) if isinstance(score, str) else tuple(score)
     if len(names) > 1 and choose is None:
-        raise InputError(f"score={names!r} names several: expected choose=… to pick one by")
+        raise InputError(f"score={names!r} names several scores: expected choose=… to select one")
     values = {name: unit_gains(gains, name, "rotated")[0] for name in names}
     units = unit_gains(gains, names[0], "rotated")[1]
     cuts = [(f, _kept(f, len(units))) for f in fractions]

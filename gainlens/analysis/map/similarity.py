@@ -1,8 +1,8 @@
-"""Similarity of gain profiles, and what independent shuffles of their units would give.
+"""Similarity of gain profiles, and its distribution under independent shuffles of units.
 
-All measures here are inner products of two rows after some transformation (scaled to length 1,
-centred, ranked, marked as among the k loudest), so the mean and variance of each under a shuffle
-of units is known exactly; see ``shuffle_moments``.
+All measures here are inner products of two rows after a transformation (scaled to length 1,
+centred, ranked, or marked as the k loudest). The mean and variance of each under a shuffle of units
+are therefore known exactly; see ``shuffle_moments``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 
 
 def unit_length(x: Float[np.ndarray, "*row unit"]) -> Float[np.ndarray, "*row unit"]:
-    """Rows scaled to length 1; a row of (rounding of) zero stays zero."""
+    """Rows scaled to length 1; a row that is zero up to rounding stays zero."""
     norm = np.linalg.norm(x, axis=-1, keepdims=True)
     scaled: Float[np.ndarray, "*row unit"] = np.divide(
         x, norm, out=np.zeros_like(x), where=norm > 1e-12
@@ -31,9 +31,10 @@ def variation(x: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, " row"]:
 
 
 def centred_rows(x: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, "row unit"]:
-    """Rows less their mean, scaled to length 1.
+    """Rows minus their mean, scaled to length 1.
 
-    Inner products of these are Pearson correlations. A row that is flat to rounding gives zero.
+    Inner products of these are Pearson correlations. A row that is constant up to rounding gives
+    zero.
     """
     scale = np.abs(x).max(1, keepdims=True)
     y = np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)
@@ -43,16 +44,16 @@ def centred_rows(x: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, "row uni
 
 
 def rank_rows(x: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, "row unit"]:
-    """Ranks within each row, 1 for the quietest; ties share their mean rank."""
+    """Ranks within each row, 1 for the quietest; ties get their mean rank."""
     ranks: Float[np.ndarray, "row unit"] = rankdata(_merged_ties(x), axis=1).astype(np.float64)
     return ranks
 
 
 def loudest(x: Float[np.ndarray, "row unit"], k: int) -> Float[np.ndarray, "row unit"]:
-    """1 for units among the ``k`` loudest of their row, else 0; ties share what is left.
+    """1 for the ``k`` loudest units of each row, else 0; tied units get equal shares.
 
-    Without the sharing, flat gains would pick the same units by index in every row. An all-zero
-    row has no loud unit.
+    Otherwise flat gains would select the same units by index in every row. An all-zero row has no
+    loud unit.
     """
     y = _merged_ties(x)
     bar = -np.partition(-y, k - 1, axis=1)[:, k - 1 : k]
@@ -64,7 +65,7 @@ def loudest(x: Float[np.ndarray, "row unit"], k: int) -> Float[np.ndarray, "row 
 
 
 def _merged_ties(x: np.ndarray) -> np.ndarray:
-    """Values to 12 digits of their row's largest, so that rounding breaks no tie."""
+    """Values rounded to 12 digits of the row maximum, so that rounding errors break no tie."""
     scale = np.abs(x).max(1, keepdims=True)
     rounded: np.ndarray = np.round(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0), 12)
     return rounded
@@ -86,8 +87,8 @@ def shuffle_moments(
 ) -> tuple[Float[np.ndarray, "row row2"], Float[np.ndarray, "row row2"]]:
     """Exact mean and standard deviation of Σ_u x[i, u]·x[j, π(u)] over all shuffles π.
 
-    The mean is n·x̄ᵢ·x̄ⱼ for n units and the variance SSᵢ·SSⱼ/(n − 1), SS being the sum of squares
-    about the mean.
+    The mean is n·x̄ᵢ·x̄ⱼ for n units and the variance is SSᵢ·SSⱼ/(n − 1), where SS is the sum of
+    squares about the mean.
     """
     n = x.shape[1]
     centre = x.mean(1)

@@ -1,10 +1,10 @@
-"""Attention sinks: which units carry them, layer by layer, and whether they stay the same.
+"""Attention sinks: which units carry them in each layer, and whether these units persist.
 
-A *sink head* is a key head whose queries give the first position far more attention than an even
-spread would. A *sink unit* of it is one of the fewest units that together make up half of what
-raises the first key's logit above that of the other keys. That part is measured as it enters the
-softmax (q·k₀ less the mean q·kⱼ, in nats), and not as the size of the key: a first key near zero
-is a sink too, where the keys of all other positions share a component that queries dislike.
+A *sink head* is a key head whose queries give the first position far more attention than a uniform
+distribution would. Its *sink units* are the smallest set of units that together account for half of
+the logit advantage of the first key over the other keys. The advantage is measured as it enters the
+softmax (q·k₀ minus the mean q·kⱼ, in nats), not by the size of the key: a first key near zero is
+also a sink if the keys of all other positions share a component with negative logits.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from gainlens.errors import InputError
 from gainlens.stats.verdicts import Status, Verdict
 
 MIN_MASS = 0.25
-"""Attention to the first position from which a head is a sink head."""
+"""A head is a sink head if its attention to the first position reaches this value."""
 CARRIED = 0.5
-"""Share of the first key's advantage that the sink units of a head make up."""
+"""Share of the first key's advantage that the sink units of a head account for."""
 EVERY_DEPTH = 0.9
 BAND_SIZE = 4
-"""Neighbouring frequencies per band of the band null: few enough to follow a profile, enough that a
-shuffle inside a band (4! orders per layer) still moves something."""
+"""Neighbouring frequencies per band of the band null: narrow enough to follow a profile, wide
+enough for a non-trivial shuffle within a band (4! orders per layer)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,17 +37,17 @@ class Sinks:
     """Sink heads and sink units.
 
     Attributes:
-        units: of the map.
+        units: the units of the map.
         mass: mean attention of a key head's queries to position 0, ``[layer, kv_head]``.
-        uniform: what an even spread would give.
+        uniform: the value for uniform attention.
         advantage: each unit's part of the first key's advantage, nats,
             ``[layer, kv_head, unit]``.
-        size: rms of the first key over that of keys from position 2 on, per unit.
+        size: rms of the first key divided by that of keys from position 2 on, per unit.
         constancy: |E k₀|² / E|k₀|² over documents: 1 for a first key that is always the same.
-        is_sink: the sink units of sink heads.
-        min_mass, carried: the bounds that were set.
-        n_documents: of the text.
-        nulls: chance and p-values of the agreement between layers, per null.
+        is_sink: True for the sink units of sink heads.
+        min_mass, carried: the thresholds used.
+        n_documents: number of documents in the text.
+        nulls: chance level and p-values of the agreement between layers, per null.
     """
 
     units: Units
@@ -85,7 +85,7 @@ class Sinks:
         return found
 
     def persistence(self) -> float:
-        """The chance that a sink unit of one sink layer is one in another; NaN under two layers."""
+        """The probability that a sink unit of one sink layer is one in another; NaN below two."""
         marks = self.per_layer[list(self.layers)].astype(np.float64)
         return float("nan") if len(marks) < 2 else _agreement(marks)[0]
 
@@ -110,7 +110,7 @@ class Sinks:
         ]
 
     def through_depth(self) -> list[dict[str, Any]]:
-        """One row per sink unit: in which layers it carries a sink, the most frequent first."""
+        """One row per sink unit with the layers in which it carries a sink, most frequent first."""
         marks = self.per_layer
         rows = [
             {
@@ -128,8 +128,8 @@ class Sinks:
     def verdict(self, threshold: float = EVERY_DEPTH) -> Verdict:
         """ "A sink unit is a sink at every depth".
 
-        The estimate is the chance that a sink unit of one layer is one in another layer that has
-        sinks, with a jackknife interval over layers.
+        The estimate is the probability that a sink unit of one layer is also one in another layer
+        with sinks, with a jackknife interval over layers.
 
         Raises:
             InputError: a threshold outside 0..1.
@@ -156,7 +156,7 @@ class Sinks:
         at_most = max(r["share_of_sink_layers"] for r in self.through_depth())
         return Verdict(
             status, claim, estimate, (low, high), threshold, self.n_documents,
-            f"{null}; {len(marks)} layers have sink heads, the most lasting unit carries one in "
+            f"{null}; {len(marks)} layers have sink heads, the most persistent unit carries one in "
             f"{at_most:.0%} of them; median size of the first key there "
             f"{float(np.median(self.size[self.is_sink])):.2f} of other keys",
         )  # fmt: skip
@@ -198,18 +198,18 @@ def find_sinks(
     n_permutations: int = 1000,
     seed: int = 0,
 ) -> Sinks:
-    """Sink heads and units of what ``observe_keys`` saw.
+    """Find sink heads and sink units in the result of ``observe_keys``.
 
     Args:
-        observation: of the text.
-        units: of the map.
-        min_mass: attention to the first position from which a head counts.
-        carried: share of the advantage that the sink units of a head must make up.
-        n_permutations, seed: of the nulls for agreement between layers; units are shuffled per
-            layer, anywhere or within frequency bands.
+        observation: statistics of the text.
+        units: the units of the map.
+        min_mass: minimal attention to the first position for a sink head.
+        carried: share of the advantage that the sink units of a head account for.
+        n_permutations, seed: settings of the nulls for agreement between layers. Units are
+            shuffled per layer, freely or within frequency bands.
 
     Raises:
-        InputError: a bound outside 0..1.
+        InputError: a threshold is outside 0..1.
     """
     for name, value in (("min_mass", min_mass), ("carried", carried)):
         if not 0 < value < 1:
@@ -248,7 +248,7 @@ def find_sinks(
 def _depth_nulls(
     marks: Bool[np.ndarray, "layer unit"], units: Units, n_permutations: int, seed: int
 ) -> dict[str, dict[str, float]]:
-    """What shuffled sink units give for the agreement between layers."""
+    """The agreement between layers for shuffled sink units."""
     living = marks[marks.any(1)].astype(np.float64)
     if len(living) < 2:
         return {}
@@ -269,10 +269,10 @@ def _depth_nulls(
 def frequency_bands(
     frequency: Float[np.ndarray, " unit"], size: int = BAND_SIZE
 ) -> Int[np.ndarray, " unit"]:
-    """Group units of neighbouring frequency; units that do not rotate form one band of their own.
+    """Group units of neighbouring frequency; units that do not rotate form their own band.
 
-    Rotary frequencies form a geometric series, so bands of equal size are of equal width in log
-    frequency. Dimensions of one pair share a frequency and so a band.
+    Rotary frequencies form a geometric series, so bands of equal size have equal width in log
+    frequency. The dimensions of a pair have the same frequency and thus the same band.
     """
     distinct = np.unique(frequency[frequency > 0])[::-1]
     n_bands = max(1, len(distinct) // size)

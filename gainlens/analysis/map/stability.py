@@ -1,4 +1,4 @@
-"""``Stability``: the maps of several texts, halves of a text and seeds, side by side."""
+"""``Stability``: comparison of the maps of several texts, halves of a text and seeds."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True, eq=False)
 class Stability:
-    """The map of each text beside that of every other.
+    """Comparison of the maps of all texts.
 
     Attributes:
-        texts: per text and seed its answer, summary and universal units.
+        texts: per text and seed the answer, summary and universal units.
         pairs: per pair of texts the Jaccard overlap of the universal units and the mean
-            correlation of a layer's gains with the same layer's on the other text.
-        core: units that are universal on every text and seed.
-        ever: units that are so on any.
+            correlation, over layers, of the gains on the two texts.
+        core: units that are universal for every text and seed.
+        ever: units that are universal for at least one.
     """
 
     texts: list[dict[str, Any]]

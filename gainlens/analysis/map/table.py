@@ -17,7 +17,7 @@ def map_rows(cmap: CoordinateMap, rows: str) -> list[dict[str, Any]]:
     """Rows of one kind; see ``CoordinateMap.to_dataframe``.
 
     Raises:
-        InputError: another kind.
+        InputError: the kind is unknown.
     """
     if rows not in ROWS:
         raise InputError(f"rows={rows!r} is not one of {', '.join(ROWS)}")
@@ -26,7 +26,7 @@ def map_rows(cmap: CoordinateMap, rows: str) -> list[dict[str, Any]]:
 
 
 def measure_rows(cmap: CoordinateMap) -> list[dict[str, Any]]:
-    """One row per measure and null: its mean over pairs, what chance gives, p-values."""
+    """One row per measure and null: its mean over pairs, its chance level and p-values."""
     found = []
     for null, by_measure in cmap.tests.items():
         for name, test in by_measure.items():
@@ -46,7 +46,7 @@ def measure_rows(cmap: CoordinateMap) -> list[dict[str, Any]]:
 
 
 def pair_rows(cmap: CoordinateMap) -> list[dict[str, Any]]:
-    """One row per pair of living layers, every measure of likeness beside its null."""
+    """One row per pair of living layers, with every similarity measure and its null."""
     kept = cmap.frequency_null_cosine
     return [
         {
@@ -66,7 +66,7 @@ def pair_rows(cmap: CoordinateMap) -> list[dict[str, Any]]:
 
 
 def unit_rows(cmap: CoordinateMap) -> list[dict[str, Any]]:
-    """One row per unit, the most present first, with its dimensions and wavelength in tokens."""
+    """One row per unit, by decreasing presence, with its dimensions and wavelength in tokens."""
     wave = cmap.units.wavelength
     by_head = cmap.universal_by_head
     return [

@@ -1,4 +1,4 @@
-"""The units of a map: rotary pairs where there is a rotation, else single dimensions."""
+"""The units of a map: rotary pairs if the model rotates its keys, else single dimensions."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Gains = KeyGains | CanonicalGains | torch.Tensor | np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """What one column of a map stands for.
+    """The meaning of the columns of a map.
 
     Attributes:
         kind: ``pair``, ``dim`` or, in a canonical basis, ``singular direction``.
         dims: the key dimensions of each unit.
-        layer_frequency: radians per token of each unit in each layer, ``[layer, unit]``; 0 where
+        layer_frequency: radians per token of each unit in each layer, ``[layer, unit]``; 0 if
             it does not rotate.
     """
 
@@ -37,13 +37,13 @@ class Units:
 
     @property
     def frequency(self) -> Float[np.ndarray, " unit"]:
-        """Radians per token of each unit; the mean over layers where they rotate differently."""
+        """Radians per token of each unit; the mean over layers if they differ."""
         mean: Float[np.ndarray, " unit"] = self.layer_frequency.mean(0)
         return mean
 
     @property
     def wavelength(self) -> list[float | None]:
-        """Tokens per turn of each unit; None where it does not rotate, or not alike in all layers.
+        """Tokens per turn of each unit; None if it does not rotate or differs between layers.
 
         See ``layer_frequency`` for models with several rotary bases.
         """
@@ -55,7 +55,7 @@ class Units:
         ]
 
     def wavelengths(self, layer: int) -> list[float | None]:
-        """Tokens per turn of each unit in one layer; None where it does not rotate."""
+        """Tokens per turn of each unit in one layer; None if it does not rotate."""
         return [2 * np.pi / float(f) if f > 0 else None for f in self.layer_frequency[layer]]
 
     def label(self, unit: int) -> str:
@@ -81,18 +81,18 @@ def unit_gains(
     unit: str | None = None,
     frequency: Sequence[float] | Sequence[Sequence[float]] | np.ndarray | None = None,
 ) -> tuple[Float[np.ndarray, "layer kv_head unit"], Units]:
-    """Gains per unit, float64, and what the units are.
+    """Gains per unit, float64, and the units.
 
     Args:
         gains: ``KeyGains``, ``CanonicalGains`` or a non-negative array ``[layer, kv_head, unit]``.
-        score, stage: of ``KeyGains``; ignored for an array.
-        unit: ``pair`` or ``dim``; by default pairs where the model rotates. Turning the two
-            dimensions of a pair into each other, in W_Q and W_K alike, changes no logit, so only
-            the pair means the same thing in two heads.
+        score, stage: which gains of ``KeyGains`` to use; ignored for an array.
+        unit: ``pair`` or ``dim``; by default pairs if the model rotates its keys. Rotating the
+            two dimensions of a pair into each other, in both W_Q and W_K, changes no logit, so
+            only the pair is comparable between heads.
         frequency: for an array, radians per token of its units, ``[unit]`` or ``[layer, unit]``.
 
     Raises:
-        InputError: another number of axes, NaN, negative values, an unknown unit.
+        InputError: a wrong number of axes, NaN, negative values, or an unknown unit.
     """
     if unit is not None and unit not in UNITS:
         raise InputError(f"unit={unit!r} is not one of {', '.join(UNITS)}")
@@ -145,14 +145,14 @@ def _checked(x: np.ndarray) -> Float[np.ndarray, "layer kv_head unit"]:
     if x.ndim != 3 or 0 in x.shape:
         raise InputError(f"gains have shape {x.shape}: expected [layer, kv_head, d_head]")
     if len(x) < 2:
-        raise InputError("gains have one layer only: a map compares layers, expected two or more")
+        raise InputError("gains have only one layer: a map compares layers, expected two or more")
     if x.shape[-1] < 2:
-        raise InputError("gains have one unit per head only: expected two or more")
+        raise InputError("gains have only one unit per head: expected two or more")
     if not np.isfinite(x).all():
         layer = int(np.argwhere(~np.isfinite(x))[0, 0])
-        raise InputError(f"gains hold NaN or infinity, first in layer {layer}")
+        raise InputError(f"gains contain NaN or infinity, first in layer {layer}")
     if (x < 0).any():
-        raise InputError("gains hold negative values: expected gains of zero or above")
+        raise InputError("gains contain negative values: expected gains of zero or above")
     return x
 
 
@@ -168,7 +168,7 @@ def layer_profiles(
 
 
 def source_facts(gains: Gains, score: str, stage: str) -> dict[str, Any]:
-    """Where the gains come from and what makes index i comparable between heads."""
+    """The origin of the gains, and what makes index i comparable between heads."""
     if isinstance(gains, KeyGains):
         rotates = bool(gains.model.rotary_dim)
         return {

@@ -1,20 +1,20 @@
-"""Universal units: those that are among the loudest in more layers than chance allows.
+"""Universal units: units that are among the loudest in more layers than expected by chance.
 
-What is compared are gains relative to each layer's own profile over frequency
-(``frequency_profile``), so a unit is loud when it stands out from its neighbours in frequency. For
-every k the number of places (layers, or heads of layers) is counted in which a unit is among the k
-loudest. How many units are loud isn't known beforehand (at a k below the number of shared units
-they compete for places, so no single k would do): a unit's evidence is its smallest p-value over
-k, and the shuffles take the same minimum.
+Gains are taken relative to each layer's own profile over frequency (``frequency_profile``), so a
+unit is loud if it stands out from its neighbours in frequency. For every k, we count the places
+(layers, or heads of layers) in which a unit is among the k loudest. The number of loud units is not
+known in advance, and if k is smaller than the number of shared units, they compete for places. So
+no single k is enough: the evidence for a unit is its smallest p-value over k, and the shuffles use
+the same minimum.
 
-A unit is *universal* when three things are true:
+A unit is *universal* if three conditions hold:
 
-- its p-value passes Benjamini and Hochberg's procedure (1995) over all units;
-- its presence is large: the largest over k of (share of places - k/n) / (1 - k/n), which is 0 for
-  chance and 1 for a unit that is loud everywhere, is at least ``min_presence``; with enough layers
-  a trifle is significant;
-- it is louder than its neighbours by ``MIN_EXCESS``: loud units bend the profile, and quiet ones
-  that seem loud beside it fall out when the profile is fitted without them.
+- Its p-value passes the procedure of Benjamini and Hochberg (1995) over all units.
+- Its presence is at least ``min_presence``. Presence is the largest value over k of
+  (share of places - k/n) / (1 - k/n): 0 at chance level, 1 for a unit that is loud everywhere. With
+  enough layers, even a tiny effect is significant.
+- It is louder than its neighbours by ``MIN_EXCESS``. Loud units bend the profile, so quiet ones can
+  appear loud next to it; they are excluded by fitting the profile without the loud ones.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from scipy.stats import false_discovery_control
 from gainlens.analysis.map.frequency_profile import FrequencyProfile
 
 FDR = 0.05
-"""Expected share of false units among those found; with nothing shared, the chance to find any."""
+"""Expected share of false discoveries; with nothing shared, the probability of finding any unit."""
 MIN_PRESENCE = 0.5
 MIN_EXCESS = 1.2
-"""Times the profile of the units that are not universal."""
+"""As a multiple of the profile of the units that are not universal."""
 SHARES = (0.125, 0.25, 0.375, 0.5)
-"""k as a share of the units: "among the loudest" ends at the louder half."""
+"""k as a share of the units; "among the loudest" means the louder half at most."""
 
 
 @dataclass(frozen=True, eq=False)
 class Universal:
-    """Per unit how widely it is loud, and whether that can be chance.
+    """In how many places each unit is loud, and whether that can be chance.
 
     Attributes:
-        tops: the k that were counted.
+        tops: the values of k.
         counts: number of places in which a unit is among the k loudest, ``[top, unit]``; ties
             share their places.
-        expected: the count that chance gives.
+        expected: the count expected by chance.
         layer_counts: the same per layer, ``[top, layer, unit]``.
-        best_top: for each unit the k at which it is most present.
+        best_top: for each unit the k with the largest presence.
         presence: chance-corrected presence at that k, at most 1.
-        excess: how many times louder a unit is than the profile of those that are not universal.
+        excess: gain of a unit divided by the profile of the units that are not universal.
         p_values: ``[unit]``; 1 for a unit that no layer uses.
-        q_values: the same after Benjamini and Hochberg.
+        q_values: p-values adjusted by Benjamini and Hochberg.
         is_universal: ``[unit]``.
         n_places: living layers, or heads of layers.
-        fdr, min_presence: the bounds that were set.
+        fdr, min_presence: the thresholds used.
     """
 
     tops: tuple[int, ...]
@@ -74,16 +74,16 @@ class Universal:
 
     @property
     def beyond_chance(self) -> tuple[int, ...]:
-        """Units that are loud in more places than chance gives, by however little."""
+        """Units loud in significantly more places than by chance, whatever the effect size."""
         return tuple(int(u) for u in np.flatnonzero(self.q_values <= self.fdr))
 
     @property
     def units(self) -> tuple[int, ...]:
-        """Units loud beyond chance, in most places, and by a margin."""
+        """Units that are loud beyond chance, in most places, and by a margin."""
         return tuple(int(u) for u in np.flatnonzero(self.is_universal))
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per unit, the most present first."""
+        """One row per unit, by decreasing presence."""
         n_units = self.counts.shape[1]
         rows = []
         for u in np.lexsort((np.arange(n_units), -self.presence)):
@@ -117,8 +117,8 @@ def universal_units(
     """Count, compare with chance, and control the false-discovery rate over units.
 
     Args:
-        logs: log gains; a place whose logs are all zero carries nothing.
-        profile: what is taken off.
+        logs: log gains; a place whose logs are all zero is dead.
+        profile: the frequency profile to subtract.
         null: residuals under the null, from ``profile.shuffled``.
         fdr, min_presence: see ``Universal``.
     """
@@ -126,7 +126,7 @@ def universal_units(
     used = np.flatnonzero((profile.groups < 2).any(0))
     n = len(used)
     tops = top_sizes(n)
-    # A fit leaves smaller residuals where it bends easily: at the ends of the frequencies.
+    # A fit leaves smaller residuals where it is flexible: at the ends of the frequency range.
     spread = np.sqrt(np.clip(np.diagonal(profile.off, axis1=1, axis2=2), 1e-6, None))[:, None]
     level = 1.0 / spread[..., used]
     residuals = profile.residuals(logs)
@@ -168,14 +168,14 @@ def universal_units(
 
 
 def top_sizes(n_units: int) -> tuple[int, ...]:
-    """The k that are swept: shares of the units, at least 1 and below all of them."""
+    """The values of k: shares of the units, at least 1 and less than all of them."""
     return tuple(sorted({max(1, min(n_units - 1, round(s * n_units))) for s in SHARES}))
 
 
 def _marks(
     residuals: Float[np.ndarray, "*row unit"], tops: tuple[int, ...]
 ) -> Float[np.ndarray, "top *row unit"]:
-    """1 where a unit is among the k loudest of its row, ties sharing; 0 in a row of zeros."""
+    """1 if a unit is among the k loudest of its row, with ties shared; 0 in a row of zeros."""
     rows = residuals.astype(np.float32).reshape(-1, residuals.shape[-1])
     ranked = -np.partition(-rows, [k - 1 for k in tops], axis=-1)
     slack = np.float32(1e-6) * np.abs(rows).max(-1, keepdims=True)
@@ -194,7 +194,7 @@ def _marks(
 def _evidence(
     counts: Float[np.ndarray, "top unit"], shuffled: Float[np.ndarray, "top permutation unit"]
 ) -> tuple[Float[np.ndarray, "top unit"], Float[np.ndarray, "top permutation unit"]]:
-    """z of every count, observed and shuffled."""
+    """z-scores of all counts, observed and shuffled."""
     mean, width = shuffled.mean(1, keepdims=True), shuffled.std(1, keepdims=True)
     usable = width > 1e-9
     scale = np.where(usable, width, 1.0)
@@ -215,7 +215,7 @@ def _smallest_p(
 
 
 def _share_reached(pool: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Share of a sorted pool, and of the value itself, at or above each value."""
+    """Share of a sorted pool, with the value itself included, at or above each value."""
     reached = len(pool) - np.searchsorted(pool, values - 1e-9)
     share: np.ndarray = (1 + reached) / (1 + len(pool))
     return share

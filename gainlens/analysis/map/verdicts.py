@@ -1,10 +1,10 @@
-"""From the numbers of a map to an answer, by bounds set beforehand.
+"""From the numbers of a map to an answer, by thresholds set in advance.
 
-A bare cosine of non-negative gains proves nothing: E[cos] ≈ 1/(1 + CV²) for unrelated layers. Nor
-does a correlation of gains that follow the same curve over frequency. The effect size used here is
-the mean correlation between layers of what is left of their log gains without that curve
+A cosine of non-negative gains alone proves nothing: E[cos] ≈ 1/(1 + CV²) for unrelated layers. A
+correlation of gains that follow the same curve over frequency proves nothing either. The effect
+size used here is the mean correlation between layers of their log gains minus that curve
 (``frequency_profile``), with a jackknife interval over layers. The evidence is its permutation
-p-value. Verdicts on sharing are read off the answer, so the two can't disagree.
+p-value. Verdicts on sharing are derived from the answer, so the two always agree.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 ALPHA = 0.01
 """Level of the test that anything is shared."""
 ALPHA_UNITS = 0.005
-"""False-discovery rate at which a single unit is enough to say that something is."""
+"""False-discovery rate at which a single unit is enough to conclude that something is shared."""
 TRIVIAL = 0.1
-"""A mean correlation below this is called nothing, however significant."""
+"""A mean correlation below this counts as no sharing, however significant."""
 UNIVERSAL = 0.5
-"""From here on the larger part of the variation between units is common to all layers."""
+"""Above this, most of the variation between units is common to all layers."""
 MIN_LAYERS = 4
-"""Fewer living layers than this have no spread between them to speak of."""
+"""With fewer living layers, the spread between layers cannot be estimated."""
 MIN_FREEDOM = 4
-"""Fewer dimensions than this beside the profile leave nothing to compare: a rotary model needs
+"""With fewer residual dimensions than this there is too little to compare: a rotary model needs
 eight pairs per head."""
 COSINE = 0.99
 
@@ -50,14 +50,14 @@ LEVELS: tuple[Level, ...] = ("layer", "head")
 def jackknife(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Interval for the mean over pairs of a symmetric matrix of values in -1 … 1.
 
-    Rows are the independent things.
+    Rows are treated as independent.
 
     Args:
         values: ``[row, row]``; the diagonal is ignored.
-        level: coverage.
+        level: confidence level.
 
     Returns:
-        (low, high), within -1 … 1; all of that with fewer than three rows.
+        (low, high), within -1 … 1; the whole range with fewer than three rows.
     """
     n = len(values)
     if n < 3:
@@ -80,12 +80,12 @@ def answer(cmap: CoordinateMap, level: Level = "layer") -> Answer:
             every head of the other layers.
 
     Returns:
-        ``universal``: the null is beaten at ``ALPHA`` and the interval of the mean correlation of
-        residuals is above ``UNIVERSAL``. ``partly shared``: it is beaten and the correlation is
-        at least ``TRIVIAL``, or a single unit is universal at a false-discovery rate of
+        ``universal``: the null is rejected at ``ALPHA`` and the interval of the mean correlation
+        of residuals is above ``UNIVERSAL``. ``partly shared``: it is rejected and the correlation
+        is at least ``TRIVIAL``, or a single unit is universal at a false-discovery rate of
         ``ALPHA_UNITS``. ``not shared``: neither. ``too few layers to say`` below ``MIN_LAYERS``,
-        ``too few units to say`` where the profile leaves fewer than ``MIN_FREEDOM`` dimensions,
-        ``not comparable`` where index i of two heads is not the same thing.
+        ``too few units to say`` if the profile leaves fewer than ``MIN_FREEDOM`` dimensions,
+        ``not comparable`` if index i has no common meaning across heads.
     """
     if not cmap.aligned:
         return "not comparable"
@@ -107,12 +107,12 @@ STATUS: dict[Answer, Status] = {
     "partly shared": "holds",
     "not shared": "fails",
 }
-"""What an answer makes of the claim that layers share units; the others leave it undecided."""
+"""Status of the claim that layers share units, by answer; undecided for the other answers."""
 STATUS_SHARED = ("universal", "partly shared")
 
 
 def evidence_line(cmap: CoordinateMap) -> str:
-    """The correlation that decides with its null, and the cosine with its CV, in one line."""
+    """One line: the residual correlation with its null, and the cosine with its CV."""
     s = cmap.summary()
     low, high = cmap.effect_interval
     beyond = " beyond frequency" if cmap.null == "frequency" else ""
@@ -128,10 +128,10 @@ def evidence_line(cmap: CoordinateMap) -> str:
 
 
 def check_threshold(threshold: float) -> None:
-    """Refuse a bound that no correlation, cosine or share can be above, or that all are.
+    """Reject a threshold that no correlation, cosine or share can exceed, or that all exceed.
 
     Raises:
-        InputError: a threshold of 0 or below, or of 1 or above.
+        InputError: the threshold is 0 or below, or 1 or above.
     """
     if not 0 < threshold < 1:
         raise InputError(f"threshold={threshold!r} is outside 0..1: expected between the two")
@@ -140,10 +140,10 @@ def check_threshold(threshold: float) -> None:
 def sharing_verdict(
     cmap: CoordinateMap, threshold: float | None = None, level: Level = "layer"
 ) -> Verdict:
-    """ "Layers share units beyond frequency", as ``answer`` has it; with a threshold, how much.
+    """ "Layers share units beyond frequency", following ``answer``, or with a threshold.
 
-    With a threshold the claim is that the mean correlation is above it: it holds when the interval
-    is above and the answer does not deny sharing, and fails when the interval is below.
+    With a threshold, the claim is that the mean correlation exceeds it. It holds if the interval is
+    above it and the answer does not rule out sharing, and fails if the interval is below it.
     """
     given = answer(cmap, level)
     estimate, (low, high) = cmap.correlation(level)
@@ -174,10 +174,10 @@ def sharing_verdict(
 def cosine_verdict(cmap: CoordinateMap, threshold: float) -> Verdict:
     """ "The cosine between layers is above ``threshold``: one coordinate system".
 
-    Holds when the interval of the mean cosine is above the threshold **and** the map is
-    universal by ``answer``. Fails when the cosine is below, or when it is above but what the
-    layers have in common is shown to be small (the interval of the correlation that decides ends
-    below ``UNIVERSAL``): then the cosine says that gains are flat, not that layers agree.
+    It holds if the interval of the mean cosine is above the threshold **and** ``answer`` is
+    universal. It fails if the cosine is below, or if it is above but the layers have little in
+    common (the interval of the residual correlation ends below ``UNIVERSAL``). In the second case
+    the cosine shows that gains are flat, not that layers agree.
     """
     check_threshold(threshold)
     given = answer(cmap)

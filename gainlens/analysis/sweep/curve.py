@@ -1,4 +1,4 @@
-"""``SurgeryCurve``: the losses of a sweep, per document, and what follows from them."""
+"""``SurgeryCurve``: the losses of a sweep per document, with intervals and verdicts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gainlens.frames import data_frame
 from gainlens.probes.gains import CARD, ModelCard
 from gainlens.stats.intervals import bootstrap_interval, t_interval
 from gainlens.stats.stopping import StoppingRule
-from gainlens.stats.verdicts import Verdict, judge
+from gainlens.stats.verdicts import Context, Verdict, judge
 
 METHODS = ("t", "bootstrap")
 KIND = "surgery"
@@ -38,11 +38,13 @@ CURVE = record(
     model=record(**CARD),
     text=text(),
     n_tokens=whole(1),
+    lengths=listing(whole(2)),
+    domains=listing(text()),
     stopping=maybe(record(margin=number(0), looks=listing(whole(1), least=1), level=number(0, 1))),
     baseline=listing(number(), least=1),
     points=listing(record(**POINT, losses=listing(maybe(number()), least=1))),
 )
-"""What the file of a curve holds, besides its seal."""
+"""Fields of a curve file, besides its seal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +52,20 @@ class SurgeryCurve:
     """Losses of every point of a sweep on the same documents.
 
     Attributes:
-        points: what each point cut.
+        points: the cut of each point.
         losses: nats per token, ``[point, document]``.
-        baseline: of the intact model, ``[document]``.
+        baseline: loss of the intact model, ``[document]``.
         model: the model.
         text: fingerprint of the validation text.
         n_tokens: length of the validation text.
-        stopping: the rule by which points stopped early, if they did; then ``losses`` is NaN for
-            the documents that a point did not need.
+        stopping: the rule for stopping points early, if any; ``losses`` is then NaN for the
+            documents that a point did not need.
+        lengths: tokens of each document, so that a verdict says on which positions and distances
+            it was judged; empty if unknown.
+        domains: the name of each document's text; empty if unknown.
 
     Raises:
-        InputError: a loss is missing or infinite; sizes that do not belong together.
+        InputError: a loss is missing or infinite, or the sizes are inconsistent.
     """
 
     points: list[Point]
@@ -70,9 +75,12 @@ class SurgeryCurve:
     text: str
     n_tokens: int
     stopping: StoppingRule | None = None
+    lengths: tuple[int, ...] = ()
+    domains: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_losses(self)
+        _check_documents(self)
 
     def __repr__(self) -> str:
         fractions = sorted({p.fraction for p in self.points})
@@ -88,7 +96,7 @@ class SurgeryCurve:
         return len(self.baseline)
 
     def deltas(self, index: int) -> Float[np.ndarray, " document"]:
-        """Rise of the loss of each document that point ``index`` was run on, nats per token."""
+        """Rise of the loss for each document on which point ``index`` was run, nats per token."""
         difference: Float[np.ndarray, " document"] = self.losses[index] - self.baseline
         run: Float[np.ndarray, " document"] = difference[np.isfinite(difference)]
         return run
@@ -96,16 +104,16 @@ class SurgeryCurve:
     def interval(self, index: int, level: float = 0.95, method: str = "t") -> tuple[float, float]:
         """Confidence interval of the mean rise at a point, nats per token.
 
-        For a sweep that stopped early it is the rule's own, which holds over all looks together;
-        ``level`` and ``method`` then have no effect.
+        For a sweep that stopped early, this is the interval of the stopping rule, which is valid
+        over all looks together; ``level`` and ``method`` then have no effect.
 
         Args:
-            index: of the point.
-            level: coverage.
+            index: index of the point.
+            level: confidence level.
             method: ``t`` (Student) or ``bootstrap`` (bootstrap-t), over documents.
 
         Raises:
-            InputError: another method, a level outside 0..1.
+            InputError: an unknown method, or a level outside 0..1.
         """
         if method not in METHODS:
             raise InputError(f"method={method!r} is not one of {', '.join(METHODS)}")
@@ -117,15 +125,15 @@ class SurgeryCurve:
     def mean_and_interval(self, indices: Sequence[int]) -> tuple[float, float, float]:
         """Mean rise over the seeds of one point, with its 95% interval, nats per token.
 
-        The seeds share the documents, so a document's seeds are averaged first.
+        The seeds share the documents, so losses are first averaged over seeds for each document.
 
         Args:
-            indices: of the points, one per seed.
+            indices: indices of the points, one per seed.
         """
         if len(indices) == 1:
             return (float(self.deltas(indices[0]).mean()), *self.interval(indices[0]))
         if self.stopping is not None:
-            # Seeds may have stopped at different documents: the widest of their intervals.
+            # Seeds may have stopped at different documents, so use the widest of their intervals.
             ends = np.array([self.interval(i) for i in indices])
             mean = float(np.mean([self.deltas(i).mean() for i in indices]))
             return mean, float(ends[:, 0].min()), float(ends[:, 1].max())
@@ -133,10 +141,10 @@ class SurgeryCurve:
         return (float(delta.mean()), *t_interval(delta))
 
     def table(self, level: float = 0.95) -> list[dict[str, Any]]:
-        """One row per point: what was cut, mean loss, rise over the intact model, its interval.
+        """One row per point: the cut, mean loss, rise over the intact model, and its interval.
 
-        Losses and rises are in nats per token; the interval is Student's at ``level``, over
-        documents.
+        Losses and rises are in nats per token; the interval is Student's t over documents at
+        ``level``.
         """
         rows = []
         for index, point in enumerate(self.points):
@@ -174,13 +182,13 @@ class SurgeryCurve:
 
         Args:
             fraction: a fraction of this sweep.
-            margin: rise of the loss in nats per token that would still count as flat, above 0,
-                set before the figures are seen.
-            order: of the point; ``given`` for cuts passed in by name (``label=…``).
-            choice: ``score``, ``scope`` … where the sweep has several.
+            margin: rise of the loss in nats per token that still counts as flat, above 0; set it
+                before you see the results.
+            order: order of the point; ``given`` for cuts passed in by name (``label=…``).
+            choice: ``score``, ``scope`` … if the sweep has several.
 
         Raises:
-            InputError: no such point, several, or a margin of zero or below.
+            InputError: no point or several points match, or the margin is zero or below.
         """
         unknown = set(choice) - {f.name for f in fields(Point)}
         if unknown:
@@ -193,13 +201,13 @@ class SurgeryCurve:
         if len(found) != 1:
             have = sorted({p.fraction for p in self.points if p.order == order})
             raise InputError(
-                f"fraction={fraction!r} names {len(found)} points of this sweep: expected one of "
+                f"fraction={fraction!r} matches {len(found)} points of this sweep: expected one of "
                 f"{have}" + (", with score=… and scope=…" if len(found) > 1 else "")
             )
         return self.verdict_at(found[0], margin)
 
     def verdict_at(self, index: int, margin: float) -> Verdict:
-        """As ``verdict``, for the point ``index``, controls included.
+        """Like ``verdict``, for the point ``index``, which may be a control.
 
         ``margin`` (nats per token) and errors as for ``verdict``.
         """
@@ -216,12 +224,17 @@ class SurgeryCurve:
             f"{point.fraction:.0%} of the {kind}key dimensions can be cut ({made}) at less than "
             f"{margin:g} nats"
         )
+        run = len(delta)
+        where: dict[str, Any] = {
+            "domain": tuple(dict.fromkeys(self.domains[:run])),
+            "context": Context.of(self.lengths[:run]) if self.lengths else None,
+        }
         if self.stopping is None:
-            return judge(claim, delta, margin)
-        return self.stopping.judge(claim, delta, margin, early=len(delta) < self.n_documents)
+            return judge(claim, delta, margin, **where)
+        return self.stopping.judge(claim, delta, margin, early=run < self.n_documents, **where)
 
     def to_dataframe(self) -> Any:
-        """The rows of ``table``; the 95% interval as ``low`` and ``high``, nats per token.
+        """The rows of ``table``, with the 95% interval as ``low`` and ``high``, nats per token.
 
         Raises:
             InputError: pandas is not installed.
@@ -229,11 +242,11 @@ class SurgeryCurve:
         return data_frame(self.table())
 
     def plot(self, ax: Any = None, *, margin: float | None = None) -> Any:
-        """Rise of the loss over fractions, with intervals and controls; shows nothing.
+        """Rise of the loss over fractions, with intervals and controls, without showing.
 
         Args:
             ax: matplotlib axes to draw into; new ones by default.
-            margin: drawn as a dashed line, nats per token.
+            margin: a margin to draw as a dashed line, nats per token.
 
         Returns:
             The axes.
@@ -260,6 +273,8 @@ class SurgeryCurve:
                 "model": asdict(self.model),
                 "text": self.text,
                 "n_tokens": self.n_tokens,
+                "lengths": list(self.lengths),
+                "domains": list(self.domains),
                 "stopping": None if self.stopping is None else asdict(self.stopping),
                 "baseline": self.baseline.tolist(),
                 "points": [
@@ -278,12 +293,13 @@ class SurgeryCurve:
 
     @classmethod
     def load(cls, path: str | Path) -> SurgeryCurve:
-        """Read what ``save`` wrote.
+        """Read a file written by ``save``.
 
         Raises:
-            FileFormatError: missing, damaged, or not a surgery file.
+            FileFormatError: the file is missing, damaged or not a surgery file.
         """
-        data = opened(read_json(path), KIND, str(path))
+        # Files of before a curve knew its documents' lengths and texts have neither.
+        data = {"lengths": [], "domains": [], **opened(read_json(path), KIND, str(path))}
         with checking(str(path), "surgery"):
             CURVE(data, "file")
             rows = [dict(p) for p in data["points"]]
@@ -296,14 +312,16 @@ class SurgeryCurve:
                 data["text"],
                 data["n_tokens"],
                 _rule(data["stopping"]),
+                tuple(data["lengths"]),
+                tuple(data["domains"]),
             )
 
 
 def _check_losses(curve: SurgeryCurve) -> None:
-    """Every document has a loss of every point, but for those that a point did not need.
+    """Check that every document has a loss at every point, except where a point stopped early.
 
-    A document without one would drop out of the differences, and the verdict would be of the
-    others alone.
+    A document without a loss would drop out of the differences, and the verdict would silently
+    cover only the others.
     """
     losses, n_documents = curve.losses, len(curve.baseline)
     if losses.shape != (len(curve.points), n_documents) or not n_documents:
@@ -321,6 +339,20 @@ def _check_losses(curve: SurgeryCurve) -> None:
                 f"losses of point {index} ({curve.points[index].order}, "
                 f"{curve.points[index].fraction:.0%} cut): a document has none, or an infinite one"
             )
+
+
+def _check_documents(curve: SurgeryCurve) -> None:
+    """Where lengths and names are known, there is one a document, and the lengths add up."""
+    for name, values in (("lengths", curve.lengths), ("domains", curve.domains)):
+        if values and len(values) != curve.n_documents:
+            raise InputError(
+                f"{name} has {len(values)} entries: expected one for each of the "
+                f"{curve.n_documents} documents"
+            )
+    if curve.lengths and sum(curve.lengths) != curve.n_tokens:
+        raise InputError(
+            f"lengths add up to {sum(curve.lengths)} tokens: expected n_tokens={curve.n_tokens}"
+        )
 
 
 def _rule(data: dict[str, Any] | None) -> StoppingRule | None:

@@ -1,7 +1,7 @@
-"""Losses of a model with and without a cut, by the fastest way that gives the same numbers.
+"""Losses of a model with and without a cut, by the fastest method that gives the same numbers.
 
-One ``Evaluator`` belongs to a model, one ``TextLosses`` to the model and a text: the fast copy is
-verified once, the intact losses are computed once, and so is every cut.
+An ``Evaluator`` belongs to a model, and a ``TextLosses`` to a model and a text. The fast copy is
+verified once, and the intact losses and those of every cut are computed once.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from gainlens.model.running import evaluating, held, model_device
 from gainlens.model.tokens import model_batches
 
 SAME_LOSS = 1e-4
-"""Largest difference in a document's mean loss, in nats, between the two ways on a few tokens;
-above it the hooks are used."""
+"""Largest allowed difference in the mean loss of a document, in nats, between the two methods on a
+few tokens. Above it, the hooks are used."""
 
 SAME_TOKEN_LOSS = 1e-3
-"""The same for a single token. On random tokens losses near 20 nats hang on rounding: float32 by
-either matrix library is up to 3e-4 from float64 there."""
+"""The same for a single token. Losses near 20 nats on random tokens are sensitive to rounding:
+there, float32 differs from float64 by up to 3e-4 with either matrix library."""
 
 
 class Evaluator:
     """Losses of one model, intact or cut; its weights must not change while it is used.
 
-    A bridge's model is also run through a fast copy around the same weights
-    (``gainlens.model.fast_copy``) with fused attention. The fast copy is used only after it gave
-    the bridge's own losses, intact and with random dimensions cut, and only while nobody else has
-    hooks on the bridge.
+    A bridge is also run through a fast copy that shares its weights
+    (``gainlens.model.fast_copy``) and uses fused attention. The fast copy is used only if it
+    reproduces the losses of the bridge, intact and with random dimensions cut, and only while the
+    bridge has no other hooks.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
         fast: allow the fast copy.
 
     Attributes:
-        fast_copy: the verified fast copy, or None where the hooks do the work.
+        fast_copy: the verified fast copy, or None if hooks are used.
     """
 
     def __init__(self, model: Any, *, fast: bool = True) -> None:
@@ -84,7 +84,7 @@ class Evaluator:
                 hooked = token_losses(self.model, tokens)
             edit = cut.edit(self.model, tokens)
             pairs.append((fast_losses(fast_copy, tokens, edit), hooked))
-        except Exception:  # a family that can't be run this way; the hooks do the work
+        except Exception:  # a family that cannot be run this way; use the hooks
             return None
         if not fast_copy.exact:
             return fast_copy if all(torch.equal(a, b) for a, b in pairs) else None
@@ -96,14 +96,15 @@ class Evaluator:
         return fast_copy if same else None
 
     def on(self, tokens: Tokens, tokens_per_batch: int = TOKENS_PER_BATCH) -> TextLosses:
-        """The losses on a text; asked again for the same text, the same object.
+        """The losses on a text; the same text returns the same object.
 
         Args:
             tokens: as for ``probe_gains``.
             tokens_per_batch: upper bound on tokens per forward pass.
 
         Raises:
-            InputError: no document, one under two tokens, ids outside the vocabulary.
+            InputError: no document, a document of fewer than two tokens, or ids outside the
+                vocabulary.
         """
         documents = list(model_batches(self.model, tokens, tokens_per_batch))
         text = text_fingerprint(documents)
@@ -123,7 +124,7 @@ class Evaluator:
     def residuals(
         self, batch: Int[torch.Tensor, "document pos"]
     ) -> list[Float[torch.Tensor, "document pos d_model"]] | None:
-        """What each layer of the intact model reads; None without a fast copy."""
+        """The input of each layer of the intact model; None without a fast copy."""
         if self.fast_copy is None:
             return None
         with torch.inference_mode():
@@ -136,16 +137,16 @@ class Evaluator:
         cut: Cut,
         residuals: list[torch.Tensor] | None,
     ) -> Float[torch.Tensor, "document next_pos"]:
-        """As ``tokens``, for a cut that leaves the layers before ``layer`` alone.
+        """Like ``tokens``, for a cut that does not affect the layers before ``layer``.
 
         Args:
-            layer: the first that is cut.
+            layer: the first cut layer.
             batch: the text.
-            cut: what stays.
-            residuals: of ``residuals(batch)``; the layers before ``layer`` are then not run again.
+            cut: the cut.
+            residuals: from ``residuals(batch)``, to skip the layers before ``layer``.
 
         Raises:
-            SilentSiteError: a layer from ``layer`` on ran without its cut.
+            SilentSiteError: ``layer`` or a later layer ran without its cut.
         """
         if self.fast_copy is None or residuals is None:
             return self.tokens(batch, cut)
@@ -173,8 +174,8 @@ class Evaluator:
     def _check_hooks(self) -> None:
         if _hooks_on(self.model) != self._hooks:
             raise InputError(
-                "the hooks on the model are not those that it had when its losses were first "
-                "taken: expected a new Evaluator after hooks were added or removed"
+                "the hooks on the model have changed since its losses were first computed: "
+                "expected a new Evaluator after hooks were added or removed"
             )
 
     def _edit(self, batch: torch.Tensor, cut: Cut | None) -> Edit | None:
@@ -192,10 +193,10 @@ class Evaluator:
 
 
 class TextLosses:
-    """Losses on one text, per document, each computed once; made by ``Evaluator.on``.
+    """Losses per document on one text, each computed once; made by ``Evaluator.on``.
 
     Attributes:
-        evaluator: of the model.
+        evaluator: the ``Evaluator`` of the model.
         documents: the text as batches ``[document, pos]``.
         text: fingerprint of the text.
     """
@@ -206,13 +207,18 @@ class TextLosses:
 
     @property
     def n_tokens(self) -> int:
-        """Length of the text."""
+        """Number of tokens in the text."""
         return sum(batch.numel() for batch in self.documents)
 
     @property
     def sizes(self) -> list[int]:
-        """Documents of each batch."""
+        """Number of documents in each batch."""
         return [len(batch) for batch in self.documents]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document."""
+        return tuple(len(row) for batch in self.documents for row in batch)
 
     @property
     def intact(self) -> Float[np.ndarray, " document"]:
@@ -223,12 +229,12 @@ class TextLosses:
         """Mean next-token loss of each document, nats per token.
 
         Raises:
-            InputError: a cut of another model, a loss that is not finite.
+            InputError: a cut of another model, or a loss that is not finite.
         """
         return np.concatenate(list(self.by_batch(cut)))
 
     def by_batch(self, cut: Cut | None) -> Iterator[Float[np.ndarray, " document"]]:
-        """As ``losses``, batch after batch; whoever has seen enough may stop."""
+        """Like ``losses``, one batch at a time, so that callers can stop early."""
         known = self._known.setdefault("" if cut is None else cut.digest(), [])
         for number, batch in enumerate(self.documents):
             if number == len(known):
@@ -253,7 +259,7 @@ class TextLosses:
 
 
 def evaluator_of(model: Any, given: Evaluator | None) -> Evaluator:
-    """``given`` if it is of ``model``, else a new one.
+    """``given`` if it belongs to ``model``; a new one if it is None.
 
     Raises:
         InputError: an evaluator of another model.
@@ -266,9 +272,9 @@ def evaluator_of(model: Any, given: Evaluator | None) -> Evaluator:
 
 
 def _hooks_on(model: Any) -> frozenset[int]:
-    """Identities of the hooks that somebody has on the model, which a fast copy would not run.
+    """Identities of the hooks on the model, which a fast copy would not run.
 
-    Hooks that TransformerLens wires itself (OPT's MLP) carry nothing of the user's.
+    Hooks that TransformerLens adds itself (OPT's MLP) are not included.
     """
     points = getattr(model, "hook_dict", {})
     return frozenset(

@@ -1,4 +1,4 @@
-"""Text that chose a cut can't judge it: not the whole of it, and not a part of it."""
+"""Keep evaluation text separate from text that was used to choose a cut, even in part."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def check_judge(
     cuts: Iterable[Cut] = (),
     tokenizer: Any | None = None,
 ) -> None:
-    """Refuse text that also went into the gains or into one of the cuts, or a good part of which.
+    """Reject text if it, or a large part of it, was used for the gains or for one of the cuts.
 
     Args:
-        documents: the text that judges, as batches ``[document, pos]`` or documents ``[pos]``.
-        gains: that chose what is cut.
-        cuts: further cuts; those made by hand know of no text.
-        tokenizer: the model's.
+        documents: the evaluation text, as batches ``[document, pos]`` or documents ``[pos]``.
+        gains: the gains used to choose the cut.
+        cuts: further cuts; cuts made by hand have no text.
+        tokenizer: tokenizer of the model.
 
     Raises:
         InputError: see ``gainlens.data.overlap.check_overlap``.
@@ -43,16 +43,16 @@ def check_judge(
 def text_that_judges(
     evaluator: Evaluator, tokens: Tokens, gains: KeyGains, cuts: Iterable[Cut] = ()
 ) -> TextLosses:
-    """The losses on a text, after checking that it chose nothing.
+    """The losses on evaluation text, after checking that it was not used for any choice.
 
     Args:
-        evaluator: of the model.
+        evaluator: the ``Evaluator`` of the model.
         tokens: the text.
-        gains: that chose what is cut.
+        gains: the gains used to choose the cut.
         cuts: as for ``check_judge``.
 
     Raises:
-        InputError: gains of another model, or text that chose.
+        InputError: gains of another model, or text that was used for a choice.
     """
     check_same_weights(gains.model, evaluator.fingerprint)
     text = evaluator.on(tokens)
@@ -61,10 +61,10 @@ def text_that_judges(
 
 
 def text_that_chooses(evaluator: Evaluator, tokens: Tokens, judge: TextLosses) -> TextLosses:
-    """The losses on a text that may choose: not the one that judges.
+    """The losses on a text for choosing, after checking that it differs from the evaluation text.
 
     Raises:
-        InputError: it shares documents with ``judge``.
+        InputError: the text shares documents with ``judge``.
     """
     text = evaluator.on(tokens)
     tokenizer = getattr(evaluator.model, "tokenizer", None)

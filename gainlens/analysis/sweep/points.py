@@ -1,4 +1,4 @@
-"""One point of a surgery sweep: which units are cut, and the mask that this makes."""
+"""Points of a surgery sweep: which units are cut, and the resulting mask."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from gainlens.errors import InputError
 from gainlens.probes.gains import KeyGains
 
 ORDERS = ("quietest", "random", "loudest")
-"""What a sweep runs unless told otherwise."""
+"""Default orders of a sweep."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one ablation of a sweep cuts.
+    """The cut of one ablation in a sweep.
 
     Attributes:
         order: a row of ``ORDER_TABLE``, or ``given`` for a cut that was passed in; all but
             ``quietest`` and ``given`` are controls.
         score, scope, unit, mode: as for ``KeyMask.quietest`` and ``ablation_hooks``.
         fraction: share of key dimensions cut.
-        seed: of a random order, else None.
+        seed: seed of a random order, else None.
         label: name of a given cut, else None.
     """
 
@@ -46,7 +46,7 @@ class Order:
     """One row of the table of orders.
 
     Attributes:
-        name: how callers ask for it.
+        name: the name that callers use.
         mask: makes the mask of a point.
         seeded: whether it is drawn at random.
         per_score: whether it depends on the score.
@@ -104,7 +104,7 @@ def get_order(name: str) -> Order:
 
 
 def check_fractions(fractions: tuple[float, ...]) -> None:
-    """Raise ``InputError`` for a fraction outside 0..1, or one that cuts everything."""
+    """Raise ``InputError`` if a fraction is outside 0..1 or cuts everything."""
     for fraction in fractions:
         check_fraction(fraction)
         if fraction == 1:
@@ -120,10 +120,10 @@ def sweep_points(
     unit: str,
     mode: str,
 ) -> list[Point]:
-    """Every combination, controls that know no score once per scope and not once per score.
+    """All combinations; controls that do not depend on the score run once per scope.
 
     Raises:
-        InputError: no fraction, or one outside 0..1; an unknown order.
+        InputError: no fraction, a fraction outside 0..1, or an unknown order.
     """
     if not fractions:
         raise InputError("fractions is empty: expected at least one between 0 and 1")

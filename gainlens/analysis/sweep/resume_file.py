@@ -1,9 +1,10 @@
-"""The sweep file: one line of JSON per finished point, so that a killed sweep can go on.
+"""The sweep file: one line of JSON per finished point, so that a killed sweep can resume.
 
-The first line says which model, text, gains and points the sweep is of. Each further line is
-written, flushed and synced before the next point starts. A last line without its end is what a
-kill leaves behind; it is cut off and its point run again. Nothing in the file depends on when or
-how often it was started, so an interrupted sweep ends in the same bytes as an uninterrupted one.
+The first line identifies the model, text, gains and points of the sweep. Each further line is
+written, flushed and synced before the next point starts. If the process was killed, the last line
+may be incomplete; it is removed and its point is run again. Nothing in the file depends on when or
+how often the sweep was started, so an interrupted sweep gives the same bytes as an uninterrupted
+one.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ CHECK = "check"
 
 
 class SweepFile:
-    """Append-only record of a sweep; a context, at whose end other processes may write it.
+    """Append-only record of a sweep; a context manager that locks the file for other processes.
 
     Args:
-        path: created where it does not exist.
-        header: what the sweep is of, as plain JSON values.
+        path: path of the file, which is created if it does not exist.
+        header: identity of the sweep, as plain JSON values.
 
     Attributes:
-        done: losses of the lines that are there, in order; the first is the intact model.
+        done: losses of the finished lines in order; the first is the intact model.
 
     Raises:
-        InputError: the file belongs to another sweep (the first field that differs is named), or
-            can't be written, or another process is writing it.
-        FileFormatError: it is not a sweep file, or damaged elsewhere than in its last line.
+        InputError: the file belongs to another sweep (the message names the first field that
+            differs), is not writable, or is being written by another process.
+        FileFormatError: it is not a sweep file, or is damaged before its last line.
     """
 
     def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
@@ -73,7 +74,7 @@ class SweepFile:
                 parsed.append(_unsealed(line))
             except (FileFormatError, ValueError):
                 raise FileFormatError(
-                    f"{self.path} is damaged in line {place}; only its last line may be cut short"
+                    f"{self.path} is damaged in line {place}; only its last line may be incomplete"
                 ) from None
         if parsed:
             self._check_header(parsed[0])
@@ -94,9 +95,9 @@ class SweepFile:
         for key in {**self._header, **found}:
             if found.get(key) != self._header.get(key):
                 raise InputError(
-                    f"out={str(self.path)!r} holds a sweep with another {key}: "
-                    f"{_short(found.get(key))} there, {_short(self._header.get(key))} now; name "
-                    "another file, or remove this one"
+                    f"out={str(self.path)!r} contains a sweep with another {key}: "
+                    f"{_short(found.get(key))} there, {_short(self._header.get(key))} now; "
+                    "use another file, or remove this one"
                 )
 
     def _losses(self, row: Any, index: int) -> Float[np.ndarray, " document"]:
@@ -110,27 +111,27 @@ class SweepFile:
         return losses
 
     def check_lengths(self, n_lines: int, n_documents: int, looks: tuple[int, ...] = ()) -> None:
-        """Check that every line holds the losses of all documents, or of those up to a look.
+        """Check that every line has the losses of all documents, or of those up to a look.
 
         Args:
-            n_lines: points of the sweep, the intact model included.
-            n_documents: of the validation text.
-            looks: after how many documents a point may have stopped.
+            n_lines: number of points in the sweep, including the intact model.
+            n_documents: number of validation documents.
+            looks: numbers of documents after which a point may have stopped.
 
         Raises:
-            FileFormatError: naming the line.
+            FileFormatError: a line is wrong; the message names it.
         """
         for index, losses in enumerate(self.done):
             fits = len(losses) == n_documents or (index > 0 and len(losses) in looks)
             if not fits or index >= n_lines:
                 self._lock.close()
                 raise FileFormatError(
-                    f"{self.path} is damaged in line {index + 2}: it holds {len(losses)} losses of "
+                    f"{self.path} is damaged in line {index + 2}: it has {len(losses)} losses of "
                     f"point {index + 1}, expected {n_documents} of each of {n_lines} points"
                 )
 
     def add(self, losses: Float[np.ndarray, " document"]) -> None:
-        """Write the next point; on return it is on the disk."""
+        """Write the next point; it is on disk when this returns."""
         self._append({"index": len(self.done), "losses": losses.tolist()})
         self.done.append(losses)
 
@@ -141,17 +142,17 @@ class SweepFile:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise InputError(f"{self.path} can't be written: {error.strerror or error}") from error
+            raise InputError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
 
 def _line(row: dict[str, Any]) -> str:
-    """A row as it stands in the file: JSON, its own checksum at the end."""
+    """A row as written to the file: JSON with its own checksum at the end."""
     text = as_json(row, "losses", separators=(",", ":"))
     return f'{text[:-1]},"{CHECK}":"{_digest(text)}"}}\n'
 
 
 def _unsealed(line: bytes) -> Any:
-    """What ``_line`` wrote, without its checksum; ``ValueError`` where that does not fit."""
+    """Read a line from ``_line``, without its checksum; ``ValueError`` if that is wrong."""
     row = parse_json(line, "line")
     if not isinstance(row, dict):
         raise ValueError("not a row")

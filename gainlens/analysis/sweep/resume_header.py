@@ -1,4 +1,4 @@
-"""What must be the same for a sweep to go on: model, text, seeds, points, cuts."""
+"""Settings that must match for a sweep to resume: model, text, seeds, points, cuts."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def sweep_header(
     rule: StoppingRule | None,
     fused: bool,
 ) -> dict[str, Any]:
-    """Plain values; the first that differs is what a user is told.
+    """The settings as plain values; an error message names the first that differs.
 
     Args:
-        model: whose losses are taken.
-        gains: that chose the cuts.
+        model: the model of the sweep.
+        gains: the gains used to choose the cuts.
         text: fingerprint of the validation text.
         todo: points and their cuts, in order.
-        sizes: documents of each batch.
-        rule: by which points stop early.
-        fused: whether fused attention computes the losses.
+        sizes: number of documents in each batch.
+        rule: rule for stopping points early.
+        fused: whether losses are computed with fused attention.
     """
     return {
         "model": model_digest(model),
@@ -51,10 +51,10 @@ def sweep_header(
 
 @torch.no_grad()
 def model_digest(model: Any) -> str:
-    """SHA-256, in hexadecimal, of every parameter, its type and the rotary base.
+    """Hexadecimal SHA-256 of every parameter, its type and the rotary base.
 
-    ``model_fingerprint`` reads the attention weights, which is what gains and masks belong to;
-    losses hang on all others too, biases, norms and MLPs.
+    ``model_fingerprint`` covers only the attention weights, which determine gains and masks. Losses
+    also depend on all other parameters: biases, norms and MLPs.
     """
     root = getattr(model, "original_model", model)
     config = getattr(root, "config", None)

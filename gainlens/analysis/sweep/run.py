@@ -23,6 +23,7 @@ from gainlens.analysis.sweep.points import ORDERS, Point, check_fractions, sweep
 from gainlens.analysis.sweep.resume_file import SweepFile
 from gainlens.analysis.sweep.resume_header import sweep_header
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
+from gainlens.data.texts import domains_of
 from gainlens.errors import InputError
 from gainlens.model.hooks import check_intact
 from gainlens.probes.gains import KeyGains, check_same_weights
@@ -51,34 +52,35 @@ def surgery(
     evaluator: Evaluator | None = None,
     progress: bool = True,
 ) -> SurgeryCurve:
-    """Sweep ablations over fractions, quietest first, beside random and loudest-first controls.
+    """Sweep ablations over fractions, quietest first, with random and loudest-first controls.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
-        tokens: validation text, other than what the gains were gathered on.
-        gains: calibration gains of this model, which choose what is cut.
+        tokens: validation text, different from the text for the gains.
+        gains: calibration gains of this model, used to choose the cuts.
         fractions: shares of key dimensions to cut, below 1.
-        score, scope: one or several; every combination is a curve.
+        score, scope: one or several; every combination gives a curve.
         unit: ``pair`` or ``dim``.
         mode: a row of ``gainlens.ablation.modes.MODES`` other than ``patch``.
         orders: which orders to run; see ``gainlens.analysis.sweep.points.ORDER_TABLE``.
-        seeds: of the random controls.
+        seeds: seeds of the random controls.
         cuts: further cuts by name, of any kind, as points of order ``given``.
-        stop_margin: stop each point once its rise of the loss, in nats per token, is shown to be
-            below or above this; see ``gainlens.stats.stopping``. By default none stops.
-        level: of the intervals by which points stop, over all looks together.
-        out: a file to which each finished point is written at once; when it is there already,
-            the sweep goes on where it stopped.
-        fast: allow fused attention where it gives the same loss.
+        stop_margin: stop each point as soon as its rise of the loss, in nats per token, is shown
+            to be below or above this; see ``gainlens.stats.stopping``. By default none stops.
+        level: confidence level of the stopping intervals, over all looks together.
+        out: a file to which each finished point is written at once. If it already exists, the
+            sweep resumes where it stopped.
+        fast: allow fused attention if it gives the same loss.
         tokens_per_batch: upper bound on tokens per forward pass.
-        evaluator: of this model, where several calls share one; ``fast`` then has no effect.
-        progress: show a progress bar with the time left.
+        evaluator: an ``Evaluator`` of this model, to share between calls; ``fast`` then has no
+            effect.
+        progress: show a progress bar with the remaining time.
 
     Raises:
-        InputError: gains of another model, a fraction outside 0..1 or cutting everything, text
-            that also chose the cut, a loss that is not finite, a margin of zero or below, a file
-            of another sweep, or one that another process is writing.
-        FileFormatError: ``out`` is there and damaged.
+        InputError: gains of another model, a fraction outside 0..1 or one that cuts everything,
+            text that was also used to choose the cut, a loss that is not finite, a margin of zero
+            or below, or a file of another sweep or that another process is writing.
+        FileFormatError: ``out`` exists and is damaged.
     """
     get_mode(mode)
     if isinstance(fractions, Real):
@@ -141,7 +143,15 @@ def surgery(
     for row, found in zip(table, losses[1:], strict=True):
         row[: len(found)] = found
     return SurgeryCurve(
-        [point for point, _ in todo], table, losses[0], gains.model, text.text, text.n_tokens, rule
+        [point for point, _ in todo],
+        table,
+        losses[0],
+        gains.model,
+        text.text,
+        text.n_tokens,
+        rule,
+        text.lengths,
+        domains_of(tokens) or (),
     )
 
 
@@ -151,7 +161,7 @@ def _run_point(
     baseline: Float[np.ndarray, " document"],
     rule: StoppingRule | None,
 ) -> Float[np.ndarray, " run"]:
-    """Losses of a point: of all documents, or of as many as decide it."""
+    """Losses of a point on all documents, or until the stopping rule decides."""
     found: Float[np.ndarray, " run"] = np.empty(0)
     for more in text.by_batch(cut):
         found = np.concatenate([found, more])
@@ -164,7 +174,7 @@ def given_point(name: str, cut: Cut) -> Point:
     """The point of a cut that was passed in by name.
 
     Raises:
-        InputError: not a cut, or one that cuts everything.
+        InputError: the value is not a cut, or it cuts everything.
     """
     fraction = 1 - check_cut(cut, f"cuts[{name!r}]").fraction_kept
     check_fractions((fraction,))

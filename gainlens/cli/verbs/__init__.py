@@ -1,7 +1,7 @@
 """The verbs of the command line: one module and one row each.
 
-A module has ``HELP``, ``EXAMPLES`` (commands that run as they are), ``add_arguments(parser)`` and
-``run(options) -> dict``; ``lines`` of the dict are printed, the whole of it with ``--json``.
+A module has ``HELP``, ``EXAMPLES`` (commands that run as written), ``add_arguments(parser)`` and
+``run(options) -> dict``. The ``lines`` of the dict are printed, or the whole dict with ``--json``.
 """
 
 from __future__ import annotations

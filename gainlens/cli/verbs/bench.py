@@ -1,4 +1,4 @@
-"""``gainlens bench``: what probing and cutting cost beside the bare forward pass, here and now."""
+"""``gainlens bench``: cost of probing and cutting relative to a bare forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gainlens.files import check_writable, write_json
 from gainlens.model.forward import forward_layers
 from gainlens.probes import probe_gains
 
-HELP = "time the bare, the probed and the ablated forward pass in turns"
+HELP = "time the bare, the probed and the ablated forward pass in alternation"
 EXAMPLES = ["gainlens bench --model smollm2 --repeats 5 --out bench.json"]
 
 
@@ -28,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Time and write one JSON file; ratios are to the bare pass of the same round."""
+    """Time and write one JSON file; ratios are relative to the bare pass of the same round."""
     out = Path(options.out)
     check_writable(out.parent)
     check_text(options.text, calibration=options.n_docs)
     model = open_model(options)
     tokens = text(options, model, "calibration")
-    # The first probe also finds the sites, which is done once per model and not per pass.
+    # The first probe also finds the sites, once per model; do not include that in the timing.
     mask = KeyMask.random(probe_gains(model, tokens, progress=False), 0.5, options.seed)
 
     def ablated() -> None:

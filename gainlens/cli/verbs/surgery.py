@@ -37,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--orders",
         type=several(ORDER_TABLE),
         default=ORDERS,
-        help=f"what goes first, of {', '.join(ORDER_TABLE)}; all but quietest are controls",
+        help=f"what is cut first, of {', '.join(ORDER_TABLE)}; all but quietest are controls",
     )
     add(parser, "seeds", "margin")
     add_last(parser, "surgery.json")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Sweep and write one JSON file; after a kill, go on with what was done (``.part``)."""
+    """Sweep and write one JSON file; resume from ``.part`` if the process was killed."""
     out = Path(options.out)
     check_writable(out.parent)
     seeds = tuple(range(options.seed, options.seed + options.seeds))

@@ -1,4 +1,4 @@
-"""``gainlens train``: heal a cut at virtual width, judge it, write the trained model."""
+"""``gainlens train``: heal a cut at virtual width, evaluate it, write the trained model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gainlens.training.objectives import OBJECTIVES
 from gainlens.training.settings import Settings
 from gainlens.training.student import PRECISIONS
 
-HELP = "heal a cut: train what a plan keeps, judge it, write the trained model"
+HELP = "heal a cut: train what a plan keeps, evaluate it, write the trained model"
 EXAMPLES = [
     "gainlens train --model smollm2 --fraction 0.5 --scope layer --steps 80 --out healed",
     "gainlens train --model smollm2 --fraction 0.75 --rounds 3 --steps 400 --out healed-in-rounds",
@@ -34,46 +34,59 @@ PLAIN = Settings(steps=1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the verb; those of ``Settings`` have its defaults but for ``--lr``."""
+    """The options of the verb, with the defaults of ``Settings`` except for ``--lr``."""
     add(parser, "model", "text", n_docs=24, length=None)
-    parser.add_argument("--plan", help="a plan file, in the place of --fraction and --scope")
+    parser.add_argument("--plan", help="a plan file, instead of --fraction and --scope")
     add(parser, "fraction", "refit_rounds", score="fisher", scope="layer")
     parser.add_argument(
-        "--rounds", type=whole(1), default=1, help="cut in so many, healing between"
+        "--rounds", type=whole(1), default=1, help="number of rounds of cutting and healing"
     )
-    parser.add_argument("--steps", type=whole(1), default=200, help="optimiser steps of all rounds")
+    parser.add_argument(
+        "--steps", type=whole(1), default=200, help="optimiser steps over all rounds"
+    )
     parser.add_argument(
         "--train",
         type=several(TRAINABLE),
         default=("q", "k", "v", "o"),
-        help=f"weights that are trained, of {', '.join(TRAINABLE)}",
+        help=f"weights to train, of {', '.join(TRAINABLE)}",
     )
     parser.add_argument(
-        "--objective", choices=tuple(OBJECTIVES), default=PLAIN.objective, help="what is minimised"
+        "--objective",
+        choices=tuple(OBJECTIVES),
+        default=PLAIN.objective,
+        help="the loss to minimise",
     )
-    parser.add_argument("--batch", type=whole(1), default=PLAIN.batch, help="documents of a step")
+    parser.add_argument("--batch", type=whole(1), default=PLAIN.batch, help="documents per step")
     parser.add_argument("--lr", type=nats, default=6e-4, help="learning rate of W_Q and W_K")
-    parser.add_argument("--other-lr", type=nats, help="of the rest (default: a third of --lr)")
     parser.add_argument(
-        "--weight-decay", type=not_negative, default=PLAIN.weight_decay, help="of the optimiser"
+        "--other-lr", type=nats, help="learning rate of the rest (default: a third of --lr)"
+    )
+    parser.add_argument(
+        "--weight-decay",
+        type=not_negative,
+        default=PLAIN.weight_decay,
+        help="weight decay of the optimiser",
     )
     parser.add_argument(
         "--attention",
         type=not_negative,
         default=PLAIN.attention,
-        help="weight of the divergence of every layer's attention",
+        help="weight of the divergence in attention, over all layers",
     )
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default=PLAIN.precision, help="of matrix products"
+        "--precision",
+        choices=PRECISIONS,
+        default=PLAIN.precision,
+        help="precision of matrix products",
     )
     parser.add_argument(
         "--check-every", type=whole(1), default=PLAIN.check_every, help="steps between checks"
     )
     parser.add_argument(
-        "--stop-margin", type=nats, help="stop when the monitored rise is shown to be below it"
+        "--stop-margin", type=nats, help="stop when the monitored rise is shown to be below this"
     )
     parser.add_argument(
-        "--monitor", type=whole(2), default=8, help="calibration documents that are watched"
+        "--monitor", type=whole(2), default=8, help="number of calibration documents to monitor"
     )
     add(parser, "margin", judge=32)
     parser.add_argument("--save-every", type=whole(1), default=20, help="steps between checkpoints")
@@ -81,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Heal; after a kill, go on with what was done (``OUT.part``)."""
+    """Heal; resume from ``OUT.part`` if the process was killed."""
     out = Path(options.out)
     given = vars(options)
     settings = Settings(**{k: v for k, v in given.items() if k in Settings.__dataclass_fields__})
@@ -94,7 +107,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     check_text(options.text, calibration=calibration, training=1, validation=options.judge)
     with resumable(out.with_name(f"{out.name}.part")):
         found = heal(healing, out)
-    if found is None:  # not the first process, which alone speaks
+    if found is None:  # only the first process prints
         options.json = False
         return {}
     verdict, before = found["verdict"], found["untrained"]

@@ -1,4 +1,4 @@
-"""What a writer for an engine is."""
+"""The interface of an engine: how its checkpoints are checked, written and read back."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from gainlens.export.plan import SlicePlan
 
 
 class EngineLimitError(InputError):
-    """An engine can't run a plan.
+    """An engine cannot run a plan.
 
     Attributes:
-        nearest: the plan that it can run and that agrees with this one most, or None where no
-            plan would help.
+        nearest: the most similar plan that the engine can run, or None if no plan would help.
     """
 
     def __init__(self, message: str, nearest: SlicePlan | None = None) -> None:
@@ -30,10 +29,10 @@ class Engine(ABC):
     """One row of ``ENGINES``.
 
     Attributes:
-        name: how ``export_model`` and the command line ask for it.
-        precisions: what weights can be written as, the default first.
+        name: its name in ``export_model`` and on the command line.
+        precisions: formats of the weights, the default first.
         wide_values: whether value heads may be wider than key heads.
-        reads_gguf: whether its vocabulary comes from a GGUF file, not from a tokenizer.
+        reads_gguf: whether its vocabulary comes from a GGUF file instead of a tokenizer.
     """
 
     name: str
@@ -43,17 +42,17 @@ class Engine(ABC):
 
     @abstractmethod
     def check(self, slim: Any) -> None:
-        """Raise ``EngineLimitError`` where the engine can't run the slim model as it is.
+        """Raise ``EngineLimitError`` if the engine cannot run the slim model.
 
-        Only ``slim.config`` is looked at, so that a plan can be refused before a model is cut.
+        Uses only ``slim.config``, so a plan can be refused before a model is cut.
         """
 
     def notes(self, slim: Any) -> tuple[str, ...]:
-        """Limits of the engine that a model which passed ``check`` meets, a line each."""
+        """Limits that still apply to a model that passed ``check``, one line each."""
         return ()
 
     def check_tokenizer(self, tokenizer: Any | None, n_tokens: int) -> None:
-        """Raise ``InputError`` unless ``write`` can take it; ``n_tokens`` are the model's."""
+        """Raise ``InputError`` unless ``write`` accepts it; the model has ``n_tokens`` tokens."""
         if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
             raise InputError(
                 f"tokenizer={tokenizer!r}: engine={self.name!r} expects a transformers tokenizer "
@@ -65,13 +64,13 @@ class Engine(ABC):
         """Write the checkpoint into an empty folder."""
 
     def rounded(self, slim: Any, precision: str) -> dict[str, Float[torch.Tensor, "..."]]:
-        """The state of a float32 slim model with its weights rounded as the engine writes them.
+        """The state of a float32 slim model with its weights rounded as the engine rounds them.
 
-        What the written files compute is compared with this model, so that the gate need not
-        allow for what rounding does to a model.
+        The written files are compared with this model, so the tolerance of the parity gate need not
+        cover rounding.
         """
         fold = self.query_fold(slim)
-        done: dict[int, torch.Tensor] = {}  # tied weights are one tensor under two names
+        done: dict[int, torch.Tensor] = {}  # tied weights: one tensor with two names
         state = {}
         for name, tensor in slim.state_dict().items():
             if not tensor.is_floating_point():
@@ -90,21 +89,21 @@ class Engine(ABC):
         return tensor.to(DTYPES[precision]).float()
 
     def query_fold(self, slim: Any) -> float:
-        """What the written query projections are multiplied by."""
+        """Factor by which the written query projections are multiplied."""
         return 1.0
 
     @abstractmethod
     def read_back(self, folder: Path) -> Any:
-        """The written files as a float32 transformers model that knows nothing of ``slim``."""
+        """Load the written files as a float32 transformers model, independently of ``slim``."""
 
     def logits(
         self, folder: Path, batches: list[Int[torch.Tensor, "_ _"]]
     ) -> list[Float[torch.Tensor, "_ _ _"]]:
-        """What the written files compute."""
+        """Logits of the written files."""
         model = self.read_back(folder).eval()
         with torch.no_grad():
             return [model(batch, use_cache=False).logits.float() for batch in batches]
 
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-"""Torch's name of a precision."""
+"""The torch dtype of each precision."""

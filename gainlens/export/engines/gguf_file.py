@@ -70,7 +70,7 @@ def add_weight(writer: Any, name: str, array: npt.NDArray[np.float32], precision
 
 
 def write_out(writer: Any) -> None:
-    """Everything that was added, to the file."""
+    """Write everything that was added to the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

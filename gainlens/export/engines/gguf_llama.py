@@ -1,8 +1,8 @@
 """Values as wide as keys: llama.cpp's architecture ``llama``.
 
-It rotates neighbouring rows, so query and key rows are interleaved, and it divides each frequency
-by ``rope_freqs``. Its own converter would drop the longrope factors of a checkpoint without a
-word, so the file is written here.
+It rotates adjacent rows, so query and key rows are interleaved. It divides each frequency by
+``rope_freqs``. The converter of llama.cpp silently drops the longrope factors of a checkpoint, so
+gainlens writes the file itself.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Values wider than keys: llama.cpp's architecture ``step35``, as dense layers of full attention.
 
-Of llama.cpp's dense grouped-query classes it alone takes unequal widths. Its rows are in the
-half-split order of transformers, and ``rope_freqs`` divides the frequencies of layers without a
-window. What it asserts of its own models is said in settings alone: one layer with a window (one
-block more than there are, which is only for drafting and may be missing), no experts.
+It is the only dense grouped-query architecture of llama.cpp that supports unequal widths. Its rows
+are in the half-split order of transformers, and ``rope_freqs`` divides the frequencies of layers
+without a window. llama.cpp asserts properties of the original models, such as one layer with a
+window. Settings alone satisfy them: an extra last block, which is only for drafting and may be
+missing, has the window, and there are no experts.
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ def add_step35(writer: Any, slim: Any, precision: str) -> None:
 
 
 def step35_from_gguf(file: Path) -> Any:
-    """A float32 ``LlamaForCausalLM`` that computes what llama.cpp does with the file.
+    """A float32 ``LlamaForCausalLM`` that computes what llama.cpp computes from the file.
 
-    Its heads are as wide as the values: keys and queries get empty rotary pairs, and queries the
-    factor between the two softmax scales.
+    Its heads are as wide as the values. Keys and queries are padded with zero rotary pairs, and
+    queries are multiplied by the ratio of the two softmax scales.
 
     Raises:
-        FileFormatError: settings under which llama.cpp computes something else.
+        FileFormatError: the settings make llama.cpp compute something else.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 

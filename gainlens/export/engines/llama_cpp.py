@@ -1,4 +1,4 @@
-"""A GGUF file for llama.cpp, with no code of gainlens; the architecture follows from the plan."""
+"""GGUF files for llama.cpp without any code of gainlens. The plan decides the architecture."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ READERS = {gguf_llama.ARCH: llama_from_gguf, gguf_step35.ARCH: step35_from_gguf}
 
 
 class LlamaCppEngine(Engine):
-    """llama.cpp; ``tokenizer`` is a GGUF file whose vocabulary is copied (it serves none without).
+    """llama.cpp; ``tokenizer`` is a GGUF file whose vocabulary is copied (needed for serving).
 
-    Values as wide as keys make a Llama; wider ones go into architecture ``step35``. Its CUDA flash
-    attention takes heads of 40, 64, 72, 80, 96, 112, 128 and 256 dimensions; other widths run
-    without it.
+    If values are as wide as keys, the architecture is ``llama``, otherwise ``step35``. The CUDA
+    flash attention of llama.cpp supports heads of 40, 64, 72, 80, 96, 112, 128 and 256 dimensions.
+    Other widths run without it.
     """
 
     name = "llama.cpp"
@@ -47,11 +47,11 @@ class LlamaCppEngine(Engine):
         gguf_package()
 
     def notes(self, slim: Any) -> tuple[str, ...]:
-        """What the architecture for wide values can't do."""
+        """Limits of the architecture for wide values."""
         return () if values_as_keys(slim.config) else gguf_step35.NOTES
 
     def check_tokenizer(self, tokenizer: Any | None, n_tokens: int) -> None:
-        """Raise ``InputError`` unless it is a GGUF file of as many tokens, or None."""
+        """Raise ``InputError`` unless it is None or a GGUF file with as many tokens."""
         if tokenizer is None:
             return
         found = [v for name, v, *_ in vocabulary(tokenizer) if name == "tokenizer.ggml.tokens"]
@@ -76,7 +76,7 @@ class LlamaCppEngine(Engine):
             writer.close()
 
     def round(self, tensor: torch.Tensor, precision: str) -> torch.Tensor:
-        """Through the quantiser and back; rows are what is quantised, whatever their order."""
+        """Quantise and dequantise. Each row is quantised alone, so their order does not matter."""
         if tensor.ndim == 1:
             return tensor
         gguf = gguf_package()
@@ -89,5 +89,5 @@ class LlamaCppEngine(Engine):
         return query_fold(slim)
 
     def read_back(self, folder: Path) -> Any:
-        """Through gguf's reader into a transformers Llama whose frequencies come from the file."""
+        """Read with gguf into a transformers Llama that takes its frequencies from the file."""
         return READERS[GgufFile(folder / FILE).arch](folder / FILE)

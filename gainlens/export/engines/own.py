@@ -14,14 +14,14 @@ class GainlensEngine(Engine):
     name = "gainlens"
 
     def check(self, slim: Any) -> None:
-        """Every slim model will do."""
+        """Accept every slim model."""
 
     def write(self, slim: Any, folder: Path, precision: str, tokenizer: Any | None) -> None:
         """``config.json``, ``model.safetensors`` and the tokenizer's files."""
         save(slim, folder, precision, tokenizer)
 
     def read_back(self, folder: Path) -> Any:
-        """Through ``load_slim``."""
+        """Load with ``load_slim``."""
         import torch
 
         from gainlens.export.slim_model import load_slim

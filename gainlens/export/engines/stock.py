@@ -1,10 +1,10 @@
 """Checkpoints without code of gainlens, for transformers and vLLM.
 
 Stock classes have one head size and one set of rotary frequencies for all layers and heads. Any
-shared subset of rotary pairs fits: the kept frequencies go into ``longrope`` factors, and the
-softmax scale of the full head into the query projection. Values as wide as keys make a plain
-``LlamaForCausalLM``; any other width goes into a class with a value width of its own,
-``MiMoV2FlashForCausalLM`` with dense layers and full attention.
+universal subset of rotary pairs fits: the kept frequencies are written as ``longrope`` factors, and
+the softmax scale of the full head is folded into the query projection. If values are as wide as
+keys, the class is a plain ``LlamaForCausalLM``. Otherwise it is ``MiMoV2FlashForCausalLM``, which
+has a separate value width, with dense layers and full attention.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gainlens.files import write_json
 
 VLLM_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 SILU = ("silu", "swish")
-"""Two names of one function; vLLM knows the first alone."""
+"""Two names of one function; vLLM accepts only the first."""
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 THIN_KEYS = "MiMoV2FlashForCausalLM"
 
@@ -36,9 +36,9 @@ class TransformersEngine(Engine):
 
     name = "transformers"
     heads: tuple[int, ...] | None = None
-    """Head sizes that the engine takes; None for any even one."""
+    """Head sizes that the engine accepts; None for any even size."""
     silu_only = False
-    """Whether its Llama knows one activation alone."""
+    """Whether its Llama supports only ``silu``."""
 
     def check(self, slim: Any) -> None:
         """Raise ``EngineLimitError`` unless the model fits a stock class."""
@@ -53,7 +53,7 @@ class TransformersEngine(Engine):
                 )
 
     def notes(self, slim: Any) -> tuple[str, ...]:
-        """What the container of thin keys can't do."""
+        """Limits of the class for wide values."""
         if values_as_keys(slim.config):
             return ()
         return (
@@ -74,7 +74,7 @@ class TransformersEngine(Engine):
         return query_fold(slim)
 
     def read_back(self, folder: Path) -> Any:
-        """Through the stock class that the files name."""
+        """Load with the stock class named in the files."""
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(
@@ -83,10 +83,10 @@ class TransformersEngine(Engine):
 
 
 class VllmEngine(TransformersEngine):
-    """vLLM; the same files, for the head sizes of its CPU back end.
+    """vLLM; values as wide as keys, and the head sizes of its CPU back end.
 
-    Its GPU back ends take all of these too. The gate runs the files in transformers, ``make
-    engines`` in vLLM itself.
+    Its GPU back ends accept all of these sizes too. The parity gate runs the files in transformers;
+    ``make engines`` runs them in vLLM itself.
     """
 
     name = "vllm"
@@ -95,7 +95,7 @@ class VllmEngine(TransformersEngine):
     wide_values = False
 
     def notes(self, slim: Any) -> tuple[str, ...]:
-        """Nothing: the head sizes are checked."""
+        """None: ``check`` covers the head sizes."""
         return ()
 
 
@@ -113,14 +113,14 @@ def check_stock(
     silu_only: bool = False,
     wide_values: bool = False,
 ) -> None:
-    """Raise ``EngineLimitError``, saying which limit and the nearest plan that fits.
+    """Raise ``EngineLimitError`` with the limit and the nearest plan that fits.
 
     Args:
         slim: with the ``config`` of a slim model.
-        engine: what messages call it.
-        heads: sizes of heads that it takes, or None for any even one.
-        silu_only: whether it runs one activation, whatever the checkpoint says.
-        wide_values: whether values may have another width than keys.
+        engine: its name in error messages.
+        heads: head sizes that it accepts, or None for any even size.
+        silu_only: whether it always runs ``silu``, whatever the checkpoint says.
+        wide_values: whether the width of values may differ from that of keys.
     """
     family, config, plan = family_of(slim.config), slim.config, plan_of(slim.config)
     if not family.llama:
@@ -152,7 +152,7 @@ def check_stock(
     d_head = plan.shape[2]
     mean = plan.fraction_kept * d_head
     sizes = [s for s in heads or range(2, d_head + 1, 2) if s <= d_head]
-    # Rather too wide than too narrow: a wider head keeps all that the plan keeps.
+    # Prefer too wide to too narrow: a wider head keeps everything that the plan keeps.
     best = min((s for s in sizes if s >= mean - 1e-6), default=max(sizes, default=0))
     values = set(plan.value_widths or (d_head,))
     kept_values = wide_values and len(values) == 1
@@ -187,12 +187,12 @@ def check_stock(
 
 
 def check_plain(slim: Any, engine: str, container: str, biases: str) -> None:
-    """Raise ``EngineLimitError`` where a container for thin keys has no place for a bias.
+    """Raise ``EngineLimitError`` if the class for thin keys lacks a bias of the model.
 
     Args:
         slim: with the ``config`` of a slim model.
-        engine, container: what the message calls them.
-        biases: of ``q``, ``k``, ``v`` and ``o``, those that the container lacks.
+        engine, container: their names in the error message.
+        biases: which of the biases ``q``, ``k``, ``v`` and ``o`` the container lacks.
     """
     found = [f"{n}_proj" for n in biases if n in slim.config.gainlens["biases"]]
     found += ["mlp"] if getattr(slim.config, "mlp_bias", False) else []
@@ -214,10 +214,7 @@ def _narrow(config: Any) -> SlicePlan:
 
 
 def longrope_factors(slim: Any) -> tuple[float, list[float]]:
-    """Base θ, and the factors that turn θ^(-2i/r) into the i-th kept frequency.
-
-    A frequency is θ^(-2i/r) / factor.
-    """
+    """Base θ, and the factors that give the i-th kept frequency as θ^(-2i/r) / factor."""
     plan: SlicePlan = plan_of(slim.config)
     rotary = slim.model.rotary_emb
     kept = plan.turning(family_of(slim.config).rotary_dim(slim.config))[0][0].frequency
@@ -233,10 +230,10 @@ def longrope_factors(slim: Any) -> tuple[float, list[float]]:
 
 
 def query_fold(slim: Any) -> float:
-    """What goes into a stock model's queries.
+    """Factor that is folded into the query weights of a stock model.
 
-    Stock scales by 1/√width; the full head's scale, and cos and sin that aren't of length 1, are
-    folded in.
+    Stock classes scale by 1/√width. The factor restores the scale of the full head, and the scaling
+    of cos and sin that some rotary types have.
     """
     first = slim.model.layers[0].self_attn
     turn_scale = float(slim.model.rotary_emb.attention_scaling)
@@ -244,7 +241,7 @@ def query_fold(slim: Any) -> float:
 
 
 def folded_state(slim: Any) -> dict[str, Float[torch.Tensor, "..."]]:
-    """A slim model's weights in float32 on the CPU, the softmax scale in the queries."""
+    """Weights of a slim model in float32 on the CPU, with the softmax scale in the queries."""
     fold = query_fold(slim)
     return {
         name: tensor.detach().float().cpu() * (fold if ".self_attn.q_proj." in name else 1.0)
@@ -268,7 +265,7 @@ def stock_llama(slim: Any) -> Any:
 
 
 def thin_key_model(slim: Any) -> Any:
-    """The slim model as a ``MiMoV2FlashForCausalLM``, whose values have a width of their own."""
+    """The slim model as a ``MiMoV2FlashForCausalLM``, which has a separate value width."""
     theta, factors = longrope_factors(slim)
     n_layers = int(slim.config.num_hidden_layers)
     config = transformers.MiMoV2FlashConfig(
@@ -283,7 +280,7 @@ def thin_key_model(slim: Any) -> Any:
 
 
 def _common(slim: Any) -> dict[str, Any]:
-    """Settings of both stock classes."""
+    """Settings that both stock classes share."""
     config = slim.config
     same = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -299,7 +296,7 @@ def _common(slim: Any) -> dict[str, Any]:
 
 
 def _longrope(config: Any, theta: float, factors: list[float]) -> dict[str, Any]:
-    # Both positions equal: vLLM would derive an attention factor from their ratio.
+    # Equal lengths, because vLLM derives an attention factor from their ratio.
     return {
         "rope_type": "longrope",
         "rope_theta": theta,
@@ -325,7 +322,7 @@ def _filled(stock: Any, slim: Any) -> Any:
 
 
 def _for_transformers_4(file: Path) -> None:
-    """Say the rotary frequencies in transformers 4's words too: it ignores ``rope_parameters``."""
+    """Add the rotary settings for transformers 4, which ignores ``rope_parameters``."""
     config = json.loads(file.read_text(encoding="utf-8"))
     rope = dict(config["rope_parameters"])
     config["rope_theta"] = rope.pop("rope_theta")

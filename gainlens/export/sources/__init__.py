@@ -1,6 +1,6 @@
-"""What ``slim`` reads from: a Hugging Face model, a ``TransformerBridge``, a ``HookedTransformer``.
+"""Sources of weights for ``slim``: a transformers model, a bridge or a ``HookedTransformer``.
 
-Each kind is one file that gives the weights under Hugging Face names, without changing the model.
+Each kind is one file that reads the weights under Hugging Face names, without changing the model.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ __all__ = ["Source", "open_source"]
 
 
 def open_source(model: Any) -> Source:
-    """The weights of ``model``, whichever of the three kinds it is.
+    """Read access to the weights of ``model``, for all three kinds.
 
     Raises:
-        InputError: neither of them.
-        UnsupportedModelError: a family, or an option of one, that can't be made slim; adapters
-            that can't be merged.
+        InputError: the model is of none of these kinds.
+        UnsupportedModelError: this family or option cannot be made slim, or adapters cannot be
+            merged.
     """
     from gainlens.export.sources.bridge import BridgeSource
     from gainlens.export.sources.hooked import HookedSource

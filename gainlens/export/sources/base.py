@@ -1,4 +1,4 @@
-"""What the three kinds of model have in common for ``slim``."""
+"""The common interface of the three kinds of model for ``slim``."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ QueryMap = Float[torch.Tensor, "layer head d_head d_head"]
 ValueMap = Float[torch.Tensor, "layer kv_head d_value d_value"]
 """The same for attention outputs before the output projection."""
 Flows = Float[torch.Tensor, "layer kv_head d_value d_value"]
-"""Second moment of what flows out of the attention, mean over tokens and query heads."""
+"""Second moment of the attention output, mean over tokens and query heads."""
 
 
 @dataclass(frozen=True, eq=False)
 class ProjectionMaps:
-    """What a plan does to the original, as maps of projected queries and keys; float64, CPU.
+    """A plan as linear maps of projected queries and keys; float64, CPU.
 
     Attributes:
         keys: per key head.
-        queries: per query head, or None where queries stay as they are.
-        turns: what is added to the frequencies of the half-split pairs after the maps, in radians
-            per token, or None.
+        queries: per query head, or None if queries do not change.
+        turns: added to the frequencies of the half-split pairs after the maps, in radians per
+            token, or None.
     """
 
     keys: KeyMap
@@ -48,7 +48,7 @@ class ProjectionMaps:
 
 
 class Source(ABC):
-    """Read access to a model that is to be made slim; the model stays as it is.
+    """Read access to a model that will be made slim; the model is not changed.
 
     Attributes:
         model: the object that was passed.
@@ -113,7 +113,7 @@ class Source(ABC):
         cut: ProjectionMaps | None = None,
         values: ValueMap | None = None,
     ) -> Float[torch.Tensor, "document pos vocab"]:
-        """The original's logits, float32 or wider, after the cut, attention outputs multiplied."""
+        """Logits of the original after the cut, float32 or wider, with mapped attention outputs."""
 
     @abstractmethod
     def flows(self, batches: list[Int[torch.Tensor, "_ _"]], cut: ProjectionMaps | None) -> Flows:
@@ -121,7 +121,7 @@ class Source(ABC):
 
 
 def _no_numbers(parameter: Shaped[torch.Tensor, "..."]) -> str | None:
-    """Why a weight can't be cut, or None."""
+    """Reason why a weight cannot be cut, or None."""
     if parameter.is_meta:
         return "its weights are not in memory (device meta): load it without offloading"
     if not parameter.is_floating_point():

@@ -1,4 +1,4 @@
-"""What a gain definition has to say."""
+"""The interface of a gain definition."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 
 Moments = Mapping[str, Float[torch.Tensor, "layer kv_head d_head"]]
-"""Means over tokens by name (``k_mean``, ``k_sq``, ``q_sq``, …), float64, of one stage and unit.
+"""Means over tokens by name (``k_mean``, ``k_sq``, ``q_sq``, …), float64, for one stage and unit.
 
-Squared quantities are already averaged over the two dimensions of a pair when the unit is a pair,
-so a score is one formula for both units. ``k_var`` is the variance over tokens.
+If the unit is a pair, squared quantities are already averaged over its two dimensions, so one
+formula serves both units. ``k_var`` is the variance over tokens.
 """
 
 
@@ -21,14 +21,14 @@ class Score:
     """One gain definition.
 
     Attributes:
-        name: how callers ask for it.
+        name: the name that callers use.
         statistics: names of the rows of ``STATISTICS`` that it needs.
-        gauge_invariant: whether rescaling a key pair by s and its query pair by 1/s leaves it
-            unchanged; only such a score should decide a cut.
-        compute: from the means of one stage to ``[layer, kv_head, d_head]``.
-        compute_pair: the same for rotary pairs from the moments of single dimensions, where
-            averaging the two dimensions' moments would not do; given each dimension's partner.
-        formula: the definition in one line, with its source where it has one.
+        gauge_invariant: whether the score is unchanged when a key pair is scaled by s and its
+            query pair by 1/s; only such a score should decide a cut.
+        compute: a function from the means of one stage to ``[layer, kv_head, d_head]``.
+        compute_pair: computes the score of rotary pairs from the moments of single dimensions and
+            each dimension's partner, for scores where averaging the moments is not enough.
+        formula: the definition in one line, with its source if there is one.
     """
 
     name: str

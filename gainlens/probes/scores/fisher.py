@@ -1,4 +1,4 @@
-"""How much the loss minds a gate on the unit."""
+"""Sensitivity of the loss to a gate on the unit."""
 
 from gainlens.probes.scores.base import Score, of_the_sum
 

@@ -1,4 +1,4 @@
-"""How far the unit's share of the attention logit spreads over the keys that are attended to."""
+"""Attention-weighted spread, over keys, of the unit's contribution to the attention logit."""
 
 from gainlens.probes.scores.base import Score, of_the_sum
 

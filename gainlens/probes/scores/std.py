@@ -1,4 +1,4 @@
-"""Standard deviation of the key over tokens: what is left when a constant is taken off."""
+"""Standard deviation of the key over tokens, which ignores its constant part."""
 
 from gainlens.probes.scores.base import Score
 

@@ -77,7 +77,10 @@ def planted_model(seed: int, shared: int, private: int, ratio: float = 2.0):
     hf = LlamaForCausalLM(config).eval()
     n_pairs = d_head // 2
     generator = torch.Generator().manual_seed(seed)
-    common = torch.randperm(n_pairs, generator=generator)[:shared]
+    # Spread over frequency: a run of neighbours is a smooth profile, which is no sharing.
+    parts = torch.arange(n_pairs).tensor_split(shared) if shared else ()
+    picked = [int(p[torch.randint(len(p), (1,), generator=generator)]) for p in parts]
+    common = torch.tensor(picked, dtype=torch.long)
     rest = torch.tensor([p for p in range(n_pairs) if p not in common.tolist()])
     with torch.no_grad():
         for block in hf.model.layers:

@@ -11,6 +11,9 @@ import torch
 from oracle_surgery import plain_surgery
 
 import gainlens as gl
+from gainlens.data.texts import Texts
+from gainlens.stats.stopping import StoppingRule
+from gainlens.stats.verdicts import Context
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,11 @@ def test_verdict_compares_the_interval_with_the_margin(curve):
     assert few.more_documents == 66
     assert planted.verdict(0.5, 0.005).status == "fails"
     many = replace(
-        planted, losses=np.tile(planted.losses, 12), baseline=np.tile(planted.baseline, 12)
+        planted,
+        losses=np.tile(planted.losses, 12),
+        baseline=np.tile(planted.baseline, 12),
+        lengths=planted.lengths * 12,
+        n_tokens=planted.n_tokens * 12,
     )
     assert many.verdict(0.5, 0.03).status == "holds"
     assert many.verdict(0.5, 0.005).status == "fails"
@@ -88,6 +95,57 @@ def test_verdict_compares_the_interval_with_the_margin(curve):
             curve.verdict(0.5, margin)
     with pytest.raises(gl.errors.InputError, match="fraction"):
         curve.verdict(0.3, 0.02)
+
+
+def test_a_verdict_says_where_it_was_judged(tiny, tiny_validation, tiny_gains, tmp_path):
+    rows = (tiny_validation[0], tiny_validation[1][:20], tiny_validation[2][:30])
+    text = Texts(rows, ("sotu", "code", "sotu"), (0, 1, 2))
+    found = gl.surgery(
+        tiny, text, tiny_gains, fractions=(0.5,), orders=("quietest",), progress=False
+    )
+    assert found.lengths == (64, 20, 30)
+    assert found.domains == ("sotu", "code", "sotu")
+    found.save(tmp_path / "curve.json")
+    for curve in (found, gl.SurgeryCurve.load(tmp_path / "curve.json")):
+        verdict = curve.verdict(0.5, 0.02)
+        assert verdict.domain == ("sotu", "code")
+        assert verdict.context == Context((0, 63), (0, 63))
+        assert verdict.covers(context=64, domain="code")
+        assert not verdict.covers(context=65)
+        assert not verdict.covers(domain="pydoc")
+    # A plain tensor has lengths and no names.
+    plain = gl.surgery(
+        tiny, tiny_validation, tiny_gains, (0.5,), orders=("quietest",), progress=False
+    )
+    assert plain.verdict(0.5, 0.02).context == Context((0, 63), (0, 63))
+    assert plain.verdict(0.5, 0.02).domain == ()
+
+
+def test_a_point_that_stopped_early_was_judged_on_what_it_ran(curve):
+    """The last two of six documents are longer and of another text, and no point needs them."""
+    losses = np.full((1, 6), np.nan)
+    losses[0, :4] = curve.baseline[:4] + 1
+    stopped = replace(
+        curve,
+        points=curve.points[:1],
+        losses=losses,
+        stopping=StoppingRule(0.02, (4, 6)),
+        lengths=(64,) * 4 + (4096,) * 2,
+        domains=("sotu",) * 4 + ("code",) * 2,
+        n_tokens=4 * 64 + 2 * 4096,
+    )
+    verdict = stopped.verdict_at(0, 0.02)
+    assert verdict.domain == ("sotu",)
+    assert not verdict.covers(context=65)
+
+
+def test_lengths_and_names_that_are_not_the_documents(curve):
+    with pytest.raises(gl.errors.InputError, match="lengths has 1 entries"):
+        replace(curve, lengths=(64,))
+    with pytest.raises(gl.errors.InputError, match="domains has 1 entries"):
+        replace(curve, domains=("sotu",))
+    with pytest.raises(gl.errors.InputError, match="lengths add up to"):
+        replace(curve, lengths=(2,) * 6)
 
 
 def test_text_that_chose_does_not_judge(tiny, tiny_calibration, tiny_gains):

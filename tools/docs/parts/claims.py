@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from parts.markdown import RESULTS, interval, not_yet, number, provenance, recorded, table
 
@@ -50,7 +51,8 @@ def findings() -> str:
         [
             (
                 "Can half of the key dimensions go without training?",
-                f"{_less_than(margin, refitted['interval'])} with a least-squares refit",
+                _less_than(margin, refitted["interval"], text["validation_documents"])
+                + " with a least-squares refit",
                 f"loss {refitted['delta']:+.3f} nats ({interval(refitted['interval'])}); "
                 f"zeroed without the refit {zeroed['delta']:+.3f}, random {random['delta']:+.3f}",
                 f"{text['validation_documents']} speeches × {text['length']} tokens",
@@ -65,8 +67,7 @@ def findings() -> str:
             (
                 "Do all layers use the same dimensions?",
                 f"**{mapped['answer']}**",
-                f"cosine {mapped['summary']['cosine']:.3f} between layers; the rotary frequencies "
-                f"alone give {mapped['summary']['null_cosine_band']:.3f}",
+                _agreement(mapped),
                 f"{report['plan']['n_docs']} speeches × {report['plan']['length']} tokens",
             ),
             (
@@ -80,10 +81,27 @@ def findings() -> str:
     )
 
 
-def _less_than(margin: float, found: Sequence[float]) -> str:
+def _agreement(mapped: dict[str, Any]) -> str:
+    """The number behind the map's answer, by what the record holds."""
+    s = mapped["summary"]
+    cosine = f"cosine {s['cosine']:.3f} between layers"
+    if "residual_correlation" not in s:  # a record of before the profile was subtracted
+        return f"{cosine}; the rotary frequencies alone give {s['null_cosine_band']:.3f}"
+    return (
+        f"correlation beyond rotary frequency {s['residual_correlation']:.3f} "
+        f"({interval(mapped['effect']['interval'])}); {cosine}, of which the rotary frequencies "
+        f"alone give {s['null_cosine_frequency']:.3f}"
+    )
+
+
+def _less_than(margin: float, found: Sequence[float], n_documents: int) -> str:
+    """A claim about the loss with its status, by the rule of the library."""
+    from gainlens.stats.verdicts import status_of
+
     low, high = found
-    status = "holds" if high < margin else "fails" if low > margin else "is undecided"
-    return f"a rise below {margin:g} nats **{status}**"
+    status = status_of((low, high), margin, n_documents)
+    said = f"is **{status}**" if status == "undecided" else f"**{status}**"
+    return f"a rise below {margin:g} nats {said}"
 
 
 def cuts() -> str:
@@ -141,6 +159,9 @@ def similarity() -> str:
     facts = recorded(RESULTS / REPORT)
     if facts is None:
         return not_yet("the map", "make report")
+    found = facts["similarity"]
+    beyond = any("residual_correlation" in row for row in found)
+    second = "null_cosine_frequency" if beyond else "null_cosine_band"
     rows = [
         (
             row["score"],
@@ -148,15 +169,24 @@ def similarity() -> str:
             row["unit"],
             f"{row['cosine']:.3f}",
             f"{row['null_cosine']:.3f}",
-            f"{row['null_cosine_band']:.3f}" if "null_cosine_band" in row else "–",
+            f"{row[second]:.3f}" if second in row else "–",
             f"{row['cv']:.2f}",
             f"{row['centred_cosine']:.3f}",
+            *([f"{row['residual_correlation']:.3f}"] if beyond else []),
             row["answer"],
         )
-        for row in facts["similarity"]
+        for row in found
     ]
-    head = ["gain", "stage", "unit", "cosine", "null", "band null", "CV", "centred", "answer"]
-    return table(head, rows) + "\n\n" + provenance(facts, f"docs/results/{REPORT}")
+    name = "frequency null" if beyond else "band null"
+    head = ["gain", "stage", "unit", "cosine", "null", name, "CV", "centred"]
+    head += ["beyond frequency", "answer"] if beyond else ["answer"]
+    note = (
+        "*Beyond frequency* is the mean correlation of residuals, which decides the answer. "
+        if beyond
+        else "This record has an earlier null in the place of the frequency null: the *band null* "
+        "shuffles only units of similar rotary frequency. "
+    )
+    return table(head, rows) + f"\n\n{note}" + provenance(facts, f"docs/results/{REPORT}")
 
 
 def sharing_cost() -> str:
@@ -164,13 +194,11 @@ def sharing_cost() -> str:
     facts = recorded(RESULTS / REPORT)
     if facts is None:
         return not_yet("the sharing cost", "make report")
-    found = facts["map"].get("price")
+    found = facts["map"].get("sharing_cost") or facts["map"].get("price")  # its earlier name
     if not found:
         return not_yet("the sharing cost", "make report")
-    # A record of before the scopes had one name each calls the set for all heads "model".
-    scopes = {"model": "universal", "random model": "universal, random (control)"}
     rows = [
-        (scopes.get(r["sharing"], r["sharing"]), str(r["score"]), f"{r['cut']:.0%}",
+        (_scope(r), str(r["score"]), f"{r['fraction' if 'fraction' in r else 'cut']:.0%}",
          f"{r['rise']:+.3f}", interval(r["interval"]))
         for r in found["rows"]
     ]  # fmt: skip
@@ -179,6 +207,16 @@ def sharing_cost() -> str:
         + f"\n\nMeasured on {found['n_documents']} speeches of "
         f"{found['n_tokens'] // found['n_documents']} tokens."
     )
+
+
+def _scope(row: dict[str, Any]) -> str:
+    """The scope of a row of the sharing cost, and whether it is the control."""
+    if "scope" in row:
+        control = ", random (control)" if row["order"] == "random" else ""
+        return f"{row['scope']}{control}"
+    # A record of before the scopes had one name each calls the set for all heads "model".
+    scopes = {"model": "universal", "random model": "universal, random (control)"}
+    return scopes.get(row["sharing"], row["sharing"])
 
 
 def planted() -> str:

@@ -5,8 +5,9 @@ check asks only of public names, and asks for what pydoclint does not know: that
 shape, and that "as for f" may stand for a list of arguments.
 
 Asked of every name in ``__all__`` of gainlens and of the kernels, and of their public methods: a
-docstring; every parameter named in it; tensors annotated with their shape; ``Raises`` where the
-body raises.
+docstring; every parameter named in it, or in that of the method that it overrides; tensors
+annotated with their shape (a dictionary of named tensors has none); ``Raises`` where the body
+raises.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 SELF_EVIDENT = {"self", "cls", "ax", "axes", "path", "progress"}
 """Parameters that mean the same everywhere: see the page on the API."""
+NAMED_TENSORS = re.compile(r"\b(dict|Mapping)\[str, (torch\.)?Tensor\]")
 
 
 def faults() -> list[str]:
@@ -34,7 +36,10 @@ def faults() -> list[str]:
             found += faults_of(value, where)
             if inspect.isclass(value):
                 for method, function in methods(value):
-                    found += faults_of(function, f"{where}.{method}", inspect.getdoc(value) or "")
+                    found += faults_of(
+                        function, f"{where}.{method}", inspect.getdoc(value) or "",
+                        overridden(value, method),
+                    )  # fmt: skip
     return found
 
 
@@ -56,8 +61,25 @@ def methods(kind: type) -> Iterator[tuple[str, Any]]:
                 yield name, value
 
 
-def faults_of(value: Any, where: str, around: str = "") -> list[str]:
-    """Faults of one function or class; ``around`` is the docstring of the class it is in."""
+def overridden(kind: type, method: str) -> str:
+    """Docstrings of the methods of this name in all base classes within gainlens."""
+    found = [
+        vars(base)[method].__doc__ or ""
+        for base in kind.__mro__[1:]
+        if base.__module__.startswith("gainlens") and method in vars(base)
+    ]
+    return "\n".join(found)
+
+
+def faults_of(value: Any, where: str, around: str = "", above: str = "") -> list[str]:
+    """Faults of one function or class.
+
+    Args:
+        value: the function or class.
+        where: its name in the message.
+        around: the docstring of the class that it is in.
+        above: the docstrings of the methods that it overrides.
+    """
     if not (value.__doc__ or "").strip():
         return [f"{where}: no docstring"]
     text = inspect.getdoc(value) or ""
@@ -70,7 +92,7 @@ def faults_of(value: Any, where: str, around: str = "") -> list[str]:
         for p in parameters
         if p.name not in SELF_EVIDENT
         and p.kind is not p.VAR_KEYWORD
-        and not re.search(rf"\b{p.name}\b", text)
+        and not re.search(rf"\b{p.name}\b", f"{text}\n{above}")
     ]
     if missing and "as for ``" not in text and "arguments as" not in text.lower():
         found.append(f"{where}: says nothing of {', '.join(missing)}")
@@ -80,7 +102,8 @@ def faults_of(value: Any, where: str, around: str = "") -> list[str]:
     found += [
         f"{where}: {name} is a tensor of unknown shape ({a})"
         for name, a in annotations.items()
-        if re.search(r"\bTensor\b", str(a)) and not re.search(r"\b(Float|Int|Bool)\[", str(a))
+        if re.search(r"\bTensor\b", NAMED_TENSORS.sub("", str(a)))
+        and not re.search(r"\b(Float|Int|Bool)\[", str(a))
     ]
     raises = re.search(r"^\s+raise [A-Z]\w+\(", inspect.getsource(value), re.MULTILINE)
     if (

@@ -156,10 +156,12 @@ def cosine(figure: Any, facts: dict[str, Any]) -> None:
 
 
 def above_null(figure: Any, facts: dict[str, Any]) -> None:
-    """What is left of the cosine above what shuffles within a band of frequencies give."""
+    """What is left of the cosine above what the rotary frequencies alone give."""
     from gainlens.plots.axes import DIVERGING
 
-    above = np.array(facts["map"]["cosine"]) - np.array(facts["map"]["band_null_cosine"])
+    found = facts["map"]
+    null = found.get("frequency_null_cosine") or found["band_null_cosine"]  # its earlier name
+    above = np.array(found["cosine"]) - np.array(null)
     np.fill_diagonal(above, np.nan)
     end = float(np.nanmax(np.abs(above)))
     _by_layer(

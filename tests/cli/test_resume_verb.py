@@ -28,7 +28,7 @@ def test_goes_on_after_an_interrupt(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(surgery, "_run_point", interrupted)
     capsys.readouterr()
     assert main([*call, str(broken)]) == 130
-    assert f"the same command goes on from {broken}.part" in capsys.readouterr().err
+    assert f"the same command resumes from {broken}.part" in capsys.readouterr().err
     assert not broken.exists()
     assert main([*call, str(broken)]) == 0
     assert len(runs) == 3 + 1  # of three cuts only the one that was interrupted is redone
