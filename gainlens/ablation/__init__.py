@@ -11,6 +11,8 @@ from gainlens.ablation.least_squares_refit import refit
 from gainlens.ablation.masked_cut import MaskedCut
 from gainlens.ablation.recipe import best_cut
 from gainlens.ablation.refit_cut import RefitCut
+from gainlens.ablation.slot_cut import SlotCut
+from gainlens.ablation.slot_fit import fit_slots
 
 __all__ = [
     "CUTS",
@@ -21,9 +23,11 @@ __all__ = [
     "KeyMask",
     "MaskedCut",
     "RefitCut",
+    "SlotCut",
     "ablate",
     "ablation_hooks",
     "best_cut",
+    "fit_slots",
     "greedy_mask",
     "load_cut",
     "refit",

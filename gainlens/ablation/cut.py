@@ -42,11 +42,14 @@ class HeadMaps:
         queries: ``query'[h] = queries[layer, h] @ query[h]``, before the rotation.
         keys: the same for key heads. Rows of cut dimensions are zero in both.
         facts: how the maps were made.
+        frequencies: that each kept rotary pair turns by after the maps, float64 radians per token;
+            None where pairs keep the model's own.
     """
 
     queries: Float[torch.Tensor, "layer head d_head d_head2"]
     keys: Float[torch.Tensor, "layer kv_head d_head d_head2"]
     facts: Mapping[str, Any]
+    frequencies: Float[torch.Tensor, "layer kv_head rotary_pair"] | None = None
 
 
 class Cut(Kept, ABC):

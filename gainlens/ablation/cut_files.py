@@ -46,15 +46,34 @@ def check_refit_file(tensors: Mapping[str, torch.Tensor], about: Mapping[str, An
         Mismatch: as for a mask. ``RefitCut`` checks which dimensions the maps write to.
     """
     check_names(tensors, ("keep", "query_maps", "key_maps"))
-    keep, queries, keys = (tensors[n] for n in ("keep", "query_maps", "key_maps"))
-    _check_keep(keep)
-    n_layers, n_kv_heads, d = keep.shape
-    check_tensor(queries, "query_maps", keys.dtype, (n_layers, None, d, d))
-    check_tensor(keys, "key_maps", keys.dtype, (n_layers, n_kv_heads, d, d))
-    if not keys.dtype.is_floating_point:
-        raise Mismatch(f"its maps are {keys.dtype}, expected a floating point type")
+    _check_mapped(tensors)
     facts(about, "facts")
     facts(about["refit"], "facts of the refit")
+
+
+def check_slots_file(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+    """Check what a file of slots holds.
+
+    Args:
+        tensors: as for a refitted cut; ``frequencies`` and ``assigned``
+            ``[layer, kv_head, rotary_pair]``, and ``own`` ``[layer, rotary_pair]``.
+        about: its facts, those of the slots under ``slots``.
+
+    Raises:
+        Mismatch: as for a mask; a slot that was given a pair that is none. Maps and frequencies
+            are checked by ``SlotCut``.
+    """
+    check_names(tensors, ("keep", "query_maps", "key_maps", "frequencies", "own", "assigned"))
+    keep, assigned = _check_mapped(tensors), tensors["assigned"]
+    n_layers, n_kv_heads, _ = keep.shape
+    check_tensor(tensors["own"], "own", torch.float64, (n_layers, None))
+    by_pair = (n_layers, n_kv_heads, tensors["own"].shape[1])
+    check_tensor(tensors["frequencies"], "frequencies", torch.float64, by_pair)
+    check_tensor(assigned, "assigned", torch.int64, by_pair)
+    if bool((assigned < -1).any()) or bool((assigned >= by_pair[2]).any()):
+        raise Mismatch(f"assigned names a pair outside -1 .. {by_pair[2] - 1}")
+    facts(about, "facts")
+    facts(about["slots"], "facts of the slots")
 
 
 def check_maps(
@@ -80,6 +99,18 @@ def check_maps(
                 f"the map of {name} head {head} of layer {layer} writes dimension {dim}, which "
                 "the mask cuts"
             )
+
+
+def _check_mapped(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Check mask and maps, and return the mask."""
+    keep, queries, keys = (tensors[n] for n in ("keep", "query_maps", "key_maps"))
+    _check_keep(keep)
+    n_layers, n_kv_heads, d = keep.shape
+    check_tensor(queries, "query_maps", keys.dtype, (n_layers, None, d, d))
+    check_tensor(keys, "key_maps", keys.dtype, (n_layers, n_kv_heads, d, d))
+    if not keys.dtype.is_floating_point:
+        raise Mismatch(f"its maps are {keys.dtype}, expected a floating point type")
+    return keep
 
 
 def _check_keep(keep: torch.Tensor) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from gainlens.ablation.cut import Cut
 from gainlens.ablation.key_mask import KeyMask
 from gainlens.ablation.refit_cut import RefitCut
+from gainlens.ablation.slot_cut import SlotCut
 from gainlens.errors import FileFormatError
 from gainlens.files import file_kind
 
-CUTS: dict[str, type[Cut]] = {c.kind: c for c in (KeyMask, RefitCut)}
+CUTS: dict[str, type[Cut]] = {c.kind: c for c in (KeyMask, RefitCut, SlotCut)}
 
 
 def load_cut(path: str | Path) -> Cut:

@@ -1,21 +1,22 @@
 """Refit a head's kept query and key dimensions to the attention logits of the intact head.
 
 A cut head still sees all of its projected queries and keys, so the kept dimensions may carry any
-linear map of them: q' = M_q q, k' = M_k k, both rotated by the kept pairs' own frequencies. The
-maps are the least-squares fit of the logits on calibration text,
+linear map of them: q' = M_q q, k' = M_k k, both rotated by the frequencies of the kept pairs (their
+own, or those of slots). The maps are the least-squares fit of the logits on calibration text,
 
-    min Σ_ij w_ij (scale · q'_i·k'_j - L_ij - c_i)²,
+    min Σ_ij w_ij (s_ij · (scale · q'_i·k'_j - L_ij) - c_i)²,
 
-w_ij the intact attention (mixed with a little uniform weight) and c_i free, since the softmax
-ignores it: this is, to second order, the Kullback-Leibler divergence of the attention patterns.
-It is a linear problem in M_q with M_k held and the other way round; the two are solved in turns
-by conjugate gradients. Folded into W_Q and W_K the maps cost nothing, and no gradient of the
-model's loss is taken.
+w_ij the intact attention (mixed with a little uniform weight), zero where the model's mask hides a
+key; s_ij the slope of a soft cap at L_ij, 1 without one; c_i free, since the softmax ignores it.
+This is, to second order, the Kullback-Leibler divergence of the attention patterns. It is a linear
+problem in M_q with M_k held and the other way round; the two are solved in turns by conjugate
+gradients, whose sums run over one document at a time. Folded into W_Q and W_K the maps cost
+nothing, and no gradient of the model's loss is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,172 +26,242 @@ from gainlens.model.rotation import Turn
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some documents of one length, as one key head of one layer sees them.
+
+    Attributes:
+        queries, keys: projected (before the rotation), as the cut model sees them.
+        at: positions of the queries; the keys are at 0, 1, ….
+        logits: of the intact head, scaled, before any soft cap.
+        weights: of the squares, the rows summing to 1; zero where a query does not see a key.
+        turn: the rotation of the dimensions that are kept, at the positions of the keys.
+        slope: of the soft cap at ``logits``, or None without one.
+    """
+
+    queries: Float[torch.Tensor, "group doc query_pos d_head"]
+    keys: Float[torch.Tensor, "doc key_pos d_head"]
+    at: Int[torch.Tensor, "doc query_pos"]
+    logits: Float[torch.Tensor, "group doc query_pos key_pos"]
+    weights: Float[torch.Tensor, "group doc query_pos key_pos"]
+    turn: Turn
+    slope: Float[torch.Tensor, "group doc query_pos key_pos"] | None = None
+
+    @property
+    def query_turn(self) -> Turn:
+        """The rotation at the positions of the queries."""
+        return self.turn.at(self.at)
+
+    def rows(self, rows: Int[torch.Tensor, " some"]) -> Part:
+        """Some of the queries."""
+        slope = None if self.slope is None else self.slope[:, :, rows]
+        queries, logits, weights = (
+            x[:, :, rows] for x in (self.queries, self.logits, self.weights)
+        )
+        return Part(queries, self.keys, self.at[:, rows], logits, weights, self.turn, slope)
+
+    def centred(self, error: torch.Tensor) -> torch.Tensor:
+        """An error of the logits, as the softmax sees it: sloped, without its weighted mean."""
+        if self.slope is not None:
+            error = error * self.slope
+        return error - (self.weights * error).sum(-1, keepdim=True)
+
+    def pulled(self, error: torch.Tensor) -> torch.Tensor:
+        """Half the derivative of the weighted squares by the logits."""
+        pull = self.weights * self.centred(error)
+        return pull if self.slope is None else pull * self.slope
+
+
+Maps = tuple[torch.Tensor, torch.Tensor]
+"""M_q ``[group, kept, d_head]``, one per query head, and M_k ``[kept, d_head]``."""
+
+
+@dataclass(frozen=True)
 class Problem:
     """One key head of one layer on calibration text.
 
     Attributes:
-        queries, keys: projected (before the rotation), as the cut model sees them.
-        logits: of the intact head, scaled; ``weights``: their causal softmax.
-        query_turn, key_turn: the rotation of the whole head at the positions of each; queries
-            may be at some of the positions only.
+        parts: its documents, of any lengths.
         scale: of the logits, 1/sqrt(d_head) on most models.
     """
 
-    queries: Float[torch.Tensor, "group doc pos d_head"]
-    keys: Float[torch.Tensor, "doc key_pos d_head"]
-    logits: Float[torch.Tensor, "group doc pos key_pos"]
-    weights: Float[torch.Tensor, "group doc pos key_pos"]
-    query_turn: Turn
-    key_turn: Turn
+    parts: Sequence[Part]
     scale: float
 
 
-def fit_maps(
-    problem: Problem,
-    kept: Int[torch.Tensor, " kept"],
-    *,
-    rounds: int = 3,
-    iterations: int = 12,
-    ridge: float = 1e-3,
-    start: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[Float[torch.Tensor, "group kept d_head"], Float[torch.Tensor, "kept d_head"]]:
-    """The maps M_q (one per query head) and M_k of the kept dimensions.
+def fit_rounds(
+    problem: Problem, start: Maps, *, rounds: int, iterations: int, ridge: float
+) -> Iterator[Maps]:
+    """The maps after each round.
 
     Args:
         problem: the head's calibration data.
-        kept: dimensions that stay, whole pairs, sorted.
+        start: maps to begin with: plain selection of the kept dimensions, or the assignment.
         rounds: how often the two linear problems are solved in turn.
         iterations: conjugate-gradient steps of each.
-        ridge: pull towards the start, relative to the mean curvature.
-        start: maps to begin with; by default plain selection of the kept dimensions.
+        ridge: pull of each solve towards where it began, relative to the mean curvature.
     """
-    d_head = problem.keys.shape[-1]
-    group = len(problem.queries)
-    select = torch.eye(d_head)[kept]
-    m_q, m_k = start if start is not None else (select.expand(group, -1, -1).clone(), select)
-    q_turn, k_turn = problem.query_turn.of(kept), problem.key_turn.of(kept)
-    q_cov = _covariance(problem.queries.flatten(1, 2))
-    k_cov = _covariance(problem.keys.flatten(0, 1))
+    m_q, m_k = start
+    q_cov = _mean_outer([p.queries.flatten(1, 2) for p in problem.parts])
+    k_cov = _mean_outer([p.keys.flatten(0, 1)[None] for p in problem.parts])
+    turns = [(p.query_turn, p.turn) for p in problem.parts]
     for _ in range(rounds):
-        k_new = k_turn(problem.keys @ m_k.T)
-        m_q = torch.stack(
-            [
-                _solve_queries(problem, g, k_new, q_turn, m_q[g], q_cov[g], iterations, ridge)
-                for g in range(group)
-            ]
-        )
-        q_new = q_turn(torch.einsum("gdpi,gri->gdpr", problem.queries, m_q))
-        m_k = _solve_keys(problem, q_new, q_turn, k_turn, m_k, k_cov, iterations, ridge)
-    return m_q, m_k
+        m_q = _solve_queries(problem, turns, m_q, m_k, q_cov, iterations, ridge)
+        m_k = _solve_keys(problem, turns, m_q, m_k, k_cov, iterations, ridge)
+        yield m_q, m_k
 
 
-def misfit(
-    problem: Problem,
-    kept: Int[torch.Tensor, " kept"],
-    m_q: Float[torch.Tensor, "group kept d_head"],
-    m_k: Float[torch.Tensor, "kept d_head"],
-) -> float:
+def misfit(problem: Problem, maps: Maps) -> float:
     """Half the weighted mean square error of the logits: about the KL divergence in nats."""
-    q = problem.query_turn.of(kept)(torch.einsum("gdpi,gri->gdpr", problem.queries, m_q))
-    k = problem.key_turn.of(kept)(problem.keys @ m_k.T)
-    error = problem.scale * q @ k.transpose(-1, -2) - problem.logits
-    centred = error - (problem.weights * error).sum(-1, keepdim=True)
-    return float(0.5 * (problem.weights * centred.square()).sum(-1).mean())
+    m_q, m_k = maps
+    total, count = 0.0, 0
+    for part in problem.parts:
+        q = part.query_turn(part.queries @ _transposed(m_q))
+        k = part.turn(part.keys @ m_k.T)
+        error = part.centred(problem.scale * q @ k.mT - part.logits)
+        total += float((part.weights * error.square()).sum(dtype=torch.float64))
+        count += part.weights[..., 0].numel()
+    return 0.5 * total / max(1, count)
 
 
-def _covariance(x: torch.Tensor) -> torch.Tensor:
-    moment: torch.Tensor = x.transpose(-1, -2) @ x / x.shape[-2]
-    return moment
+PRECONDITION = 256
+"""Queries of a head whose exact curvature is averaged to precondition the query problem."""
+
+Turns = Sequence[tuple[Turn, Turn]]
+
+
+def _transposed(m_q: Float[torch.Tensor, "group kept d_head"]) -> torch.Tensor:
+    """To multiply queries of several documents from the right."""
+    return m_q.mT.unsqueeze(1)
+
+
+def _mean_outer(
+    xs: list[Float[torch.Tensor, "group _ d_head"]],
+) -> Float[torch.Tensor, "group d_head d_head"]:
+    total = sum(x.transpose(-1, -2) @ x for x in xs)
+    mean: torch.Tensor = torch.as_tensor(total) / max(1, sum(x.shape[1] for x in xs))
+    return mean
 
 
 def _solve_queries(
     problem: Problem,
-    g: int,
-    keys: Float[torch.Tensor, "doc key_pos kept"],
-    turn: Turn,
-    start: Float[torch.Tensor, "kept d_head"],
-    covariance: Float[torch.Tensor, "d_head d_head"],
+    turns: Turns,
+    start: Float[torch.Tensor, "group kept d_head"],
+    m_k: Float[torch.Tensor, "kept d_head"],
+    covariance: Float[torch.Tensor, "group d_head d_head"],
     iterations: int,
     ridge: float,
-) -> Float[torch.Tensor, "kept d_head"]:
-    queries, weights = problem.queries[g], problem.weights[g]
-    (n_doc, n_pos, _), kept = queries.shape, keys.shape[-1]
-    scale = problem.scale
-    curvature = torch.empty(n_doc, n_pos, kept, kept)
-    target = torch.empty(n_doc, n_pos, kept)
-    for doc in range(n_doc):
-        k, w = keys[doc], weights[doc]
-        mean = w @ k
-        outer = (k.unsqueeze(-1) * k.unsqueeze(-2)).flatten(1)
-        second = (w @ outer).view(n_pos, kept, kept)
-        curvature[doc] = scale**2 * (second - mean.unsqueeze(-1) * mean.unsqueeze(-2))
-        wl = w * problem.logits[g, doc]
-        target[doc] = scale * (wl @ k - mean * wl.sum(-1, keepdim=True))
+) -> Float[torch.Tensor, "group kept d_head"]:
+    keys = [turn(p.keys @ m_k.T) for p, (_, turn) in zip(problem.parts, turns, strict=True)]
+
+    def back(n: int, pull: torch.Tensor) -> torch.Tensor:
+        field = turns[n][0].adjoint(problem.scale * pull @ keys[n])
+        return field.flatten(1, 2).mT @ problem.parts[n].queries.flatten(1, 2)
 
     def normal(m: torch.Tensor) -> torch.Tensor:
-        field = turn(queries @ m.T)
-        bent = torch.einsum("dprs,dps->dpr", curvature, field)
-        return turn.adjoint(bent).flatten(0, 1).T @ queries.flatten(0, 1)
+        total = torch.zeros_like(m)
+        for n, part in enumerate(problem.parts):
+            field = turns[n][0](part.queries @ _transposed(m))
+            total += back(n, part.pulled(problem.scale * field @ keys[n].mT))
+        return total
 
-    right = turn.adjoint(target).flatten(0, 1).T @ queries.flatten(0, 1)
-    left = turn_back_mean(curvature, turn)
-    return _conjugate_gradients(normal, right, start, left, covariance, iterations, ridge)
+    right = sum(back(n, part.pulled(part.logits)) for n, part in enumerate(problem.parts))
+    left = _query_curvature(problem, turns, keys)
+    return _conjugate_gradients(
+        normal, torch.as_tensor(right), start, left, covariance, iterations, ridge
+    )
 
 
-def turn_back_mean(
-    curvature: Float[torch.Tensor, "doc pos kept kept"], turn: Turn
-) -> Float[torch.Tensor, "kept kept"]:
-    """Sum over positions of the curvature in the frame before the rotation."""
-    half = turn.adjoint(curvature.transpose(-1, -2).permute(2, 0, 1, 3))
-    both: torch.Tensor = turn.adjoint(half.permute(3, 1, 2, 0)).sum((1, 2))
-    return both
+def _query_curvature(
+    problem: Problem, turns: Turns, keys: Sequence[Float[torch.Tensor, "_ _ kept"]]
+) -> Float[torch.Tensor, "group kept kept"]:
+    """Sum over queries of the curvature in the frame before the rotation, from some of them."""
+    n_queries = sum(p.at.numel() for p in problem.parts)
+    stride = max(1, n_queries // PRECONDITION)
+    kept = keys[0].shape[-1]
+    total = keys[0].new_zeros(len(problem.parts[0].queries), kept, kept)
+    used = 0
+    for n, whole in enumerate(problem.parts):
+        rows = torch.arange(n % min(stride, whole.at.shape[1]), whole.at.shape[1], stride)
+        part, k = whole.rows(rows), keys[n]
+        turn = part.query_turn
+        w = part.weights if part.slope is None else part.weights * part.slope.square()
+        mean = (part.weights if part.slope is None else part.weights * part.slope) @ k
+        outer = (k.unsqueeze(-1) * k.unsqueeze(-2)).flatten(2)
+        second = (w @ outer).reshape(*w.shape[:-1], kept, kept)
+        bent = second - mean.unsqueeze(-1) * mean.unsqueeze(-2)  # [group, doc, query, kept, kept]
+        half = turn.adjoint(bent.permute(0, 3, 1, 2, 4))  # rotates the last dimension
+        both = turn.adjoint(half.permute(0, 4, 2, 3, 1))
+        total += problem.scale**2 * both.sum((2, 3))
+        used += part.at.numel()
+    return total * (n_queries / max(1, used))
 
 
 def _solve_keys(
     problem: Problem,
-    queries: Float[torch.Tensor, "group doc pos kept"],
-    query_turn: Turn,
-    turn: Turn,
+    turns: Turns,
+    m_q: Float[torch.Tensor, "group kept d_head"],
     start: Float[torch.Tensor, "kept d_head"],
-    covariance: Float[torch.Tensor, "d_head d_head"],
+    covariance: Float[torch.Tensor, "one d_head d_head"],
     iterations: int,
     ridge: float,
 ) -> Float[torch.Tensor, "kept d_head"]:
-    keys, weights, scale = problem.keys, problem.weights, problem.scale
+    queries = [
+        turn(part.queries @ _transposed(m_q))
+        for part, (turn, _) in zip(problem.parts, turns, strict=True)
+    ]
 
-    def pulled_back(logits: torch.Tensor) -> torch.Tensor:
-        centred = weights * (logits - (weights * logits).sum(-1, keepdim=True))
-        field = scale * torch.einsum("gdij,gdir->djr", centred, queries)
-        return turn.adjoint(field).flatten(0, 1).T @ keys.flatten(0, 1)
+    def back(n: int, pull: torch.Tensor) -> torch.Tensor:
+        field = turns[n][1].adjoint((problem.scale * pull.mT @ queries[n]).sum(0))
+        return field.flatten(0, 1).mT @ problem.parts[n].keys.flatten(0, 1)
 
     def normal(m: torch.Tensor) -> torch.Tensor:
-        field = turn(keys @ m.T)
-        return pulled_back(scale * (queries @ field.transpose(-1, -2)))
+        total = torch.zeros_like(m)
+        for n, part in enumerate(problem.parts):
+            field = turns[n][1](part.keys @ m[0].T)
+            total += back(n, part.pulled(problem.scale * queries[n] @ field.mT))
+        return total
 
-    right = pulled_back(problem.logits)
-    back = query_turn.adjoint(queries).flatten(0, 2)
-    left = scale**2 * (back.T @ back)
-    return _conjugate_gradients(normal, right, start, left, covariance, iterations, ridge)
+    right = sum(back(n, part.pulled(part.logits)) for n, part in enumerate(problem.parts))
+    plain = [turn.adjoint(q) for q, (turn, _) in zip(queries, turns, strict=True)]
+    left = problem.scale**2 * sum((q.mT @ q).sum((0, 1)) for q in plain)
+    return _conjugate_gradients(
+        normal,
+        torch.as_tensor(right)[None],
+        start[None],
+        torch.as_tensor(left)[None],
+        covariance,
+        iterations,
+        ridge,
+    )[0]
 
 
 def _conjugate_gradients(
     normal: Callable[[torch.Tensor], torch.Tensor],
-    right: torch.Tensor,
-    start: torch.Tensor,
-    left_scale: torch.Tensor,
-    right_scale: torch.Tensor,
+    right: Float[torch.Tensor, "group kept d_head"],
+    start: Float[torch.Tensor, "group kept d_head"],
+    left_scale: Float[torch.Tensor, "group kept kept"],
+    right_scale: Float[torch.Tensor, "group d_head d_head"],
     iterations: int,
     ridge: float,
-) -> torch.Tensor:
-    """Solve normal(m) + λ(m - start)·Σ = right, preconditioned by (left ⊗ right)⁻¹."""
-    n = len(left_scale)
-    level = left_scale.diagonal().mean().clamp_min(1e-12)
-    left_inverse = torch.linalg.inv(
-        (left_scale + (ridge + 1e-4) * level * torch.eye(n)).double()
-    ).float()
-    spread = right_scale.diagonal().mean().clamp_min(1e-12)
-    sigma = right_scale + 1e-4 * spread * torch.eye(len(right_scale))
-    right_inverse = torch.linalg.inv(sigma.double()).float()
+) -> Float[torch.Tensor, "group kept d_head"]:
+    """Solve normal(m) + λ(m - start)·Σ = right of each head by itself.
+
+    Preconditioned by (left ⊗ right)⁻¹.
+    """
+
+    def mean_diagonal(x: torch.Tensor) -> torch.Tensor:
+        mean: torch.Tensor = torch.diagonal(x, dim1=-2, dim2=-1).mean(-1)
+        return mean[:, None, None].clamp_min(1e-12)
+
+    def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a * b).sum((-2, -1), keepdim=True)
+
+    level, spread = mean_diagonal(left_scale), mean_diagonal(right_scale)
+    eye = torch.eye(left_scale.shape[-1]).to(right)
+    sigma = right_scale + 1e-4 * spread * torch.eye(right_scale.shape[-1]).to(right)
+    left = left_scale + (ridge + 1e-4) * level * eye
+    left_inverse = torch.linalg.inv(left.double()).to(right)
+    right_inverse = torch.linalg.inv(sigma.double()).to(right)
 
     def operator(m: torch.Tensor) -> torch.Tensor:
         return normal(m) + ridge * level * (m @ sigma)
@@ -199,16 +270,25 @@ def _conjugate_gradients(
     residual = right + ridge * level * (start @ sigma) - operator(x)
     z = left_inverse @ residual @ right_inverse
     direction = z
-    gain = (residual * z).sum()
+    gain = dot(residual, z)
+    # Beyond rounding there is nothing to gain (and denormal numbers are slow); a direction without
+    # curvature would be followed without end.
+    eps = torch.finfo(right.dtype).eps
+    floor = (8 * eps) ** 2 * dot(right, left_inverse @ right @ right_inverse)
+    active = torch.ones_like(gain, dtype=torch.bool)
     for _ in range(iterations):
-        if not float(gain) > 0:
-            break
         moved = operator(direction)
-        step = gain / (direction * moved).sum().clamp_min(1e-30)
+        bend = dot(direction, moved)
+        active = (
+            active & (gain > floor) & (bend > 8 * eps * dot(direction, left @ direction @ sigma))
+        )
+        if not bool(active.any()):
+            break
+        step = torch.where(active, gain / torch.where(active, bend, 1.0), 0.0)
         x = x + step * direction
         residual = residual - step * moved
         z = left_inverse @ residual @ right_inverse
-        new = (residual * z).sum()
-        direction = z + (new / gain) * direction
+        new = dot(residual, z)
+        direction = z + torch.where(active, new / torch.where(active, gain, 1.0), 0.0) * direction
         gain = new
     return x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,8 @@ from gainlens.model.fast_copy import Edit
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.rotation import Turn
 from gainlens.model.sites import KeySites
+
+Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 class RefitCut(Cut):
@@ -99,15 +101,20 @@ class RefitCut(Cut):
         """See ``Cut.edit``: the maps act in the frame before the rotation."""
         sites = key_sites(model)
         self.check(sites)
-        turns = [sites.rotation.turn(n, batch.shape[1]) for n in range(sites.n_layers)]
+        n_pos = batch.shape[1]
+        places = torch.arange(n_pos)
+        turns = [
+            self.steps(n, partial(sites.rotation.turn, n, n_pos), lambda: places, rotated=True)
+            for n in range(sites.n_layers)
+        ]
 
         def cut(
             queries: torch.Tensor, keys: torch.Tensor, layer: int
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            turn = turns[layer]
+            before, after = turns[layer]
             return (
-                mapped(queries, self.query_maps[layer], turn),
-                mapped(keys, self.key_maps[layer], turn),
+                mapped(queries, self.query_maps[layer], before, after),
+                mapped(keys, self.key_maps[layer], before, after),
             )
 
         return cut
@@ -121,17 +128,21 @@ class RefitCut(Cut):
         stage = sites.hook_stage("rotated")
         hooks = AblationHooks(sites.n_layers)
         following = sites.rotation.follow()
-        if stage == "rotated":
+        if stage == "rotated" or self.maps.frequencies is not None:
             hooks += following.hooks()
 
         def at(
             tensor: torch.Tensor, hook: Any, *, maps: torch.Tensor, letter: str, layer: int
         ) -> torch.Tensor:
             hooks.fires[layer] += letter == "k"
-            turn = None
-            if stage == "rotated":
-                turn = following.turn(letter, layer, tensor.shape[1])
-            return mapped(tensor, maps, turn)
+            running = letter, layer, tensor.shape[1]
+            before, after = self.steps(
+                layer,
+                partial(following.turn, *running),
+                partial(following.positions, *running),
+                rotated=stage == "rotated",
+            )
+            return mapped(tensor, maps, before, after)
 
         for layer in range(sites.n_layers):
             for name, maps, letter in (
@@ -140,6 +151,27 @@ class RefitCut(Cut):
             ):
                 hooks.append((name, partial(at, maps=maps, layer=layer, letter=letter)))
         return hooks
+
+    def steps(
+        self,
+        layer: int,
+        own: Callable[[], Turn],
+        positions: Callable[[], Int[torch.Tensor, "*batch pos"]],
+        *,
+        rotated: bool,
+    ) -> tuple[Step | None, Step | None]:
+        """What is done to ``[batch, head, pos, d_head]`` before the maps of a layer and after.
+
+        Args:
+            layer: which one.
+            own: the model's rotation in the pass.
+            positions: of the queries or keys in the pass.
+            rotated: whether they come (and go) rotated by the model.
+        """
+        if not rotated:
+            return None, None
+        turn = own().by_head()
+        return partial(turn, inverse=True), turn
 
     def only(self, layer: int, kv_head: int | None = None) -> RefitCut:
         """The same in one layer, or one of its key heads, alone; the identity elsewhere."""
@@ -167,13 +199,14 @@ class RefitCut(Cut):
 def mapped(
     x: Float[torch.Tensor, "batch pos head d_head"],
     maps: Float[torch.Tensor, "head d_head d_head2"],
-    turn: Turn | None,
+    before: Step | None,
+    after: Step | None,
 ) -> Float[torch.Tensor, "batch pos head d_head"]:
-    """Apply one map per head, in the frame before the rotation when ``turn`` is given."""
-    wide = x.float()
-    if turn is not None:
-        wide = turn.heads(wide, inverse=True)
-    new = torch.einsum("bphi,hri->bphr", wide, maps.to(wide))
-    if turn is not None:
-        new = turn.heads(new)
-    return new.to(x.dtype)
+    """One map per head, between two steps on ``[batch, head, pos, d_head]``."""
+    by_head = x.transpose(1, 2).float()
+    if before is not None:
+        by_head = before(by_head)
+    new = torch.einsum("bhpi,hri->bhpr", by_head, maps.to(by_head))
+    if after is not None:
+        new = after(new)
+    return new.transpose(1, 2).to(x.dtype)

@@ -8,10 +8,13 @@ slots than the widest are padded with empty ones, whose rows are zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from gainlens.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,15 +24,18 @@ class HeadLayout:
     Attributes:
         width: dimensions of a thin key head.
         order: ``[kv_head, width]``, the original dimension in each slot; -1 where empty.
-        frequency: ``[kv_head, width / 2]``, the rotary pair whose angle each slot pair turns by,
-            or the number of rotary pairs where it doesn't turn; None without rotation.
+        frequency: ``[kv_head, width / 2]``, the column of the model's table of angles that each
+            slot pair turns by: its rotary pair's, or the one after the last where it doesn't turn;
+            None without rotation.
         natural: whether the layout is that of the uncut head.
+        still: whether some slot pair doesn't turn.
     """
 
     width: int
     order: npt.NDArray[np.int64]
     frequency: npt.NDArray[np.int64] | None
     natural: bool
+    still: bool = False
 
 
 def head_layout(keep: npt.NDArray[np.bool_], rotary_dim: int) -> HeadLayout:
@@ -65,4 +71,26 @@ def head_layout(keep: npt.NDArray[np.bool_], rotary_dim: int) -> HeadLayout:
     if rotary_dim == d_head:
         frequency[frequency == n_pairs] = 0
     natural = bool(keep.all()) and rotary_dim == d_head
-    return HeadLayout(2 * slots, order, frequency, natural)
+    return HeadLayout(2 * slots, order, frequency, natural, bool((frequency == n_pairs).any()))
+
+
+def value_widths_of(
+    widths: int | float | Sequence[int] | None, shape: tuple[int, int, int]
+) -> tuple[int, ...] | None:
+    """One value width per layer from what a caller may say; see ``SlicePlan.with_values``.
+
+    Raises:
+        InputError: no width.
+    """
+    n_layers, _, d_head = shape
+    if widths is None:
+        return None
+    if isinstance(widths, bool | str):
+        raise InputError(f"values={widths!r}: expected a width, a share, or one width per layer")
+    if isinstance(widths, float):
+        if not 0 < widths <= 1:
+            raise InputError(f"values={widths!r}: expected a share above 0 and up to 1")
+        return (max(1, round(widths * d_head)),) * n_layers
+    if isinstance(widths, int):
+        return (widths,) * n_layers
+    return tuple(widths)

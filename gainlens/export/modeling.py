@@ -23,6 +23,7 @@ from gainlens.export.cache import prepare_layer
 from gainlens.export.families import FAMILIES, SlimFamily
 from gainlens.export.layout import HeadLayout
 from gainlens.export.plan import SlicePlan
+from gainlens.export.slot_rotation import SlotRotary
 
 PREFIX = "gainlens_"
 CODE = "modeling_gainlens"
@@ -76,10 +77,8 @@ class SlimAttention(nn.Module):
         self.normed, self.norm_offset = family.norm, family.norm_offset
         self.resid_dropout = nn.Dropout(config.resid_pdrop if family.resid_dropout else 0.0)
         self.rotates = layout.frequency is not None
-        self.still = False
+        self.still = layout.still
         index = rope_rows(layout)
-        if index is not None:
-            self.still = bool((index == family.rotary_dim(config) // 2).any())
         self.register_buffer("rope_index", index)
 
     def forward(
@@ -235,7 +234,10 @@ def install_attention(model: nn.Module, config: Any, family: SlimFamily) -> None
     """Replace every attention module of ``model`` by a ``SlimAttention``."""
     with torch.device("cpu"):  # from_pretrained makes models where tensors hold no numbers
         plan = plan_of(config)
-        layouts = plan.layouts(plan_rotary_dim(family, config, plan))
+        layouts, table = plan.turning(plan_rotary_dim(family, config, plan))
+        if table is not None:
+            base: Any = model.base_model
+            base.rotary_emb = SlotRotary(base.rotary_emb, table)
     n_layers, _, d_head = plan.shape
     values = plan.value_widths or (d_head,) * n_layers
     biases = str(config.gainlens["biases"])

@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from gainlens.ablation.cut import Cut, HeadMaps, check_cut
 from gainlens.ablation.kept import Kept
 from gainlens.ablation.key_mask import KeyMask
 from gainlens.errors import InputError
-from gainlens.export.layout import HeadLayout, head_layout
+from gainlens.export.layout import HeadLayout, head_layout, value_widths_of
+from gainlens.export.plan_files import KIND, plan_fields
+from gainlens.export.slot_rotation import check_frequencies, collapsed, frequency_table
 from gainlens.files import opened, read_json, sealed, write_json
-from gainlens.files.schema import (
-    MAX_LAYERS,
-    MAX_WIDTH,
-    Mismatch,
-    checking,
-    facts,
-    listing,
-    maybe,
-    record,
-    text,
-    whole,
-)
+from gainlens.files.schema import checking
 from gainlens.model.sites import pair_partners
 
 Basis = Literal["own", "canonical"]
 BASES: tuple[Basis, ...] = ("own", "canonical")
-KIND = "slice_plan"
-MAX_UNITS = 1 << 28
-"""Key dimensions of all heads of the largest model that a plan may be of."""
-PLAN = record(
-    fingerprint=maybe(text()),
-    shape=listing(whole(1, MAX_WIDTH), length=3),
-    basis=text(*BASES),
-    keep=listing(lambda *_: None),  # looked at once the shape is known
-    value_widths=maybe(listing(whole(1, MAX_WIDTH))),
-    facts=facts,
-)
-"""What a plan's file holds, besides its seal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +43,8 @@ class SlicePlan(Kept):
         facts: how it was made (score, scope, fraction, …).
         maps: linear maps of the kept dimensions, from a refitted cut. ``slim`` and training fold
             them into the projections. A plan file cannot hold them: save the cut instead.
+        frequencies: float64 radians per token of each kept rotary pair, ``[layer, kv_head, pair]``
+            (an axis of length 1 serves all); None if pairs keep the frequencies of the model.
 
     Raises:
         InputError: a head keeps nothing, or a shape or value width is impossible.
@@ -76,6 +56,7 @@ class SlicePlan(Kept):
     fingerprint: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     maps: HeadMaps | None = None
+    frequencies: Float[torch.Tensor, "_ _ pair"] | None = None
 
     def __post_init__(self) -> None:
         keep = KeyMask(self.keep).keep
@@ -98,6 +79,9 @@ class SlicePlan(Kept):
                 )
             object.__setattr__(self, "value_widths", widths)
         object.__setattr__(self, "keep", keep)
+        if self.frequencies is not None:
+            found = check_frequencies(self.frequencies, self.shape)
+            object.__setattr__(self, "frequencies", found)
 
     def __repr__(self) -> str:
         values = "" if self.value_widths is None else f", values {_span(self.value_widths)}"
@@ -109,6 +93,7 @@ class SlicePlan(Kept):
             and torch.equal(self.keep, other.keep)
             and (self.value_widths, self.basis) == (other.value_widths, other.basis)
             and self.fingerprint == other.fingerprint
+            and collapsed(self.frequencies) == collapsed(other.frequencies)
         )
 
     def __hash__(self) -> int:
@@ -132,8 +117,10 @@ class SlicePlan(Kept):
 
     @property
     def shared(self) -> bool:
-        """Whether all heads of all layers keep the same dimensions."""
-        return bool((self.keep == self.keep[:1, :1]).all())
+        """Whether all heads of all layers keep the same dimensions, at the same frequencies."""
+        f = self.frequencies
+        one_set = f is None or bool((f == f[:1, :1]).all())
+        return one_set and bool((self.keep == self.keep[:1, :1]).all())
 
     def _rows(self) -> list[dict[str, Any]]:
         """As for a mask, with the width of the layer's value heads."""
@@ -153,6 +140,21 @@ class SlicePlan(Kept):
         """
         self.check_pairs(rotary_dim)
         return [head_layout(layer.numpy(), rotary_dim) for layer in self.keep]
+
+    def turning(self, rotary_dim: int) -> tuple[list[HeadLayout], torch.Tensor | None]:
+        """The layouts with columns of a table of frequencies, and that table; None for the model's.
+
+        ``rotary_dim`` and errors as for ``layouts``; slots need every dimension to rotate.
+        """
+        layouts = self.layouts(rotary_dim)
+        if self.frequencies is None:
+            return layouts, None
+        if rotary_dim != self.shape[2]:
+            raise InputError(f"plan has slots: {rotary_dim} dimensions rotate, expected all")
+        pairs = [layout.frequency for layout in layouts if layout.frequency is not None]
+        table, columns = frequency_table(self.frequencies, pairs)
+        turned = zip(layouts, columns, strict=True)
+        return [replace(x, frequency=c, natural=False) for x, c in turned], table
 
     def key_widths(self, rotary_dim: int) -> tuple[int, ...]:
         """Physical width of a key head, per layer: the widest head's, even where keys rotate.
@@ -214,7 +216,7 @@ class SlicePlan(Kept):
             widths: dimensions (int), a share of them (float between 0 and 1), one width per
                 layer, or None for full values.
         """
-        return replace(self, value_widths=_value_widths(widths, self.shape))
+        return replace(self, value_widths=value_widths_of(widths, self.shape))
 
     @classmethod
     def from_cut(
@@ -240,10 +242,11 @@ class SlicePlan(Kept):
         facts = check_cut(cut).all_facts
         return cls(
             cut.keep,
-            _value_widths(values, cut.shape),
+            value_widths_of(values, cut.shape),
             fingerprint=fingerprint or facts.get("fingerprint"),
             facts=facts,
             maps=cut.maps,
+            frequencies=None if cut.maps is None else cut.maps.frequencies,
         )
 
     @classmethod
@@ -291,22 +294,23 @@ class SlicePlan(Kept):
             self,
             keep=keep.expand(self.shape).clone(),
             maps=None,
+            frequencies=None,
             facts={**self.facts, "shared_from": "votes of the heads"},
         )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready description; kept dimensions as lists of indices."""
-        return sealed(
-            KIND,
-            {
-                "fingerprint": self.fingerprint,
-                "shape": list(self.shape),
-                "basis": self.basis,
-                "keep": [[h.nonzero().flatten().tolist() for h in layer] for layer in self.keep],
-                "value_widths": None if self.value_widths is None else list(self.value_widths),
-                "facts": self.facts,
-            },
-        )
+        content = {
+            "fingerprint": self.fingerprint,
+            "shape": list(self.shape),
+            "basis": self.basis,
+            "keep": [[h.nonzero().flatten().tolist() for h in layer] for layer in self.keep],
+            "value_widths": None if self.value_widths is None else list(self.value_widths),
+            "facts": self.facts,
+        }
+        if self.frequencies is not None:
+            content["frequencies"] = collapsed(self.frequencies)
+        return sealed(KIND, content)
 
     @classmethod
     def from_json(cls, value: Any, where: str = "plan") -> SlicePlan:
@@ -317,25 +321,7 @@ class SlicePlan(Kept):
         """
         data = opened(value, KIND, where)
         with checking(where, "slice plan"):
-            PLAN(data, "plan")
-            shape, rows = data["shape"], data["keep"]
-            if shape[0] > MAX_LAYERS or math.prod(shape) > MAX_UNITS:
-                raise Mismatch(f"shape is {shape}, larger than any model's")
-            head = listing(whole(0, shape[2] - 1))
-            listing(listing(head, length=shape[1]), length=shape[0])(rows, "keep")
-            keep = torch.zeros(*shape, dtype=torch.bool)
-            for layer, heads in enumerate(rows):
-                for number, dims in enumerate(heads):
-                    if dims != sorted(set(dims)):
-                        raise Mismatch(f"keep[{layer}][{number}] is not in rising order")
-                    keep[layer, number, dims] = True
-            return cls(
-                keep,
-                None if data["value_widths"] is None else tuple(data["value_widths"]),
-                data["basis"],
-                data["fingerprint"],
-                dict(data["facts"]),
-            )
+            return cls(**plan_fields(data))
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file.
@@ -376,20 +362,3 @@ def as_plan(value: Any) -> SlicePlan:
 def _span(widths: Sequence[int]) -> str:
     low, high = min(widths), max(widths)
     return str(low) if low == high else f"{low} to {high}"
-
-
-def _value_widths(
-    widths: int | float | Sequence[int] | None, shape: tuple[int, int, int]
-) -> tuple[int, ...] | None:
-    n_layers, _, d_head = shape
-    if widths is None:
-        return None
-    if isinstance(widths, bool | str):
-        raise InputError(f"values={widths!r}: expected a width, a share, or one width per layer")
-    if isinstance(widths, float):
-        if not 0 < widths <= 1:
-            raise InputError(f"values={widths!r}: expected a share above 0 and up to 1")
-        return (max(1, round(widths * d_head)),) * n_layers
-    if isinstance(widths, int):
-        return (widths,) * n_layers
-    return tuple(widths)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from gainlens.ablation.least_squares_refit import refit
-from gainlens.errors import UnsupportedModelError
+from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.export.families import FAMILIES
 from gainlens.export.plan import SlicePlan
 from gainlens.model.finding_sites import key_sites
@@ -24,9 +24,17 @@ def refitted(
         plan: the plan to refit.
         rounds: rounds of the refit; 0 leaves the plan unchanged.
         progress: show a progress bar.
+
+    Raises:
+        InputError: a plan with slots.
     """
     if rounds < 1:
         return plan
+    if plan.frequencies is not None:
+        raise InputError(
+            "plan has slot frequencies, and a refit keeps the model's own: pass the cut that "
+            "gainlens.best_cut returns, which is fitted already"
+        )
     family = FAMILIES.get(key_sites(model).architecture)
     try:
         if family is not None and family.norm:

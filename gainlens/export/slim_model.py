@@ -87,13 +87,12 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     plan = replace(plan, fingerprint=source.fingerprint)
     rotary_dim = plan_rotary_dim(source.family, source.config, plan)
     layouts = plan.layouts(rotary_dim)
-    cut = _maps_of(source, plan)
-    paths = _paths(source, plan, cut, tokens)
-
     biases = biases_of(source, plan)
     config = slim_config(source.config, source.family, plan, biases)
     config.dtype = source.dtype
     thin = without_weights(lambda: CLASSES[source.family.name][1](config))
+    cut = _maps_of(source, plan, thin)
+    paths = _paths(source, plan, cut, tokens)
     attention = [f"{source.family.attention.format(n)}." for n in range(source.n_layers)]
     for layer, prefix in enumerate(attention):
         weights = source.attention(layer)
@@ -174,7 +173,8 @@ def _check_weights(model: Any, plan: SlicePlan, rotary_dim: int, folder: str | P
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FileFormatError(f"{folder}: weight {name!r} holds NaN or infinity")
     thin = [m for m in model.modules() if isinstance(m, SlimAttention)]
-    for layer, (module, layout) in enumerate(zip(thin, plan.layouts(rotary_dim), strict=True)):
+    layouts, _ = plan.turning(rotary_dim)
+    for layer, (module, layout) in enumerate(zip(thin, layouts, strict=True)):
         wanted = rope_rows(layout)
         stored = module.rope_index
         if (wanted is None) != (stored is None) or (
@@ -200,6 +200,15 @@ def check_maps(plan: SlicePlan, source: Source) -> None:
         InputError: maps of another shape, or in another basis.
         UnsupportedModelError: a norm sits between the projections and the maps.
     """
+    if plan.maps is None and plan.frequencies is None:
+        return
+    if source.family.norm:
+        raise UnsupportedModelError(
+            f"{source.architecture} has a norm between its projections and the rotation, and the "
+            "maps of a refitted cut come after it, so they fold into no weight: pass its mask"
+        )
+    if plan.basis != "own":
+        raise InputError("plan has maps in the canonical basis: expected basis='own'")
     if plan.maps is None:
         return
     n_heads = int(source.config.num_attention_heads)
@@ -209,28 +218,29 @@ def check_maps(plan: SlicePlan, source: Source) -> None:
             f"plan has query maps {tuple(plan.maps.queries.shape)}: {source.architecture} takes "
             f"{expected}"
         )
-    if plan.basis != "own":
-        raise InputError("plan has maps in the canonical basis: expected basis='own'")
     fitted = plan.maps.facts.get("fingerprint")
     if fitted is not None and fitted != source.fingerprint:
         raise InputError(
             f"the cut was fitted to another model (weights {fitted[:12]}): this "
             f"{source.architecture} has weights {source.fingerprint[:12]}"
         )
-    if source.family.norm:
-        raise UnsupportedModelError(
-            f"{source.architecture} has a norm between its projections and the rotation, and the "
-            "maps of a refitted cut come after it, so they fold into no weight: pass its mask"
-        )
 
 
-def _maps_of(source: Source, plan: SlicePlan) -> ProjectionMaps:
+def _maps_of(source: Source, plan: SlicePlan, thin: Any) -> ProjectionMaps:
     if plan.basis == "canonical":
         return ProjectionMaps(canonical_maps(source, plan))
+    keys = torch.diag_embed(plan.keep.double())
+    if plan.maps is None and plan.frequencies is None:
+        return ProjectionMaps(keys)
     if plan.maps is None:
-        return ProjectionMaps(torch.diag_embed(plan.keep.double()))
-    keys, queries = (m.double().transpose(2, 3) for m in (plan.maps.keys, plan.maps.queries))
-    return ProjectionMaps(keys, queries)
+        group = int(source.config.num_attention_heads) // keys.shape[1]
+        queries = keys.repeat_interleave(group, 1)
+    else:
+        keys, queries = (m.double().transpose(2, 3) for m in (plan.maps.keys, plan.maps.queries))
+    turns = None
+    if plan.frequencies is not None:
+        turns = plan.frequencies - thin.base_model.rotary_emb.own_frequencies.double().cpu()
+    return ProjectionMaps(keys, queries, turns)
 
 
 def _paths(

@@ -48,7 +48,7 @@ class Turn:
         units = torch.arange(len(partner))
         lower = units[partner > units]
         upper = partner[lower]
-        full_cos = torch.ones(*cos.shape[:-1], len(partner), device=cos.device)
+        full_cos = torch.ones(*cos.shape[:-1], len(partner), dtype=torch.float32, device=cos.device)
         full_sin = torch.zeros_like(full_cos)
         full_cos[..., lower], full_cos[..., upper] = cos.float(), cos.float()
         full_sin[..., lower], full_sin[..., upper] = -sin.float(), sin.float()
@@ -57,11 +57,15 @@ class Turn:
     @classmethod
     def of_frequencies(
         cls,
-        frequencies: Float[torch.Tensor, " rotary_pair"],
+        frequencies: Float[torch.Tensor, "*each rotary_pair"],
         partner: Int[torch.Tensor, " d_head"],
         positions: Int[torch.Tensor, "*batch pos"],
     ) -> Turn:
-        """From radians per token, with scale 1."""
+        """From radians per token, with scale 1.
+
+        Frequencies are ``[rotary_pair]``, or ``[kv_head, 1, rotary_pair]`` with positions
+        ``[*batch, 1, pos]``.
+        """
         places = positions.to("cpu", torch.float64)
         angle = places[..., None] * frequencies.to("cpu", torch.float64)
         return cls.of_pairs(angle.cos(), angle.sin(), partner)
@@ -88,13 +92,13 @@ class Turn:
         self, x: Float[torch.Tensor, "batch pos head dim"], inverse: bool = False
     ) -> Float[torch.Tensor, "batch pos head dim"]:
         """Rotate a tensor in the layout of hooks; computed in float32, returned in its dtype."""
-        return self._by_head()(x.float().transpose(1, 2), inverse).transpose(1, 2).to(x.dtype)
+        return self.by_head()(x.float().transpose(1, 2), inverse).transpose(1, 2).to(x.dtype)
 
     def gradient(
         self, x: Float[torch.Tensor, "batch pos head dim"]
     ) -> Float[torch.Tensor, "batch pos head dim"]:
         """Convert a gradient with respect to unrotated keys to one with respect to rotated keys."""
-        one = self._by_head()
+        one = self.by_head()
         return (one(x.float().transpose(1, 2)) / one._square(x.device)).transpose(1, 2).to(x.dtype)
 
     def alone(self) -> Turn:
@@ -102,7 +106,7 @@ class Turn:
         cos, sin = (x if x.ndim == 2 else x[0] for x in (self.cos, self.sin))
         return Turn(cos.cpu(), sin.cpu(), self.partner)
 
-    def at(self, positions: Int[torch.Tensor, " some"]) -> Turn:
+    def at(self, positions: Int[torch.Tensor, "*some"]) -> Turn:
         """The rotation at some of the positions."""
         return Turn(self.cos[..., positions, :], self.sin[..., positions, :], self.partner)
 
@@ -112,10 +116,22 @@ class Turn:
         place[dims] = torch.arange(len(dims))
         return Turn(self.cos[..., dims], self.sin[..., dims], place[self.partner[dims]])
 
-    def _by_head(self) -> Turn:
+    def by_head(self) -> Turn:
+        """The same with room for heads before the positions, for ``[batch, head, pos, dim]``."""
         if self.cos.ndim == 2:
             return self
         return Turn(self.cos[:, None], self.sin[:, None], self.partner)
+
+    def for_heads(self, n_heads: int) -> Turn:
+        """Where key heads differ (``[*batch, kv_head, pos, dim]``), for the queries of each."""
+        group = n_heads // self.cos.shape[-3]
+        cos, sin = (x.repeat_interleave(group, -3) for x in (self.cos, self.sin))
+        return Turn(cos, sin, self.partner)
+
+    def sized(self, other: Turn) -> Turn:
+        """The same angles with the size of another turn of the same dimensions."""
+        size = other._square(self.cos.device).sqrt()
+        return Turn(self.cos * size, self.sin * size, self.partner)
 
     def _square(self, device: torch.device) -> torch.Tensor:
         """The squared size of every dimension."""
@@ -239,26 +255,43 @@ class Following:
         if not rotation.turns or not rotation._rotates(layer):
             flat = torch.zeros(n_pos, rotation.frequencies.shape[1])
             return Turn.of_pairs(flat + 1, flat, rotation.partner)
-        if layer not in self.given:
-            raise SilentSiteError(
-                f"the rotation of layer {layer} could not be read: its block was not run as a whole"
-            )
-        call = self.given[layer]
+        call = self._call(layer)
         angles = call.get("position_embeddings")
         if rotation.layout is not None and isinstance(angles, tuple):
             if self._last is None or self._last[0] is not angles:
                 self._last = (angles, rotation.from_angles((angles[0], angles[1])))
             return self._last[1]
         attention = self._attention(layer)
+        places = self.positions(letter, layer, n_pos)
         if rotation.layout is not None and hasattr(attention, "rotary_cos"):
-            places = _hooked_positions(call, letter, n_pos).to(attention.rotary_cos.device)
+            places = places.to(attention.rotary_cos.device)
             tables = attention.rotary_cos[places], attention.rotary_sin[places]
             return rotation.from_angles(tables)
+        return rotation.measured(layer, places)
+
+    def positions(self, letter: str, layer: int, n_pos: int) -> Int[torch.Tensor, "*batch pos"]:
+        """Where the queries or keys stand that a layer is computing; arguments as for ``turn``.
+
+        Raises:
+            SilentSiteError: the layer was not seen to start.
+            UnsupportedModelError: the model hands its layers no positions, and they may not be
+                0, 1, …
+        """
+        call = self._call(layer)
+        if hasattr(self._attention(layer), "rotary_cos"):
+            return _hooked_positions(call, letter, n_pos)
         positions = call.get("position_ids")
         if isinstance(positions, torch.Tensor) and positions.shape[-1] == n_pos:
-            return rotation.measured(layer, positions)
+            return positions
         _check_starts_at_zero(call)
-        return rotation.measured(layer, torch.arange(n_pos))
+        return torch.arange(n_pos)
+
+    def _call(self, layer: int) -> dict[str, Any]:
+        if layer not in self.given:
+            raise SilentSiteError(
+                f"the rotation of layer {layer} could not be read: its block was not run as a whole"
+            )
+        return self.given[layer]
 
     def _attention(self, layer: int) -> Any:
         model = self.rotation.model()

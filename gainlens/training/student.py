@@ -326,6 +326,11 @@ def check_plan(plan: SlicePlan) -> None:
             f"plan has basis {plan.basis!r}: virtual width trains the model's own units "
             "(basis='own')"
         )
+    if plan.frequencies is not None:
+        raise InputError(
+            "plan has slot frequencies, which virtual width does not train yet: heal a plan whose "
+            "pairs keep the model's own (scope='layer')"
+        )
     if plan.value_widths is not None and set(plan.value_widths) != {plan.shape[2]}:
         raise InputError(
             f"plan cuts values to {min(plan.value_widths)} dimensions, whose basis slim finds "

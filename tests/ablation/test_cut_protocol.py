@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gainlens as gl
-from gainlens.ablation import CUTS, KeyCache, KeyMask, RefitCut
+from gainlens.ablation import CUTS, KeyCache, KeyMask, RefitCut, SlotCut
 from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.errors import FileFormatError, InputError
 from gainlens.export import SlicePlan
@@ -29,6 +29,16 @@ def random_refit(mask: KeyMask, n_heads: int, seed: int = 1) -> RefitCut:
     return RefitCut(mask, queries * by_query[..., None], keys * keep[..., None], {"text": "t"})
 
 
+def random_slots(mask: KeyMask, model, seed: int = 3) -> SlotCut:
+    sites = key_sites(model)
+    maps = random_refit(mask, sites.n_heads)
+    generator = torch.Generator().manual_seed(seed)
+    own = sites.frequencies.double()
+    shape = (*mask.shape[:2], own.shape[1])
+    moved = own[:, None] * (0.5 + torch.rand(shape, generator=generator, dtype=torch.float64))
+    return SlotCut(mask, maps.query_maps, maps.key_maps, moved, own, facts={"text": "t"})
+
+
 @pytest.fixture(scope="module")
 def mask(tiny_gains):
     return KeyMask.quietest(tiny_gains, 0.5, scope="layer")
@@ -42,6 +52,7 @@ KINDS = {
         "patch", cache=KeyCache.run(model, text.flip(0))
     ),
     "refit": lambda mask, model, gains, text: random_refit(mask, key_sites(model).n_heads),
+    "slots": lambda mask, model, gains, text: random_slots(mask, model),
 }
 
 
@@ -103,7 +114,8 @@ def test_files(kind, mask, tiny, tiny_gains, tiny_validation, tmp_path):
 
 def test_the_digest_sees_all_that_decides(mask, tiny, tiny_gains, tiny_validation):
     cuts = [make(mask, tiny, tiny_gains, tiny_validation) for make in KINDS.values()]
-    cuts += [random_refit(mask, key_sites(tiny).n_heads, seed=2), mask.only(0), mask.only(0, 1)]
+    cuts += [random_refit(mask, key_sites(tiny).n_heads, seed=2), random_slots(mask, tiny, seed=4)]
+    cuts += [mask.only(0), mask.only(0, 1)]
     cuts.append(mask.in_mode("resample", donors=[tiny_validation], seed=2))
     digests = [cut.digest() for cut in cuts]
     assert len(set(digests)) == len(digests)

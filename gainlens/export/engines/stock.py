@@ -217,10 +217,13 @@ def longrope_factors(slim: Any) -> tuple[float, list[float]]:
     """Base θ, and the factors that give the i-th kept frequency as θ^(-2i/r) / factor."""
     plan: SlicePlan = plan_of(slim.config)
     rotary = slim.model.rotary_emb
-    kept = plan.layouts(family_of(slim.config).rotary_dim(slim.config))[0].frequency
+    kept = plan.turning(family_of(slim.config).rotary_dim(slim.config))[0][0].frequency
     assert kept is not None
     theta = float(slim.config.rope_parameters["rope_theta"])
     frequencies = rotary.inv_freq.detach().double().cpu()[torch.from_numpy(kept[0].copy())]
+    # A slot of frequency zero would need an infinite factor; this one turns by less than rounding.
+    still = 1e-6 / float(slim.config.max_position_embeddings)
+    frequencies = frequencies.clamp_min(still)
     n = len(frequencies)
     plain = theta ** (-torch.arange(n, dtype=torch.float64) / n)
     return theta, (plain / frequencies).tolist()

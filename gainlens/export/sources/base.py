@@ -34,10 +34,17 @@ class ProjectionMaps:
     Attributes:
         keys: per key head.
         queries: per query head, or None if queries do not change.
+        turns: added to the frequencies of the half-split pairs after the maps, in radians per
+            token, or None.
     """
 
     keys: KeyMap
     queries: QueryMap | None = None
+    turns: Float[torch.Tensor, "layer kv_head pair"] | None = None
+
+    def turn(self, layer: int) -> Float[torch.Tensor, "kv_head pair"] | None:
+        """``turns`` of one layer."""
+        return None if self.turns is None else self.turns[layer]
 
 
 class Source(ABC):

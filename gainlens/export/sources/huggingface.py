@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from gainlens.errors import UnsupportedModelError
 from gainlens.export.families import KeySite
+from gainlens.export.slot_rotation import turned_by
 from gainlens.export.sources.base import Flows, ProjectionMaps, Source, ValueMap
 from gainlens.model.attention_weights import AttentionWeights
 from gainlens.model.running import evaluating
@@ -93,7 +94,10 @@ class HuggingFaceSource(Source):
                 if maps is None:
                     continue
                 name, hook = _map_hook(
-                    self.family.key_site, kind, maps[layer].to(self.device, self.dtype)
+                    self.family.key_site,
+                    kind,
+                    maps[layer].to(self.device, self.dtype),
+                    None if cut is None else cut.turn(layer),
                 )
                 handle = module.get_submodule(name).register_forward_hook(hook)
                 stack.callback(handle.remove)
@@ -122,11 +126,17 @@ def at_least_float(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _map_hook(
-    site: KeySite, kind: str, maps: Float[torch.Tensor, "head d_head d_head"]
+    site: KeySite,
+    kind: str,
+    maps: Float[torch.Tensor, "head d_head d_head"],
+    turn: Float[torch.Tensor, "kv_head pair"] | None = None,
 ) -> tuple[str, Callable[[Any, Any, torch.Tensor], torch.Tensor]]:
     """Name of a module, and a forward hook that multiplies the keys (or queries) in its output."""
     n_heads, d_head, _ = maps.shape
     spec = "...hd,hde->...he"
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return x if turn is None else turned_by(x, turn)
 
     def by_head(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
         return torch.einsum("bhpd,hde->bhpe", out, maps)
@@ -136,14 +146,14 @@ def _map_hook(
 
     def flat(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
         heads = out.reshape(*out.shape[:-1], n_heads, d_head)
-        return torch.einsum(spec, heads, maps).flatten(-2)
+        return turned(torch.einsum(spec, heads, maps)).flatten(-2)
 
     def joint(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
         heads_first = site == "query_key_value"
         shape, axis = ((n_heads, 3, d_head), -2) if heads_first else ((3, n_heads, d_head), -3)
         parts = list(out.reshape(*out.shape[:-1], *shape).unbind(axis))
         which = "qkv".index(kind)
-        parts[which] = torch.einsum(spec, parts[which], maps)
+        parts[which] = turned(torch.einsum(spec, parts[which], maps))
         return torch.stack(parts, axis).flatten(-3)
 
     if site == "k_norm_by_head":

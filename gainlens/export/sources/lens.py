@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.ablation import KeyMask, ablation_hooks
+from gainlens.export.slot_rotation import turned_by
 from gainlens.export.sources.base import Flows, ProjectionMaps, Source, ValueMap
 from gainlens.export.sources.huggingface import at_least_float, second_moment
 from gainlens.model.hooks import Hook, attached
@@ -64,7 +65,7 @@ class LensSource(Source):
         return [
             (
                 f"blocks.{layer}.attn.hook_{kind}",
-                partial(_project, maps=maps[layer].to(self.device)),
+                partial(_project, maps=maps[layer].to(self.device), turn=cut.turn(layer)),
             )
             for kind, maps in (("k", cut.keys), ("q", cut.queries))
             if maps is not None
@@ -77,6 +78,8 @@ def _project(
     hook: Any,
     *,
     maps: Float[torch.Tensor, "kv_head d d"],
+    turn: Float[torch.Tensor, "_ pair"] | None = None,
 ) -> Float[torch.Tensor, "batch pos head d"]:
     wide = maps.to(x.dtype).repeat_interleave(x.shape[2] // len(maps), 0)
-    return torch.einsum("bphd,hde->bphe", x, wide)
+    new = torch.einsum("bphd,hde->bphe", x, wide)
+    return new if turn is None else turned_by(new, turn)
