@@ -9,6 +9,7 @@ from gainlens.analysis.patch_effects import PatchEffects
 from gainlens.analysis.patching import attribution_patching, patch_keys
 from gainlens.analysis.sweep.curve import SurgeryCurve
 from gainlens.analysis.sweep.run import surgery
+from gainlens.analysis.task_scores import TaskScores, score_tasks
 from gainlens.stats.verdicts import Verdict
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "CoordinateMap",
     "PatchEffects",
     "SurgeryCurve",
+    "TaskScores",
     "Verdict",
     "attribution_patching",
     "behaviours",
@@ -23,6 +25,7 @@ __all__ = [
     "compare_maps",
     "coordinate_map",
     "patch_keys",
+    "score_tasks",
     "surgery",
     "with_evidence",
 ]
