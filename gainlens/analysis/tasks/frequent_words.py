@@ -45,8 +45,9 @@ def make(tokenizer: Any, length: int, n: int, seed: int) -> list[Example]:
             for answer in writer.told_apart(" are", [f" {word}" for word in words], CHOICES)
         ]
         drawn.shuffle(ranked)  # after the choice of the eight, so that each may be the first
+        told = len(ranked)
         ranked += [word for word in words if word not in ranked]
-        answers = [f" {', '.join(ranked[:ASKED])}", *(f" {word}" for word in ranked[1:CHOICES])]
+        answers = [f" {', '.join(ranked[:ASKED])}", *(f" {word}" for word in ranked[1:told])]
 
         def body(
             entries: int, ranked: list[str] = ranked, order: int = drawn.getrandbits(32)

@@ -26,7 +26,13 @@ def make(tokenizer: Any, length: int, n: int, seed: int) -> list[Example]:
     for number in range(n):
         drawn = drawing(NAME, seed, number)
         names = _names(drawn, CHAINS * (HOPS + 1))
-        of_chain = [names[start::CHAINS] for start in range(CHAINS)]
+        ends = writer.told_apart(",", [f" {name}" for name in names], CHAINS)
+        drawn.shuffle(ends)  # after the choice, so that each may end the chain that is asked for
+        last = [end.strip() for end in ends]
+        names = [name for name in names if name not in last]
+        last += names[: CHAINS - len(last)]
+        names = [name for name in names if name not in last]
+        of_chain = [[*names[start::CHAINS], last[start]] for start in range(CHAINS)]
         numbers = [str(x) for x in drawn.sample(range(10_000, 100_000), CHAINS)]
         statements = [
             [
@@ -46,7 +52,7 @@ def make(tokenizer: Any, length: int, n: int, seed: int) -> list[Example]:
             f"through other variables?\nAnswer: The variables of value {numbers[0]} are"
         )
         first = "".join(f" {name}," for name in of_chain[0][:-1])
-        answers = [f"{first} {chain[-1]}" for chain in of_chain]
+        answers = [first + end for end in ends]
         header = "\nFollow the chains of assignments in this text.\n"
         body = writer.in_noise(header, asked, answers[0], inserted)
         examples.append(writer.example(body, asked, answers))

@@ -157,7 +157,7 @@ def test_who_knows_nothing_is_right_as_often_as_chance(tokenizer, name):
     liking = torch.rand(4, len(tokenizer), generator=torch.Generator().manual_seed(0))
     hits, total, chance = torch.zeros(4), 0, 0.0
     for seed in range(12):
-        for example in TASKS[name].make(tokenizer, 900, 9, seed):
+        for example in TASKS[name].make(tokenizer, 1024, 9, seed):
             hits += liking[:, example.choices].argmax(1) == 0
             total += 1
             chance = 1 / len(example.choices)
