@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from gainlens.ablation.cut import Cut
 from gainlens.analysis.sweep.evaluator import Evaluator, evaluator_of
-from gainlens.analysis.tasks import TASKS, Task
-from gainlens.analysis.tasks.base import Example
+from gainlens.analysis.tasks import TASKS
+from gainlens.analysis.tasks.base import Example, Task
 from gainlens.data.batches import TOKENS_PER_BATCH
 from gainlens.errors import InputError
 from gainlens.files import FORMAT
@@ -198,10 +198,10 @@ def score_tasks(
     _check_lengths(lengths, context_of(model))
     evaluator = evaluator_of(model, evaluator)
     shape = tuple(evaluator.sites.shape)
-    for label, cut in cuts.items():
-        if label == INTACT or tuple(cut.shape) != shape:
+    for label, given in cuts.items():
+        if label == INTACT or tuple(given.shape) != shape:
             raise InputError(
-                f"cuts[{label!r}] of shape {tuple(cut.shape)}: expected another label than "
+                f"cuts[{label!r}] of shape {tuple(given.shape)}: expected another label than "
                 f"{INTACT!r} and the model's shape {shape}"
             )
     made = {

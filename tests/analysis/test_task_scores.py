@@ -173,7 +173,6 @@ def test_plain_values(tiny):
     [
         ({"lengths": (64, 129)}, "at most the model's context of 128 tokens"),
         ({"lengths": ()}, "lengths=()"),
-        ({"lengths": 64}, "lengths=64: expected different numbers of tokens"),
         ({"lengths": (64, 64)}, "different numbers of tokens"),
         ({"tasks": ("needles",)}, "expected different ones of needle, needle_keys"),
         ({"tasks": "needle"}, "expected different ones of"),
@@ -199,3 +198,8 @@ def test_a_model_without_a_tokenizer():
 
     with pytest.raises(gl.GainlensError, match="model has no tokenizer"):
         score_tasks(Bare(), {}, progress=False)
+
+
+def test_one_length_alone_is_refused(tiny, unchecked):
+    with pytest.raises(gl.GainlensError, match="lengths=64: expected different numbers of tokens"):
+        score_tasks(tiny, {}, lengths=64, progress=False)
