@@ -11,6 +11,7 @@ from gainlens.analysis.patch_effects import PatchEffects
 from gainlens.analysis.patching import attribution_patching, patch_keys
 from gainlens.analysis.sweep.curve import SurgeryCurve
 from gainlens.analysis.sweep.run import surgery
+from gainlens.analysis.task_scores import TaskScores, score_tasks
 from gainlens.stats.verdicts import Verdict
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PatchEffects",
     "PositionRise",
     "SurgeryCurve",
+    "TaskScores",
     "Verdict",
     "attribution_patching",
     "behaviours",
@@ -29,6 +31,7 @@ __all__ = [
     "coordinate_map",
     "patch_keys",
     "rise_by_position",
+    "score_tasks",
     "surgery",
     "with_evidence",
 ]

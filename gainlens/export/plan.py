@@ -141,7 +141,9 @@ class SlicePlan(Kept):
         self.check_pairs(rotary_dim)
         return [head_layout(layer.numpy(), rotary_dim) for layer in self.keep]
 
-    def turning(self, rotary_dim: int) -> tuple[list[HeadLayout], torch.Tensor | None]:
+    def turning(
+        self, rotary_dim: int
+    ) -> tuple[list[HeadLayout], Float[torch.Tensor, " column"] | None]:
         """The layouts with columns of a table of frequencies, and that table; None for the model's.
 
         ``rotary_dim`` and errors as for ``layouts``; slots need every dimension to rotate.

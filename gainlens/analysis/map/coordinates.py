@@ -361,6 +361,7 @@ def coordinate_map(
     compare = len(x) * x.shape[1] <= HEADS_LIMIT if heads is None else heads
     layer_rows, head_rows = unit_length(residuals[:, 0]), mean_of_heads(head_residuals)
     bounds = (fdr, min_presence)
+    head_shuffled = profile.shuffled(head_residuals, some)
     return CoordinateMap(
         units=units,
         profiles=profiles,
@@ -375,9 +376,7 @@ def coordinate_map(
         cv=variation(profiles),
         tests=tests,
         universal=universal_units(logs, profile, profile.shuffled(residuals, orders), *bounds),
-        universal_by_head=universal_units(
-            head_logs, profile, profile.shuffled(head_residuals, some), *bounds
-        ),
+        universal_by_head=universal_units(head_logs, profile, head_shuffled, *bounds),
         heads=head_similarity(x, head_residuals, profile, orders, seed) if compare else None,
         n_documents=getattr(gains, "n_documents", 0),
         facts={
@@ -396,6 +395,6 @@ def coordinate_map(
 def _check_settings(n_permutations: int, fdr: float, min_presence: float) -> None:
     if isinstance(n_permutations, bool) or n_permutations < 1:
         raise InputError(f"n_permutations={n_permutations} is not above 0")
-    for name, value in (("fdr", fdr), ("min_presence", min_presence)):
-        if not 0 < value < 1:
-            raise InputError(f"{name}={value!r} is outside 0..1")
+    for name, x in (("fdr", fdr), ("min_presence", min_presence)):
+        if not 0 < x < 1:
+            raise InputError(f"{name}={x!r} is outside 0..1")

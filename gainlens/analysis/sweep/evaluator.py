@@ -23,7 +23,7 @@ from gainlens.errors import InputError, SilentSiteError
 from gainlens.model.fast_copy import Edit, FastCopy, build_fast_copy
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.fingerprint import model_fingerprint
-from gainlens.model.forward import cross_entropy, fast_losses, token_losses
+from gainlens.model.forward import before_head, cross_entropy, fast_losses, token_losses
 from gainlens.model.hooks import attached
 from gainlens.model.running import evaluating, held, model_device
 from gainlens.model.tokens import model_batches
@@ -157,19 +157,31 @@ class Evaluator:
                 raise SilentSiteError("a layer ran without calling its attention function")
             return cross_entropy(self.fast_copy.logits, hidden, batch)
 
-    def logits(
-        self, batch: Int[torch.Tensor, "document pos"], cut: Cut | None = None
-    ) -> Float[torch.Tensor, "document pos vocab"]:
-        """Logits of a (small) batch, float32 on the CPU."""
+    def last_logits(
+        self, batch: Int[torch.Tensor, "document pos"], n: int, cut: Cut | None = None
+    ) -> Float[torch.Tensor, "document n vocab"]:
+        """As ``logits``, of the last ``n`` positions alone; the others never meet the head.
+
+        Raises:
+            SilentSiteError: a layer ran without its cut.
+        """
         self._check_hooks()
         with torch.inference_mode():
             if self.fast_copy is not None:
                 with self.fast_copy.edited(self._edit(batch, cut)):
                     hidden = self.fast_copy.hidden(batch.to(self.fast_copy.device))
-                    return self.fast_copy.logits(hidden).float().cpu()
+                if not self.fast_copy.complete:
+                    raise SilentSiteError("a layer ran without calling its attention function")
+                return self.fast_copy.logits(hidden[:, -n:]).float().cpu()
             with held(self.model), evaluating(self.model), self._hooked(batch, cut):
-                found = self.model(batch.to(model_device(self.model)), return_type="logits")
-                return found.float().cpu()  # type: ignore[no-any-return]
+                hidden, head = before_head(self.model, batch.to(model_device(self.model)))
+                return torch.stack([head(row[None, -n:])[0].float().cpu() for row in hidden])
+
+    def logits(
+        self, batch: Int[torch.Tensor, "document pos"], cut: Cut | None = None
+    ) -> Float[torch.Tensor, "document pos vocab"]:
+        """Logits of a (small) batch, float32 on the CPU."""
+        return self.last_logits(batch, batch.shape[1], cut)
 
     def _check_hooks(self) -> None:
         if _hooks_on(self.model) != self._hooks:
