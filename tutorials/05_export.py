@@ -203,7 +203,7 @@ else:
 
 # %%
 if importlib.util.find_spec("gguf") is None:
-    print("writing for llama.cpp needs the package gguf: pip install 'gainlens[data]'")
+    print("writing for llama.cpp needs the package gguf: pip install 'gainlens[gguf]'")
 else:
     # The vocabulary is copied from a GGUF file of the original; llama.cpp serves no file without.
     vocabulary = packaged_gguf() if NAME == "smollm2" else None
