@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="folder that keeps gains and cuts")
-    parser.add_argument("--out", default="docs/results/slots_smollm2.json")
+    parser.add_argument("--out", required=True, help="the JSON file to write")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     started = time.time()

@@ -155,6 +155,7 @@ def _heal(healing: Healing, out: Path, part: Path, processes: Processes) -> dict
     kept = part / "refit.safetensors"
     maps = load_cut(kept).maps if kept.exists() else None
     model = load_hf(healing.model, device=healing.device)
+    model.tokenizer = tokenizer  # the judge then compares text by the pieces that _texts compared
     way = [*(SlicePlan.load(part / WAY.format(n)) for n in range(1, healing.rounds)), plan]
     way[0] = replace(way[0], maps=maps)
     start = way[0] if len(way) == 1 else plan
@@ -232,13 +233,11 @@ def _texts(healing: Healing, model: Any) -> dict[str, torch.Tensor]:
     tokenizer = getattr(model, "tokenizer", None)
     used = document_identities([*training, *calibration], tokenizer)
     known = row_digests([*training, *calibration])
-    validation = documents("validation", "all")
-    shared = shares_text(validation, used, tokenizer)
-    unlike = [
-        row
-        for row, like in zip(validation, shared, strict=True)
-        if not like and row_digests([row]).isdisjoint(known)
-    ][: healing.judge]
+    unlike = [row for row in documents("validation", "all") if row_digests([row]).isdisjoint(known)]
+    # What counts as a shared formula depends on the documents that are compared: ask again.
+    while any(shared := shares_text(unlike[: healing.judge], used, tokenizer)):
+        first = zip(unlike, shared, strict=False)
+        unlike = [row for row, like in first if not like] + unlike[healing.judge :]
     if len(unlike) < healing.judge:
         raise InputError(
             f"text {healing.text} has {len(unlike)} validation documents that share no text with "
@@ -248,7 +247,7 @@ def _texts(healing: Healing, model: Any) -> dict[str, torch.Tensor]:
         "calibration": calibration[: healing.n_docs],
         "monitor": monitor,
         "training": training,
-        "validation": torch.stack(unlike),
+        "validation": torch.stack(unlike[: healing.judge]),
     }
 
 

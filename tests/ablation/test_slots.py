@@ -290,7 +290,7 @@ def test_bad_input(tiny, tiny_calibration, tiny_gains, tiny_slots):
     more = torch.ones(*f.shape[:2], 17, dtype=torch.float64)
     with pytest.raises(gl.errors.InputError, match="at most 16 pairs"):
         SlotCut(*parts, more, torch.ones(len(own), 17, dtype=torch.float64))
-    with pytest.raises(gl.errors.InputError, match="which its mask cuts"):
+    with pytest.raises(gl.errors.InputError, match="which the mask cuts"):
         SlotCut(parts[0], torch.ones_like(parts[1]), parts[2], f, own)
     other = SlotCut(*parts, f, own * 1.5)
     with pytest.raises(gl.errors.InputError, match=r"radians per token .* same model"):

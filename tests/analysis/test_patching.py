@@ -124,7 +124,7 @@ def test_patching_the_same_prompt_changes_nothing(tiny, tiny_calibration):
     got = gl.patch_keys(tiny, clean, clean, metric=metric, unit="dim", layers=[0], progress=False)
     assert got.effect.shape == (4, 2, 32)
     assert np.nanmax(np.abs(got.effect)) < 1e-5
-    with pytest.raises(gl.errors.InputError, match="gap"):
+    with pytest.raises(gl.errors.InputError, match="shares are undefined"):
         got.normalised
 
 

@@ -48,6 +48,13 @@ def refit():
     return gl.ablation.RefitCut(mask(), maps.repeat_interleave(2, 1), maps, {"rounds": 2})
 
 
+def slots():
+    of = refit()
+    own = torch.tensor([[1.0, 0.1], [1.0, 0.1]], dtype=torch.float64)
+    moved = own[:, None].expand(-1, 2, -1) * 0.5
+    return gl.ablation.SlotCut(mask(), of.query_maps, of.key_maps, moved, own, facts={"text": "t"})
+
+
 def curve(stopping=False):
     rule = StoppingRule(0.1, (2, 4)) if stopping else None
     losses = np.array([[3.0, 3.1, 3.2, 3.3]])
@@ -97,6 +104,7 @@ KINDS = {
     "gains": gains,
     "mask": mask,
     "refit": refit,
+    "slots": slots,
     "surgery": curve,
     "map": cmap,
     "slice_plan": lambda: SlicePlan(mask().keep, (4, 2), fingerprint="ab", facts={"score": "qk"}),
