@@ -12,6 +12,11 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from gainlens.ablation.cut import Cut
+from gainlens.analysis.attention_by_layer import (
+    causal_attention,
+    hand_over_attention,
+    query_chunks,
+)
 from gainlens.analysis.buckets import (
     Bucket,
     buckets_up_to,
@@ -19,11 +24,6 @@ from gainlens.analysis.buckets import (
     named_cuts,
     plain,
     text_for,
-)
-from gainlens.analysis.recorded_attention import (
-    causal_attention,
-    hand_over_attention,
-    query_chunks,
 )
 from gainlens.analysis.sweep.evaluator import Evaluator, evaluator_of
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens

@@ -12,7 +12,7 @@ import transformers
 from families import ALL_FAMILIES, bridge, family_tokens
 
 import gainlens as gl
-from gainlens.analysis import change_by_distance, recorded_attention
+from gainlens.analysis import attention_by_layer, change_by_distance
 from gainlens.analysis.sweep.evaluator import Evaluator
 
 
@@ -47,7 +47,7 @@ def test_each_bucket_is_that_of_plain_softmax(
     any_tiny, tiny_gains, tiny_validation, fast, monkeypatch
 ):
     # Seven queries at a time, so that chunks are joined.
-    monkeypatch.setattr(recorded_attention, "CHUNK", 7 * 4 * 40)
+    monkeypatch.setattr(attention_by_layer, "CHUNK", 7 * 4 * 40)
     cuts = {
         "quiet": gl.KeyMask.quietest(tiny_gains, 0.5),
         "loud": gl.KeyMask.loudest(tiny_gains, 0.25),
