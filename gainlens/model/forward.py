@@ -65,7 +65,7 @@ def before_head(
     if not hasattr(model, "original_model"):
         # A HookedTransformer's head is a separate module.
         hidden = model(tokens, return_type=None, stop_at_layer=int(model.cfg.n_layers))
-        return hidden, partial(_hooked_head, model)
+        return hidden, partial(hooked_head, model)
     hooked = any(p.fwd_hooks for name, p in model.hook_dict.items() if "unembed" in name)
     if hooked or not _head_stands_alone(model):
         return model(tokens, return_type="logits"), _identity
@@ -150,7 +150,8 @@ def _identity(logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _hooked_head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+def hooked_head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of hidden states by the model's own head, with its hooks and soft cap."""
     logits: torch.Tensor = model.unembed(model.ln_final(hidden))
     cap = getattr(model.cfg, "output_logits_soft_cap", 0.0)
     return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits

@@ -21,7 +21,7 @@ from gainlens.export.slim_model import check_maps
 from gainlens.export.sources import open_source
 from gainlens.model.fast_copy import FastCopy, build_fast_copy
 from gainlens.model.finding_sites import key_sites
-from gainlens.model.forward import _hooked_head, cross_entropy
+from gainlens.model.forward import cross_entropy, hooked_head
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.recorder import query_key_hooks
 from gainlens.model.running import evaluating
@@ -222,7 +222,7 @@ class Student:
             elif hasattr(self.model, "original_model"):
                 found = hidden
             else:
-                found = _hooked_head(self.model, hidden[None])[0]
+                found = hooked_head(self.model, hidden[None])[0]
             return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def losses(
