@@ -50,6 +50,18 @@ def test_autocast(thin, name, attention):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_trainer_evaluates_in_bfloat16(thin, tmp_path):
+    """``Trainer(bf16=True)`` runs the model under autocast without gradients."""
+    model = copy.deepcopy(thin("llama"))
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), bf16=True, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    got = transformers.Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"]
+    with torch.no_grad():
+        assert got == pytest.approx(float(model(TOKENS, labels=TOKENS).loss), rel=0.02)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_cache_may_go_in_and_out_of_autocast(thin, first):
     model = thin("llama")

@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 import transformers
-from slim_families import NEOX, SMALL, random_keep, shape_of
+from slim_families import NEOX, SMALL, random_keep, random_model, shape_of
 
+import gainlens as gl
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.export import SlicePlan, slim
 from gainlens.model.wrapping import hooked_class, to_bridge
@@ -150,6 +151,24 @@ def test_hooked_transformers_that_no_layout_holds(options, why):
         model.unembed.b_U.zero_()
     with pytest.raises(UnsupportedModelError, match=why):
         slim(model, SlicePlan(torch.ones(2, 4, 8, dtype=torch.bool)))
+
+
+@pytest.mark.skipif(not HAS_HOOKED, reason="needs transformer-lens 3.9")
+@pytest.mark.parametrize("scaling", ["dynamic NTK", "YaRN"])
+def test_rotary_scaling_that_no_layout_holds(scaling):
+    """Written as plain rotation, such a model would lose its scaling without a message."""
+    from gainlens.model.wrapping import to_hooked
+
+    model = to_hooked(random_model("llama"), "llama", None)
+    plan = SlicePlan(torch.ones(shape_of(random_model("llama")), dtype=torch.bool))
+    assert slim(model, plan) is not None
+    name = {"dynamic NTK": "use_dynamic_ntk_rope", "YaRN": "use_yarn_rope"}[scaling]
+    setattr(model.cfg, name, True)
+    with pytest.raises(UnsupportedModelError, match="YaRN or dynamic NTK"):
+        slim(model, plan)
+    if scaling == "dynamic NTK":
+        with pytest.raises(UnsupportedModelError, match="dynamic NTK"):
+            gl.model.key_sites(model).rotation.turn(0, 8)
 
 
 def test_identity_under_transformers_own_attention_is_the_original_to_the_bit(originals):
