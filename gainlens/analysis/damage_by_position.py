@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from gainlens.ablation.cut import Cut
@@ -21,10 +23,17 @@ from gainlens.analysis.buckets import (
 )
 from gainlens.analysis.sweep.evaluator import Evaluator, evaluator_of
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
+from gainlens.data.texts import groups_for
 from gainlens.errors import InputError
 from gainlens.files import FORMAT
 from gainlens.frames import data_frame
 from gainlens.stats.verdicts import Context
+
+BUCKETS = (0, 64, 256, 1024, 4096)
+"""Positions at which buckets begin."""
+
+Losses = Callable[[torch.Tensor], torch.Tensor]
+"""Next-token losses ``[document, pos - 1]`` of documents ``[document, pos]``, nats."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +153,8 @@ def rise_by_position(
     tokens: Tokens,
     cuts: Cut | Mapping[str, Cut],
     *,
-    buckets: Sequence[int] = (0, 64, 256, 1024, 4096),
+    buckets: Sequence[int] = BUCKETS,
+    groups: Sequence[int] | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     evaluator: Evaluator | None = None,
     progress: bool = True,
@@ -163,6 +173,7 @@ def rise_by_position(
         cuts: one, or several by name.
         buckets: the position at which each bucket begins, rising from 0; the last ends with the
             longest document, and those that no document reaches are left out.
+        groups: as for ``gainlens.surgery``.
         tokens_per_batch: upper bound on tokens per forward pass; a longer document is run alone.
         evaluator: of this model, where several calls share one.
         progress: show a progress bar.
@@ -178,18 +189,56 @@ def rise_by_position(
     named = named_cuts(cuts)
     evaluator = evaluator_of(model, evaluator)
     buckets_up_to("buckets", buckets, 0)
-    text, groups = text_for(evaluator, tokens, named, tokens_per_batch, "rise_by_position")
+    text, _ = text_for(evaluator, tokens, named, tokens_per_batch, "rise_by_position")
+    return position_rise(
+        text.documents,
+        {
+            name: (1 - cut.fraction_kept, partial(evaluator.tokens, cut=cut))
+            for name, cut in named.items()
+        },
+        evaluator.tokens,
+        buckets=buckets,
+        groups=groups_for(tokens, groups, sum(text.sizes)),
+        text=text.text,
+        progress=progress,
+    )
+
+
+def position_rise(
+    batches: Sequence[Int[torch.Tensor, "_ _"]],
+    cuts: Mapping[str, tuple[float, Losses]],
+    intact: Losses,
+    *,
+    buckets: Sequence[int] = BUCKETS,
+    groups: Sequence[int] = (),
+    text: str = "",
+    progress: bool = True,
+) -> PositionRise:
+    """Rise by position from functions that give a loss per token.
+
+    Args:
+        batches: documents of one length each.
+        cuts: by name, the share cut and the losses with the cut.
+        intact: losses without.
+        buckets, progress: as for ``rise_by_position``.
+        groups: a number per document; empty if all are independent.
+        text: fingerprint of the text.
+
+    Raises:
+        InputError: buckets that don't rise from 0, a loss that is not finite.
+    """
+    lengths = tuple(len(row) for batch in batches for row in batch)
     # The last token predicts nothing.
-    ends = [length - 1 for length in text.lengths]
+    ends = [length - 1 for length in lengths]
     found = buckets_up_to("buckets", buckets, max(ends) - 1)
-    rise = np.full((len(named), len(found), len(ends)), np.nan)
+    rise = np.full((len(cuts), len(found), len(ends)), np.nan)
     done = 0
     with tqdm(total=len(ends), desc="positions", unit="doc", disable=not progress) as bar:
-        for batch in text.documents:
-            intact = evaluator.tokens(batch).double().numpy()
+        for batch in batches:
+            before = intact(batch).double().numpy()
             rows = slice(done, done + len(batch))
-            for c, cut in enumerate(named.values()):
-                risen = evaluator.tokens(batch, cut).double().numpy() - intact
+            for c, (_, losses) in enumerate(cuts.values()):
+                risen = losses(batch).double().numpy() - before
                 if not np.isfinite(risen).all():
                     raise InputError(
                         "a loss is not finite; expected weights without NaN or infinity"
@@ -201,12 +250,12 @@ def rise_by_position(
             bar.update(len(batch))
     counts = [sum(max(0, min(end, last + 1) - first) for end in ends) for first, last in found]
     return PositionRise(
-        tuple(named),
-        tuple(1 - cut.fraction_kept for cut in named.values()),
+        tuple(cuts),
+        tuple(fraction for fraction, _ in cuts.values()),
         found,
         rise,
         tuple(counts),
-        text.lengths,
-        groups,
-        text.text,
+        lengths,
+        tuple(groups) or tuple(range(len(lengths))),
+        text,
     )

@@ -9,6 +9,8 @@ from typing import Any, overload
 import torch
 from jaxtyping import Int
 
+from gainlens.errors import InputError
+
 
 @dataclass(frozen=True, eq=False)
 class Texts(Sequence[torch.Tensor]):
@@ -57,11 +59,14 @@ class Texts(Sequence[torch.Tensor]):
 
     def of(self, name: str) -> Texts:
         """The documents of one text."""
-        chosen = [i for i, domain in enumerate(self.domains) if domain == name]
+        return self.chosen([i for i, domain in enumerate(self.domains) if domain == name])
+
+    def chosen(self, indices: Sequence[int]) -> Texts:
+        """Some of the documents, by index."""
         return Texts(
-            tuple(self.rows[i] for i in chosen),
-            tuple(self.domains[i] for i in chosen),
-            tuple(self.groups[i] for i in chosen),
+            tuple(self.rows[i] for i in indices),
+            tuple(self.domains[i] for i in indices),
+            tuple(self.groups[i] for i in indices),
         )
 
     def stacked(self) -> Int[torch.Tensor, "row pos"]:
@@ -77,6 +82,29 @@ def as_rows(tokens: torch.Tensor | Texts) -> Int[torch.Tensor, "row pos"]:
 def domains_of(tokens: Any) -> tuple[str, ...] | None:
     """The name of each document's text, or None if ``tokens`` doesn't have it."""
     return tokens.domains if isinstance(tokens, Texts) else None
+
+
+def groups_for(tokens: Any, groups: Sequence[int] | None, n_documents: int) -> tuple[int, ...]:
+    """The group of each document: as given, else as loaded; empty if all are independent.
+
+    Args:
+        tokens: a text.
+        groups: a whole number per document, or None.
+        n_documents: how many documents there are.
+
+    Raises:
+        InputError: not one whole number of 0 or above per document.
+    """
+    if groups is None:
+        found = groups_of(tokens) or ()
+        return found if len(set(found)) < len(found) else ()
+    found = tuple(int(group) for group in groups)
+    if len(found) != n_documents or any(group < 0 for group in found):
+        raise InputError(
+            f"groups has {len(found)} numbers, the lowest {min(found, default=0)}: expected one of "
+            f"0 or above for each of the {n_documents} documents"
+        )
+    return found
 
 
 def groups_of(tokens: Any) -> tuple[int, ...] | None:

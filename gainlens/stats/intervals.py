@@ -49,6 +49,24 @@ def t_interval(
     return mean - half, mean + half
 
 
+def group_means(
+    differences: Float[np.ndarray, " document"],
+    groups: Sequence[Hashable] | None = None,
+) -> Float[np.ndarray, " group"]:
+    """The mean of each group of documents; the differences themselves without groups.
+
+    Args:
+        differences: one per document.
+        groups: a label per document, or None.
+
+    Raises:
+        InputError: as for ``bootstrap_interval``.
+    """
+    sums, sizes = grouped(differences, groups)
+    means: Float[np.ndarray, " group"] = sums / sizes
+    return means
+
+
 def bootstrap_interval(
     differences: Float[np.ndarray, " document"],
     level: float = 0.95,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -291,6 +291,8 @@ def with_more(note: str, status: Status, more: int | None) -> str:
 def worst(verdicts: Mapping[str, Verdict]) -> Verdict:
     """Combine verdicts on one claim over several texts: the worst one decides.
 
+    The result can be quoted for all of the texts, up to the context that every one was judged on.
+
     Each text is judged separately. No correction is needed, because the claim holds overall only
     if every single test says that it holds.
 
@@ -306,8 +308,12 @@ def worst(verdicts: Mapping[str, Verdict]) -> Verdict:
         verdicts.items(), key=lambda item: (WORST.index(item[1].status), -item[1].estimate)
     )
     note = "; ".join(f"{key}: {verdict.status}" for key, verdict in verdicts.items())
-    facts = {**found.__dict__, "note": f"decided by {name}; {note}", "domain": tuple(verdicts)}
-    return Verdict(**facts)
+    contexts = [verdict.context for verdict in verdicts.values()]
+    known = [one for one in contexts if one is not None]
+    shortest = min(known, key=lambda one: one.positions[1]) if len(known) == len(contexts) else None
+    return replace(
+        found, note=f"decided by {name}; {note}", domain=tuple(verdicts), context=shortest
+    )
 
 
 def resamples_for(error: float) -> int:

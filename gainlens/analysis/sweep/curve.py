@@ -18,9 +18,10 @@ from gainlens.files import opened, read_json, sealed, write_json
 from gainlens.files.schema import MOST, checking, listing, maybe, number, record, text, whole
 from gainlens.frames import data_frame
 from gainlens.probes.gains import CARD, ModelCard
-from gainlens.stats.intervals import bootstrap_interval, t_interval
+from gainlens.stats.by_domain import judge_by_domain, overall
+from gainlens.stats.intervals import bootstrap_interval, group_means, t_interval
 from gainlens.stats.stopping import StoppingRule
-from gainlens.stats.verdicts import Context, Verdict, judge
+from gainlens.stats.verdicts import Context, Verdict
 
 METHODS = ("t", "bootstrap")
 KIND = "surgery"
@@ -40,6 +41,7 @@ CURVE = record(
     n_tokens=whole(1),
     lengths=listing(whole(2)),
     domains=listing(text()),
+    groups=listing(whole(0)),
     stopping=maybe(record(margin=number(0), looks=listing(whole(1), least=1), level=number(0, 1))),
     baseline=listing(number(), least=1),
     points=listing(record(**POINT, losses=listing(maybe(number()), least=1))),
@@ -63,6 +65,8 @@ class SurgeryCurve:
         lengths: tokens of each document, so that a verdict says on which positions and distances
             it was judged; empty if unknown.
         domains: the name of each document's text; empty if unknown.
+        groups: a number per document, equal for windows of one text, which count as one document
+            in intervals and verdicts; empty if all documents are independent.
 
     Raises:
         InputError: a loss is missing or infinite, or the sizes are inconsistent.
@@ -77,6 +81,7 @@ class SurgeryCurve:
     stopping: StoppingRule | None = None
     lengths: tuple[int, ...] = ()
     domains: tuple[str, ...] = ()
+    groups: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_losses(self)
@@ -119,8 +124,11 @@ class SurgeryCurve:
             raise InputError(f"method={method!r} is not one of {', '.join(METHODS)}")
         deltas = self.deltas(index)
         if self.stopping is not None:
-            return self.stopping.interval(deltas)
-        return t_interval(deltas, level) if method == "t" else bootstrap_interval(deltas, level)
+            return self.stopping.interval(deltas, groups=self.groups[: len(deltas)] or None)
+        groups = self.groups[: len(deltas)] or None
+        if method == "t":
+            return t_interval(group_means(deltas, groups), level)
+        return bootstrap_interval(deltas, level, groups=groups)
 
     def mean_and_interval(self, indices: Sequence[int]) -> tuple[float, float, float]:
         """Mean rise over the seeds of one point, with its 95% interval, nats per token.
@@ -138,7 +146,7 @@ class SurgeryCurve:
             mean = float(np.mean([self.deltas(i).mean() for i in indices]))
             return mean, float(ends[:, 0].min()), float(ends[:, 1].max())
         delta = np.mean([self.deltas(i) for i in indices], axis=0)
-        return (float(delta.mean()), *t_interval(delta))
+        return (float(delta.mean()), *t_interval(group_means(delta, self.groups or None)))
 
     def table(self, level: float = 0.95) -> list[dict[str, Any]]:
         """One row per point: the cut, mean loss, rise over the intact model, and its interval.
@@ -179,6 +187,7 @@ class SurgeryCurve:
         """Is the damage of cutting the quietest ``fraction`` below ``margin``?
 
         A non-inferiority test on differences paired by document; see ``gainlens.stats.verdicts``.
+        With several texts each is judged, and the worst decides (``verdicts`` has them all).
 
         Args:
             fraction: a fraction of this sweep.
@@ -211,6 +220,13 @@ class SurgeryCurve:
 
         ``margin`` (nats per token) and errors as for ``verdict``.
         """
+        return overall(self.verdicts(index, margin))
+
+    def verdicts(self, index: int, margin: float) -> dict[str, Verdict]:
+        """The verdict on point ``index`` for each text by name; all together if it stopped early.
+
+        ``margin`` (nats per token) and errors as for ``verdict``.
+        """
         point, delta = self.points[index], self.deltas(index)
         if not isinstance(margin, Real) or not margin > 0 or not math.isfinite(margin):
             raise InputError(
@@ -225,13 +241,26 @@ class SurgeryCurve:
             f"{margin:g} nats"
         )
         run = len(delta)
-        where: dict[str, Any] = {
-            "domain": tuple(dict.fromkeys(self.domains[:run])),
-            "context": Context.of(self.lengths[:run]) if self.lengths else None,
-        }
         if self.stopping is None:
-            return judge(claim, delta, margin, **where)
-        return self.stopping.judge(claim, delta, margin, early=run < self.n_documents, **where)
+            return judge_by_domain(
+                claim,
+                delta,
+                margin,
+                domains=self.domains,
+                lengths=self.lengths,
+                groups=self.groups or None,
+            )
+        names = tuple(dict.fromkeys(self.domains[:run]))
+        found = self.stopping.judge(
+            claim,
+            delta,
+            margin,
+            early=run < self.n_documents,
+            groups=self.groups[:run] or None,
+            domain=names,
+            context=Context.of(self.lengths[:run]) if self.lengths else None,
+        )
+        return {", ".join(names): found}
 
     def to_dataframe(self) -> Any:
         """The rows of ``table``, with the 95% interval as ``low`` and ``high``, nats per token.
@@ -275,6 +304,7 @@ class SurgeryCurve:
                 "n_tokens": self.n_tokens,
                 "lengths": list(self.lengths),
                 "domains": list(self.domains),
+                "groups": list(self.groups),
                 "stopping": None if self.stopping is None else asdict(self.stopping),
                 "baseline": self.baseline.tolist(),
                 "points": [
@@ -298,8 +328,13 @@ class SurgeryCurve:
         Raises:
             FileFormatError: the file is missing, damaged or not a surgery file.
         """
-        # Files of before a curve knew its documents' lengths and texts have neither.
-        data = {"lengths": [], "domains": [], **opened(read_json(path), KIND, str(path))}
+        # Older files lack what curves did not know of their documents.
+        data = {
+            "lengths": [],
+            "domains": [],
+            "groups": [],
+            **opened(read_json(path), KIND, str(path)),
+        }
         with checking(str(path), "surgery"):
             CURVE(data, "file")
             rows = [dict(p) for p in data["points"]]
@@ -314,6 +349,7 @@ class SurgeryCurve:
                 _rule(data["stopping"]),
                 tuple(data["lengths"]),
                 tuple(data["domains"]),
+                tuple(data["groups"]),
             )
 
 
@@ -343,7 +379,11 @@ def _check_losses(curve: SurgeryCurve) -> None:
 
 def _check_documents(curve: SurgeryCurve) -> None:
     """Where lengths and names are known, there is one a document, and the lengths add up."""
-    for name, values in (("lengths", curve.lengths), ("domains", curve.domains)):
+    for name, values in (
+        ("lengths", curve.lengths),
+        ("domains", curve.domains),
+        ("groups", curve.groups),
+    ):
         if values and len(values) != curve.n_documents:
             raise InputError(
                 f"{name} has {len(values)} entries: expected one for each of the "

@@ -23,7 +23,7 @@ from gainlens.analysis.sweep.points import ORDERS, Point, check_fractions, sweep
 from gainlens.analysis.sweep.resume_file import SweepFile
 from gainlens.analysis.sweep.resume_header import sweep_header
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
-from gainlens.data.texts import domains_of
+from gainlens.data.texts import domains_of, groups_for
 from gainlens.errors import InputError
 from gainlens.model.hooks import check_intact
 from gainlens.probes.gains import KeyGains, check_same_weights
@@ -44,6 +44,7 @@ def surgery(
     orders: Sequence[str] = ORDERS,
     seeds: Sequence[int] = (0, 1, 2),
     cuts: Mapping[str, Cut] | None = None,
+    groups: Sequence[int] | None = None,
     stop_margin: float | None = None,
     level: float = LEVEL,
     out: str | Path | None = None,
@@ -65,6 +66,8 @@ def surgery(
         orders: which orders to run; see ``gainlens.analysis.sweep.points.ORDER_TABLE``.
         seeds: seeds of the random controls.
         cuts: further cuts by name, of any kind, as points of order ``given``.
+        groups: a number per document, equal for documents that depend on each other, such as
+            windows of one text; by default those of ``load_tokens``.
         stop_margin: stop each point as soon as its rise of the loss, in nats per token, is shown
             to be below or above this; see ``gainlens.stats.stopping``. By default none stops.
         level: confidence level of the stopping intervals, over all looks together.
@@ -106,6 +109,7 @@ def surgery(
     check_same_weights(gains.model, evaluator.fingerprint)
     text = evaluator.on(tokens, tokens_per_batch)
     check_judge(text.documents, gains, [cut for _, cut in given], getattr(model, "tokenizer", None))
+    labels = groups_for(tokens, groups, sum(text.sizes))
     todo: list[tuple[Point, Cut]] = []
     for point in points:
         mask = point.mask(gains)
@@ -134,7 +138,7 @@ def surgery(
             if index == 0:
                 found = text.intact
             else:
-                found = _run_point(text, todo[index - 1][1], losses[0], rule)
+                found = _run_point(text, todo[index - 1][1], losses[0], rule, labels)
             losses.append(found)
             if file is not None:
                 file.add(found)
@@ -152,6 +156,7 @@ def surgery(
         rule,
         text.lengths,
         domains_of(tokens) or (),
+        labels,
     )
 
 
@@ -160,12 +165,16 @@ def _run_point(
     cut: Cut,
     baseline: Float[np.ndarray, " document"],
     rule: StoppingRule | None,
+    groups: tuple[int, ...],
 ) -> Float[np.ndarray, " run"]:
     """Losses of a point on all documents, or until the stopping rule decides."""
     found: Float[np.ndarray, " run"] = np.empty(0)
     for more in text.by_batch(cut):
         found = np.concatenate([found, more])
-        if rule is not None and rule.status(found - baseline[: len(found)]) != "undecided":
+        if rule is None:
+            continue
+        rise, labels = found - baseline[: len(found)], groups[: len(found)] or None
+        if rule.status(rise, groups=labels) != "undecided":
             break
     return found
 

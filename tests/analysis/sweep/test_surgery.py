@@ -12,8 +12,9 @@ from oracle_surgery import plain_surgery
 
 import gainlens as gl
 from gainlens.data.texts import Texts
+from gainlens.stats.intervals import t_interval
 from gainlens.stats.stopping import StoppingRule
-from gainlens.stats.verdicts import Context
+from gainlens.stats.verdicts import Context, judge
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +110,41 @@ def test_a_verdict_says_where_it_was_judged(tiny, tiny_validation, tiny_gains, t
     for curve in (found, gl.SurgeryCurve.load(tmp_path / "curve.json")):
         verdict = curve.verdict(0.5, 0.02)
         assert verdict.domain == ("sotu", "code")
-        assert verdict.context == Context((0, 63), (0, 63))
-        assert verdict.covers(context=64, domain="code")
-        assert not verdict.covers(context=65)
+        assert verdict.context == Context((0, 19), (0, 19)), "code was judged on 20 tokens"
+        assert verdict.covers(context=20, domain="code")
+        assert not verdict.covers(context=21)
         assert not verdict.covers(domain="pydoc")
+        by_text = curve.verdicts(0, 0.02)
+        assert by_text["sotu"].context == Context((0, 63), (0, 63))
+        deltas = curve.deltas(0)
+        assert by_text["sotu"].estimate == pytest.approx(deltas[[0, 2]].mean())
+        assert by_text["code"].estimate == pytest.approx(deltas[1])
+        assert verdict.estimate == max(v.estimate for v in by_text.values())
     # A plain tensor has lengths and no names.
     plain = gl.surgery(
         tiny, tiny_validation, tiny_gains, (0.5,), orders=("quietest",), progress=False
     )
     assert plain.verdict(0.5, 0.02).context == Context((0, 63), (0, 63))
     assert plain.verdict(0.5, 0.02).domain == ()
+
+
+def test_windows_of_one_text_count_once(tiny, tiny_validation, tiny_gains, tmp_path):
+    options = dict(fractions=(0.5,), orders=("quietest",), progress=False)
+    text = Texts(tuple(tiny_validation[:6]), ("sotu",) * 6, (0, 0, 1, 1, 2, 2))
+    loaded = gl.surgery(tiny, text, tiny_gains, **options)
+    given = gl.surgery(tiny, tiny_validation[:6], tiny_gains, groups=(4, 4, 7, 7, 9, 9), **options)
+    apart = gl.surgery(tiny, tiny_validation[:6], tiny_gains, **options)
+    loaded.save(tmp_path / "curve.json")
+    for curve in (loaded, given, gl.SurgeryCurve.load(tmp_path / "curve.json")):
+        rise = curve.deltas(0)
+        found = curve.verdict(0.5, 0.02)
+        assert found.n_documents == 3
+        assert found.interval == judge("", rise, 0.02, groups=[0, 0, 1, 1, 2, 2]).interval
+        assert curve.interval(0) == t_interval(rise.reshape(3, 2).mean(1))
+    assert apart.verdict(0.5, 0.02).n_documents == 6 and apart.groups == ()
+    for groups in ((1, 2), (-1,) * 6):
+        with pytest.raises(gl.errors.InputError, match="groups has"):
+            gl.surgery(tiny, tiny_validation[:6], tiny_gains, groups=groups, **options)
 
 
 def test_a_point_that_stopped_early_was_judged_on_what_it_ran(curve):
