@@ -68,10 +68,7 @@ def best_cut(
         raise InputError(f"fraction={fraction!r}: expected above 0 and below 1")
     documents = model_documents(model, tokens)
     if gains is None:
-        some = ranking(documents) if score == "fisher" else documents
-        gains = probe_gains(
-            model, some, scores=(score,), tokens_per_batch=RANKING_LENGTH, progress=progress
-        )
+        gains = ranking_gains(model, documents, score, progress=progress)
     mask = KeyMask.quietest(gains, fraction, score, scope)
     if rounds < 1:
         return mask
@@ -91,6 +88,24 @@ def best_cut(
     except UnsupportedModelError as error:
         warnings.warn(f"cut without a refit: {error}", stacklevel=2)
         return mask
+
+
+def ranking_gains(
+    model: Any, tokens: Tokens, score: str = "fisher", *, progress: bool = True
+) -> KeyGains:
+    """The gains by which ``best_cut`` ranks.
+
+    Args:
+        model, tokens, score, progress: as for ``best_cut``.
+
+    Raises:
+        InputError: as for ``gainlens.probe_gains``.
+    """
+    documents = model_documents(model, tokens)
+    some = ranking(documents) if score == "fisher" else documents
+    return probe_gains(
+        model, some, scores=(score,), tokens_per_batch=RANKING_LENGTH, progress=progress
+    )
 
 
 def ranking(documents: list[Int[torch.Tensor, " _"]]) -> list[Int[torch.Tensor, " _"]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.data.batches import TOKENS_PER_BATCH
+from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, as_documents, batches
+from gainlens.data.texts import domains_of, groups_for
 from gainlens.errors import InputError
 from gainlens.export.modeling import plan_of
 from gainlens.model.fast_copy import family_head
@@ -21,26 +22,24 @@ from gainlens.stats.verdicts import MARGIN, Verdict
 
 
 @torch.inference_mode()
-def document_losses(
-    model: Any, tokens: Int[torch.Tensor, "document pos"]
-) -> Float[np.ndarray, " document"]:
+def document_losses(model: Any, tokens: Tokens) -> Float[np.ndarray, " document"]:
     """Mean next-token loss of each document in nats per token.
 
     The output head is applied to a few positions at a time.
 
     Args:
         model: a transformers model, slim or not.
-        tokens: documents of one length.
+        tokens: documents, ``[document, position]`` or of any lengths.
 
     Raises:
-        InputError: a loss that is not finite.
+        InputError: as for ``gainlens.data.batches``; a loss that is not finite.
     """
     device = model_device(model)
     head = family_head(model)
-    rows = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+    vocabulary = int(model.config.get_text_config().vocab_size)
     parts = []
-    for start in range(0, len(tokens), rows):
-        batch = tokens[start : start + rows].to(device)
+    for documents in batches(tokens, vocabulary, TOKENS_PER_BATCH):
+        batch = documents.to(device)
         hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
         parts.append(cross_entropy(head, hidden, batch).double().mean(1))
     losses: Float[np.ndarray, " document"] = torch.cat(parts).numpy()
@@ -56,22 +55,25 @@ def document_losses(
 def judge_slim(
     slim: Any,
     intact: Any,
-    tokens: Int[torch.Tensor, "document pos"],
+    tokens: Tokens,
     margin: float = MARGIN,
     *,
     trained: bool = False,
+    groups: Sequence[int] | None = None,
 ) -> Verdict:
     """Test whether the loss of a slim model is less than ``margin`` above the intact one.
 
     Args:
         slim: a transformers model, usually from ``slim`` or ``load_slim``.
         intact: the transformers model that was cut (``slim`` of an identity plan also works).
-        tokens: validation text, documents of one length, at least two.
+        tokens: validation text of two documents or more. Of several texts each is judged, and the
+            worst decides.
         margin: nats per token that count as no rise.
         trained: whether ``slim`` was trained after the cut; used in the text of the claim.
+        groups: as for ``gainlens.surgery``.
 
     Returns:
-        Verdict: paired by document.
+        Verdict: paired by document, with the texts and the context of ``tokens``.
 
     Raises:
         InputError: fewer than two documents, a margin not above zero, or a loss not finite.
@@ -80,15 +82,23 @@ def judge_slim(
         >>> verdict = judge_slim(gl.slim(model, plan), load_hf("tiny"), validation)
         >>> verdict.status, verdict.estimate, verdict.interval
     """
-    if len(tokens) < 2:
-        raise InputError(f"tokens holds {len(tokens)} document(s): a verdict needs at least 2")
-    rise = document_losses(slim, tokens) - document_losses(intact, tokens)
-    return rise_verdict(rise, _fraction_cut(slim), margin, trained=trained)
+    documents = _read(slim, tokens)
+    if len(documents) < 2:
+        raise InputError(f"tokens holds {len(documents)} document(s): a verdict needs at least 2")
+    return rise_verdict(
+        document_losses(slim, documents) - document_losses(intact, documents),
+        _fraction_cut(slim),
+        margin,
+        trained=trained,
+        domains=domains_of(tokens) or (),
+        lengths=[len(row) for row in documents],
+        groups=groups_for(tokens, groups, len(documents)) or None,
+    )
 
 
 def losses_by_text(
     model: Any,
-    texts: Mapping[str, Int[torch.Tensor, "document pos"]],
+    texts: Mapping[str, Tokens],
     intact: Any | None = None,
     margin: float = MARGIN,
 ) -> dict[str, dict[str, Any]]:
@@ -96,7 +106,7 @@ def losses_by_text(
 
     Args:
         model: a transformers model, slim or not.
-        texts: validation documents of one length, by the name of the text.
+        texts: validation documents, by the name of the text.
         intact: the transformers model to compare with; None for only the loss.
         margin: nats per token that count as no rise.
 
@@ -109,16 +119,27 @@ def losses_by_text(
     """
     found: dict[str, dict[str, Any]] = {}
     for name, tokens in texts.items():
-        losses = document_losses(model, tokens)
+        documents = _read(model, tokens)
+        losses = document_losses(model, documents)
         row: dict[str, Any] = {"loss": float(losses.mean()), "n_documents": len(losses)}
         row["interval"] = list(t_interval(losses))
         if intact is not None:
-            rise = losses - document_losses(intact, tokens)
+            rise = losses - document_losses(intact, documents)
             row["verdict"] = rise_verdict(
-                rise, _fraction_cut(model), margin, trained=False
+                rise,
+                _fraction_cut(model),
+                margin,
+                trained=False,
+                domains=[name] * len(documents),
+                lengths=[len(row) for row in documents],
+                groups=groups_for(tokens, None, len(documents)) or None,
             ).to_json()
         found[name] = row
     return found
+
+
+def _read(model: Any, tokens: Tokens) -> list[Int[torch.Tensor, " pos"]]:
+    return as_documents(tokens, int(model.config.get_text_config().vocab_size))
 
 
 def _fraction_cut(model: Any) -> float | None:

@@ -91,7 +91,7 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     config = slim_config(source.config, source.family, plan, biases)
     config.dtype = source.dtype
     thin = without_weights(lambda: CLASSES[source.family.name][1](config))
-    cut = _maps_of(source, plan, thin)
+    cut = _maps_of(source, plan)
     paths = _paths(source, plan, cut, tokens)
     attention = [f"{source.family.attention.format(n)}." for n in range(source.n_layers)]
     for layer, prefix in enumerate(attention):
@@ -226,7 +226,7 @@ def check_maps(plan: SlicePlan, source: Source) -> None:
         )
 
 
-def _maps_of(source: Source, plan: SlicePlan, thin: Any) -> ProjectionMaps:
+def _maps_of(source: Source, plan: SlicePlan) -> ProjectionMaps:
     if plan.basis == "canonical":
         return ProjectionMaps(canonical_maps(source, plan))
     keys = torch.diag_embed(plan.keep.double())
@@ -239,7 +239,7 @@ def _maps_of(source: Source, plan: SlicePlan, thin: Any) -> ProjectionMaps:
         keys, queries = (m.double().transpose(2, 3) for m in (plan.maps.keys, plan.maps.queries))
     turns = None
     if plan.frequencies is not None:
-        turns = plan.frequencies - thin.base_model.rotary_emb.own_frequencies.double().cpu()
+        turns = plan.frequencies - source.rotary_frequencies()
     return ProjectionMaps(keys, queries, turns)
 
 

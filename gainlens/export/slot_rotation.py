@@ -25,13 +25,11 @@ class SlotRotary(nn.Module):
 
     Attributes:
         attention_scaling: of cosines and sines.
-        own_frequencies: of the uncut model.
     """
 
     def __init__(self, own: nn.Module, frequencies: Float[torch.Tensor, " column"]) -> None:
         super().__init__()
         self.attention_scaling = float(getattr(own, "attention_scaling", 1.0))
-        self.own_frequencies: torch.Tensor = own.inv_freq  # type: ignore[assignment]
         # Numbers and no buffer: a cast of the model must not round them.
         self._frequencies = [float(f) for f in frequencies]
 

@@ -12,21 +12,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gainlens.ablation.key_mask import Scope
 from gainlens.ablation.kinds import load_cut
-from gainlens.ablation.recipe import RANKING_DOCUMENTS, best_cut
+from gainlens.ablation.recipe import ranking
 from gainlens.ablation.refit_cut import RefitCut
+from gainlens.data.loading import Length, load_texts
 from gainlens.data.overlap import document_identities, shares_text
 from gainlens.data.splits import Split
-from gainlens.data.texts import as_rows
+from gainlens.data.texts import Texts
 from gainlens.errors import GainlensError, InputError
 from gainlens.export.plan import SlicePlan
-from gainlens.export.recipe import refitted
+from gainlens.export.recipe import refitted, slim_cut
 from gainlens.export.sources import open_source
 from gainlens.files import check_free, check_writable, read_json, write_json
-from gainlens.model import load_model, load_tokens
+from gainlens.model import load_model
 from gainlens.model.context import default_length
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.loading import load_hf
@@ -42,6 +41,8 @@ from gainlens.training.student import Student, check_plan
 from gainlens.training.virtual_width import train_virtual_width
 
 FIGURE = "loss.png"
+FITTED = "cut.safetensors"
+"""The fitted cut that training starts from, in the folder of an unfinished run."""
 WAY = "plan.{}.json"
 """Plans of the rounds before the last, in the folder of an unfinished run."""
 
@@ -53,7 +54,7 @@ class Healing:
     Attributes:
         model, text: names as for ``load_model`` and ``load_tokens``.
         n_docs: calibration documents that choose the cut.
-        length: tokens of each document; 256 or the model's context by default.
+        length: tokens of each document, or ``mixed``; 256 or the model's context by default.
         plan: a plan file, in the place of ``fraction``, ``score`` and ``scope``.
         fraction: share of key dimensions to cut.
         score, scope: as for ``KeyMask.quietest``.
@@ -71,7 +72,7 @@ class Healing:
     text: str
     settings: Settings
     n_docs: int = 24
-    length: int | None = None
+    length: Length | None = None
     plan: str | None = None
     fraction: float = 0.5
     score: str = "fisher"
@@ -152,7 +153,7 @@ def _heal(healing: Healing, out: Path, part: Path, processes: Processes) -> dict
     _cut(healing, bridge, texts["calibration"], part, processes)
     del bridge
     plan = SlicePlan.load(part / "plan.json")
-    kept = part / "refit.safetensors"
+    kept = part / FITTED
     maps = load_cut(kept).maps if kept.exists() else None
     model = load_hf(healing.model, device=healing.device)
     model.tokenizer = tokenizer  # the judge then compares text by the pieces that _texts compared
@@ -210,14 +211,12 @@ def _flat(healing: Healing) -> dict[str, Any]:
     return {**found.pop("settings"), **found}
 
 
-def _texts(healing: Healing, model: Any) -> dict[str, torch.Tensor]:
+def _texts(healing: Healing, model: Any) -> dict[str, Texts]:
     """Four texts that share no document."""
     length = default_length(model) if healing.length is None else healing.length
 
-    def documents(split: Split, n_docs: Any, **more: Any) -> torch.Tensor:
-        return as_rows(
-            load_tokens(healing.text, model, n_docs=n_docs, length=length, split=split, **more)
-        )
+    def documents(split: Split, n_docs: Any, **more: Any) -> Texts:
+        return load_texts(healing.text, model, n_docs=n_docs, length=length, split=split, **more)
 
     calibration = documents("calibration", healing.n_docs + healing.monitor)
     if len(calibration) < healing.n_docs + 2:
@@ -228,16 +227,23 @@ def _texts(healing: Healing, model: Any) -> dict[str, torch.Tensor]:
     monitor = calibration[healing.n_docs :]
     watched = row_digests(monitor)
     training = documents("training", "all", windows="all")
-    training = training[[row_digests([row]).isdisjoint(watched) for row in training]]
+    training = training.chosen(
+        [i for i, row in enumerate(training) if row_digests([row]).isdisjoint(watched)]
+    )
     # Short documents of two splits may open with the very same words: those do not judge.
     tokenizer = getattr(model, "tokenizer", None)
     used = document_identities([*training, *calibration], tokenizer)
     known = row_digests([*training, *calibration])
-    unlike = [row for row in documents("validation", "all") if row_digests([row]).isdisjoint(known)]
+    validation = documents("validation", "all")
+    unlike = [i for i, row in enumerate(validation) if row_digests([row]).isdisjoint(known)]
+
+    def judges() -> Texts:
+        return validation.chosen(unlike[: healing.judge])
+
     # What counts as a shared formula depends on the documents that are compared: ask again.
-    while any(shared := shares_text(unlike[: healing.judge], used, tokenizer)):
+    while any(shared := shares_text(judges(), used, tokenizer)):
         first = zip(unlike, shared, strict=False)
-        unlike = [row for row, like in first if not like] + unlike[healing.judge :]
+        unlike = [i for i, like in first if not like] + unlike[healing.judge :]
     if len(unlike) < healing.judge:
         raise InputError(
             f"text {healing.text} has {len(unlike)} validation documents that share no text with "
@@ -247,13 +253,11 @@ def _texts(healing: Healing, model: Any) -> dict[str, torch.Tensor]:
         "calibration": calibration[: healing.n_docs],
         "monitor": monitor,
         "training": training,
-        "validation": torch.stack(unlike[: healing.judge]),
+        "validation": judges(),
     }
 
 
-def _cut(
-    healing: Healing, model: Any, tokens: torch.Tensor, part: Path, processes: Processes
-) -> None:
+def _cut(healing: Healing, model: Any, tokens: Texts, part: Path, processes: Processes) -> None:
     """Plan and refit, from the options or from before the kill; all processes probe."""
     if all(processes.gathered((part / "plan.json").exists())):
         return
@@ -262,7 +266,7 @@ def _cut(
         some = healing.rounds == 1 and healing.score == "fisher"
         gains = gather_gains(
             model,
-            tokens[:RANKING_DOCUMENTS] if some else tokens,
+            ranking(list(tokens)) if some else tokens,
             (healing.score,),
             progress=processes.first,
         )
@@ -272,53 +276,68 @@ def _cut(
 
 
 def _write_cut(
-    healing: Healing, model: Any, tokens: torch.Tensor, part: Path, gains: KeyGains | None
+    healing: Healing, model: Any, tokens: Texts, part: Path, gains: KeyGains | None
 ) -> None:
     """Plan and refit; a plan file in the place of gains."""
-    if healing.plan:
-        plan = SlicePlan.load(healing.plan)
+    given, rounds = healing.plan, healing.refit_rounds
+    if given:
+        plan = SlicePlan.load(given)
         source = open_source(model)
         plan.check_model(source.shape, source.fingerprint, source.architecture)
     else:
-        cut = best_cut(
+        cut = slim_cut(
             model,
             tokens,
             healing.fraction,
             healing.scope,
             score=healing.score,
             gains=gains,
-            rounds=0,
+            rounds=rounds if healing.rounds == 1 else 0,
         )
         plan = SlicePlan.from_cut(cut, fingerprint=model_fingerprint(model))
-    way = [plan]
-    if healing.rounds > 1:
-        assert gains is not None
-        way = nested_plans(gains, plan, healing.rounds, healing.score, healing.scope)
-        for number, one in enumerate(way[:-1], 1):
-            one.save(part / WAY.format(number))
-    maps = refitted(model, tokens, way[0], rounds=healing.refit_rounds).maps
-    if maps is not None:
-        fitted = RefitCut(way[0].mask, maps.queries, maps.keys, dict(maps.facts))
-        fitted.save(part / "refit.safetensors")
-    plan.save(part / "plan.json")  # last: where it lies, the cut is whole
+        if plan.maps is not None:
+            cut.save(part / FITTED)
+    if given or healing.rounds > 1:
+        way = [plan]
+        if healing.rounds > 1:
+            assert gains is not None
+            way = nested_plans(gains, plan, healing.rounds, healing.score, healing.scope)
+            for number, one in enumerate(way[:-1], 1):
+                one.save(part / WAY.format(number))
+        maps = refitted(model, tokens, way[0], rounds=rounds).maps
+        if maps is not None:
+            fitted = RefitCut(way[0].mask, maps.queries, maps.keys, dict(maps.facts))
+            fitted.save(part / FITTED)
+    replace(plan, maps=None).save(part / "plan.json")  # last: where it lies, the cut is whole
 
 
 def _untrained(
     model: Any,
     plan: SlicePlan,
-    texts: dict[str, torch.Tensor],
+    texts: dict[str, Texts],
     margin: float,
 ) -> dict[str, dict[str, Any]]:
     """What the cut costs before training, on the monitored and on the validation documents."""
-    students = {"cut": Student(model, replace(plan, maps=None))}
+    students = {}
+    if plan.frequencies is None:  # slots without their maps are no cut of their own
+        students["cut"] = Student(model, replace(plan, maps=None))
     if plan.maps is not None:
         students["cut and refitted"] = Student(model, plan)
+    first = next(iter(students.values()))
     found: dict[str, dict[str, Any]] = {"monitor": {}, "validation": {}}
     for where, row in found.items():
-        intact = students["cut"].document_losses(texts[where], intact=True)
+        intact = first.document_losses(texts[where], intact=True)
         for name, student in students.items():
             rise = student.document_losses(texts[where]) - intact
-            row[name] = rise_verdict(rise, 1 - plan.fraction_kept, margin, trained=False).to_json()
+            row[name] = rise_verdict(
+                rise,
+                1 - plan.fraction_kept,
+                margin,
+                trained=False,
+                domains=texts[where].domains,
+                lengths=texts[where].lengths,
+                groups=texts[where].groups,
+            ).to_json()
     return found
 
 

@@ -10,12 +10,11 @@ from typing import Any
 
 from gainlens.ablation.cut import Cut
 from gainlens.ablation.key_mask import KeyMask, Scope
-from gainlens.data.document_identity import tensor_digest
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan, as_plan
 from gainlens.probes import KeyGains
 from gainlens.training.settings import Settings
-from gainlens.training.student import Student
+from gainlens.training.student import Student, plan_digest
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Round:
     @property
     def identity(self) -> dict[str, Any]:
         """What must be unchanged for a later round to resume."""
-        return {"plan": tensor_digest([self.plan.keep]), "steps": self.settings.steps}
+        return {"plan": plan_digest(self.plan), "steps": self.settings.steps}
 
 
 def nested_plans(
@@ -57,6 +56,11 @@ def nested_plans(
         raise InputError(f"rounds={rounds!r}: expected a whole number of at least 1")
     last = as_plan(plan)
     found: list[SlicePlan] = []
+    if rounds > 1 and last.frequencies is not None:
+        raise InputError(
+            f"rounds={rounds} of a plan with slot frequencies: slots of one round are not those of "
+            "the next; expected rounds=1"
+        )
     for number in range(1, rounds):
         share = last.fraction_kept ** (number / rounds)
         best = KeyMask.quietest(gains, 1 - share, score, scope)
@@ -91,6 +95,11 @@ def as_rounds(plan: Any) -> list[SlicePlan]:
                 "plan inside the one before"
             )
         plans.append(found if not plans else replace(found, maps=None))
+    if len(plans) > 1 and any(one.frequencies is not None for one in plans):
+        raise InputError(
+            "several plans, some with slot frequencies: slots of one round are not those of the "
+            "next; expected one plan (rounds=1)"
+        )
     return plans
 
 

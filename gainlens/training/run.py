@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from gainlens.analysis.damage_by_position import BUCKETS, PositionRise, position_rise
 from gainlens.data.batches import Tokens
-from gainlens.data.document_identity import row_hash
+from gainlens.data.document_identity import row_hash, text_fingerprint
 from gainlens.data.overlap import check_overlap
+from gainlens.data.texts import domains_of, groups_for
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.frames import data_frame
@@ -67,15 +70,70 @@ class TrainingRun:
         """
         return self.student.document_losses(tokens, intact=intact)
 
-    def judge(self, tokens: Tokens, margin: float = MARGIN) -> Verdict:
+    def judge(
+        self, tokens: Tokens, margin: float = MARGIN, *, groups: Sequence[int] | None = None
+    ) -> Verdict:
         """Test whether the loss of the cut and trained model rose by less than ``margin``.
+
+        The verdict carries the texts and the context of the documents. With several texts each is
+        judged, and the worst decides.
 
         Args:
             tokens: documents that neither trained the model nor decided when to stop.
             margin: largest rise that counts as none, nats per token.
+            groups: as for ``gainlens.surgery``.
 
         Raises:
             InputError: documents overlap with the training text, or the margin is not above zero.
+        """
+        documents = self.check_apart(tokens)
+        rise = self.losses(documents) - self.losses(documents, intact=True)
+        return rise_verdict(
+            rise,
+            1 - self.plan.fraction_kept,
+            margin,
+            domains=domains_of(tokens) or (),
+            lengths=[len(row) for row in documents],
+            groups=groups_for(tokens, groups, len(documents)) or None,
+        )
+
+    def rise_by_position(
+        self,
+        tokens: Tokens,
+        *,
+        buckets: Sequence[int] = BUCKETS,
+        groups: Sequence[int] | None = None,
+        progress: bool = True,
+    ) -> PositionRise:
+        """Rise of the loss by position in the text.
+
+        Args:
+            tokens, groups: as for ``judge``.
+            buckets: as for ``gainlens.analysis.rise_by_position``.
+            progress: show a progress bar.
+
+        Raises:
+            InputError: as for ``judge``; buckets that don't rise from 0.
+        """
+        documents = self.check_apart(tokens)
+        return position_rise(
+            list(self.student.batches(documents)),
+            {"trained": (1 - self.plan.fraction_kept, self.student.token_losses)},
+            partial(self.student.token_losses, intact=True),
+            buckets=buckets,
+            groups=groups_for(tokens, groups, len(documents)),
+            text=text_fingerprint(documents),
+            progress=progress,
+        )
+
+    def check_apart(self, tokens: Tokens) -> list[Int[torch.Tensor, " pos"]]:
+        """The documents of a text, if it may judge.
+
+        Args:
+            tokens: as for ``judge``.
+
+        Raises:
+            InputError: they overlap with the training text.
         """
         documents = [row for batch in self.student.batches(tokens) for row in batch]
         shared = row_digests(documents) & self.trained_on
@@ -86,8 +144,7 @@ class TrainingRun:
             )
         tokenizer = getattr(self.model, "tokenizer", None)
         check_overlap(documents, self.identities, tokenizer=tokenizer, did="trained a model")
-        rise = self.losses(documents) - self.losses(documents, intact=True)
-        return rise_verdict(rise, 1 - self.plan.fraction_kept, margin)
+        return documents
 
     def save(
         self,

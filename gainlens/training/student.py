@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from gainlens.ablation.hooks import ablation_hooks
 from gainlens.ablation.key_mask import KeyMask
 from gainlens.data.batches import Tokens, batches
+from gainlens.data.document_identity import tensor_digest
 from gainlens.errors import InputError, SilentSiteError
 from gainlens.export.adapters import check_no_adapters
 from gainlens.export.plan import SlicePlan
@@ -36,6 +37,7 @@ from gainlens.training.slices import (
     shown,
     swapped,
 )
+from gainlens.training.slot_turns import SlotTurns
 
 SAME_LOGITS = 1e-3
 """Largest difference from the logits of the model at which the fast copy is used, float32."""
@@ -118,9 +120,14 @@ class Student:
             root, kind, self.family, self.config, plan, tuple(train)
         )
         self._mask = KeyMask(plan.keep) if self.family.norm else None
+        self._slots: SlotTurns | None = None
+        if plan.frequencies is not None:
+            self._slots = SlotTurns(plan.frequencies, source.rotary_frequencies())
         self._hooks: list[Hook] = []
         if self.fast_copy is None and self._mask is not None:
             self._hooks = list(ablation_hooks(model, self._mask))
+        elif self.fast_copy is None and self._slots is not None:
+            self._hooks = self._slots.hooks()
 
     def _verified_fast_copy(self, bridge: bool) -> FastCopy | None:
         inner = self.model.original_model if bridge else self.model
@@ -204,7 +211,7 @@ class Student:
         Args:
             tokens: the text.
             weights: from ``full`` or ``intact``.
-            cut: whether ghosts are masked after a norm on keys.
+            cut: whether ghosts are masked after a norm on keys, and slots turn.
             seen: takes the queries and keys of each layer.
         """
         with swapped(weights), self._autocast():
@@ -229,6 +236,15 @@ class Student:
         self, tokens: Int[torch.Tensor, "document pos"], *, intact: bool = False
     ) -> Float[np.ndarray, " document"]:
         """Mean next-token loss of each document, nats per token; in float32 throughout."""
+        losses: Float[np.ndarray, " document"] = (
+            self.token_losses(tokens, intact=intact).double().mean(1).numpy()
+        )
+        return losses
+
+    def token_losses(
+        self, tokens: Int[torch.Tensor, "document pos"], *, intact: bool = False
+    ) -> Float[torch.Tensor, "document next_pos"]:
+        """Next-token loss at each position, nats, on the CPU; in float32 throughout."""
         was, self.precision = self.precision, "float32"
         try:
             with torch.no_grad(), self.running():
@@ -241,8 +257,7 @@ class Student:
                 )
         finally:
             self.precision = was
-        losses: Float[np.ndarray, " document"] = found.double().mean(1).cpu().numpy()
-        return losses
+        return found.cpu()
 
     def batches(
         self, tokens: Tokens, name: str = "tokens"
@@ -286,6 +301,8 @@ class Student:
             ) -> tuple[torch.Tensor, torch.Tensor]:
                 if keep is not None:
                     keys = keys * keep[layer]
+                if cut and self._slots is not None:
+                    queries, keys = self._slots(queries, layer), self._slots(keys, layer)
                 if seen is not None:
                     seen.append((queries, keys))
                 return queries, keys
@@ -295,7 +312,7 @@ class Student:
             if not self.fast_copy.complete:
                 raise SilentSiteError("a layer ran without calling its attention function")
             return found
-        hooks = list(self._hooks) if keep is not None else []
+        hooks = list(self._hooks) if cut else []
         if seen is not None:
             hooks += self._recorders(seen)
         with attached(self.model, hooks):
@@ -326,13 +343,14 @@ def check_plan(plan: SlicePlan) -> None:
             f"plan has basis {plan.basis!r}: virtual width trains the model's own units "
             "(basis='own')"
         )
-    if plan.frequencies is not None:
-        raise InputError(
-            "plan has slot frequencies, which virtual width does not train yet: heal a plan whose "
-            "pairs keep the model's own (scope='layer')"
-        )
     if plan.value_widths is not None and set(plan.value_widths) != {plan.shape[2]}:
         raise InputError(
             f"plan cuts values to {min(plan.value_widths)} dimensions, whose basis slim finds "
             "after training: train with plan.with_values(None), then make it slim with values"
         )
+
+
+def plan_digest(plan: SlicePlan) -> str:
+    """A hash of what a plan keeps, and of its slots' frequencies."""
+    slots = [] if plan.frequencies is None else [plan.frequencies]
+    return tensor_digest([plan.keep, *slots])

@@ -21,7 +21,7 @@ from gainlens.training.checkpoint import load_checkpoint, save_checkpoint
 from gainlens.training.objectives import attention_divergence, get_objective
 from gainlens.training.processes import Processes
 from gainlens.training.settings import Settings
-from gainlens.training.student import QueriesKeys, Student
+from gainlens.training.student import QueriesKeys, Student, plan_digest
 
 CHECKED = 256
 """Number of tokens on which weights are checked before they are saved."""
@@ -75,7 +75,7 @@ class Trainer:
         before = {"earlier rounds": self.earlier} if self.earlier else {}
         return {
             "model": student.fingerprint,
-            "plan": tensor_digest([student.plan.keep]),
+            "plan": plan_digest(student.plan),
             **before,
             "maps": None if maps is None else tensor_digest([maps.queries, maps.keys]),
             "text": self._texts[0],

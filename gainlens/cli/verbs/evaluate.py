@@ -15,7 +15,6 @@ from gainlens.cli.verbs.common import (
     needs,
     whole,
 )
-from gainlens.data.texts import as_rows
 from gainlens.export.judging import losses_by_text
 from gainlens.export.running import harness_scores, open_folder
 from gainlens.model import load_tokens
@@ -53,9 +52,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     intact = None if original is None else load_hf(original, device=options.device)
     length = length_for(options, model)
     texts = {
-        name: as_rows(
-            load_tokens(name, tokenizer, n_docs=options.n_docs, length=length, split="validation")
-        )
+        name: load_tokens(name, tokenizer, n_docs=options.n_docs, length=length, split="validation")
         for name in options.text
     }
     found = losses_by_text(model, texts, intact, options.margin)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from gainlens.ablation import best_cut, load_cut
-from gainlens.ablation.key_mask import Scope
+from gainlens.ablation import load_cut
+from gainlens.ablation.key_mask import KeyMask, Scope
+from gainlens.ablation.recipe import ranking_gains
 from gainlens.cli.verbs.common import (
     add,
     add_last,
@@ -32,7 +33,7 @@ from gainlens.export import (
 )
 from gainlens.export.judging import judge_slim
 from gainlens.export.plan import BASES
-from gainlens.export.recipe import refitted
+from gainlens.export.recipe import refitted, slim_cut
 from gainlens.export.sources import open_source
 from gainlens.export.speed_ledger import CONTEXTS, ledger, sizes
 from gainlens.export.writing import check_plan
@@ -179,13 +180,20 @@ def _cut(options: argparse.Namespace, model: Any) -> tuple[SlicePlan, torch.Tens
         _check_plan(options, model, plan)
         return plan, text(options, model, "calibration") if values else None
     tokens = text(options, model, "calibration")
-    gains = KeyGains.load(options.gains) if options.gains else None
-    cut = best_cut(
-        model, tokens, options.fraction, scope, score=options.score, gains=gains, rounds=0
+    score = options.score
+    gains = KeyGains.load(options.gains) if options.gains else ranking_gains(model, tokens, score)
+    outline = KeyMask.quietest(gains, options.fraction, score, scope)
+    _check_plan(options, model, SlicePlan.from_cut(outline, values=values))
+    cut = slim_cut(
+        model,
+        tokens,
+        options.fraction,
+        scope,
+        score=score,
+        gains=gains,
+        rounds=2 if rounds is None else rounds,
     )
-    plan = SlicePlan.from_cut(cut, values=values)
-    _check_plan(options, model, plan)
-    return refitted(model, tokens, plan, rounds=2 if rounds is None else rounds), tokens
+    return SlicePlan.from_cut(cut, values=values), tokens
 
 
 def _check(options: argparse.Namespace, out: Path) -> str | None:

@@ -9,9 +9,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float, Int, Shaped
 
 from gainlens.errors import UnsupportedModelError
+from gainlens.export.building import without_weights
 from gainlens.export.families import FAMILIES, SlimFamily
 from gainlens.model.attention_weights import AttentionWeights
 from gainlens.model.fingerprint import model_fingerprint
@@ -97,6 +99,12 @@ class Source(ABC):
         """Type of the parameters."""
         first: torch.Tensor = next(self.model.parameters())
         return first.dtype
+
+    def rotary_frequencies(self) -> Float[torch.Tensor, " rotary_pair"]:
+        """Radians per token of each rotary pair, by the family's own code; float64."""
+        whole = without_weights(lambda: getattr(transformers, self.family.model_class)(self.config))
+        found: torch.Tensor = whole.base_model.rotary_emb.inv_freq
+        return found.double().cpu()
 
     @abstractmethod
     def attention(self, layer: int) -> AttentionWeights:
