@@ -48,11 +48,14 @@ class Settings:
     ridge: float | Sequence[float] = RIDGES
     uniform: float = 0.2
     stride: int | None = None
+    passes: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.uniform < 1:
             raise InputError(f"uniform={self.uniform!r} is outside 0..1")
-        counts = {"rounds": self.rounds, "iterations": self.iterations, "stride": self.stride}
+        counts = {
+            name: getattr(self, name) for name in ("rounds", "iterations", "stride", "passes")
+        }
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise InputError(f"{name}={value!r}: expected at least 1")
@@ -127,6 +130,7 @@ class Fitted:
             "ridge": list(settings.ridges),
             "uniform": settings.uniform,
             "stride": stride,
+            "passes": settings.passes,
             "misfit_before": means[0],
             "misfit_after": means[1],
             "held_out_before": means[2],
@@ -147,6 +151,7 @@ def fit_heads(
     settings: Settings,
     progress: bool,
     name: str,
+    given: RecordedAttention | None = None,
 ) -> Fitted:
     """Fit every head by itself.
 
@@ -158,6 +163,7 @@ def fit_heads(
         settings: of the fit.
         progress: show a progress bar over layers.
         name: of that bar.
+        given: queries and keys that the maps act on, where they are not those of the intact model.
     """
     sites = record.sites
     d, group = sites.d_head, sites.group_size
@@ -167,6 +173,7 @@ def fit_heads(
     )
     for layer in tqdm(range(sites.n_layers), desc=name, unit="layer", disable=not progress):
         seen = list(record.layer(layer))
+        acted_on = seen if given is None else list(given.layer(layer))
         for head in range(sites.n_kv_heads):
             kept = keep[layer, head].nonzero()[:, 0]
             if len(kept) == 0:
@@ -175,8 +182,8 @@ def fit_heads(
             turn = partial(kept_turn, record, layer, kept, chosen_turns)
             scale = record.attention[layer].scale
             fits, judges = (
-                Problem(head_parts(record, layer, head, some, settings.uniform, turn), scale)
-                for some in in_halves(seen)
+                Problem(head_parts(record, layer, head, *some, settings.uniform, turn), scale)
+                for some in zip(in_halves(seen), in_halves(acted_on), strict=True)
             )
             first = start(layer, head)
             maps, chosen, held_out = fit_held_out(fits, judges, first, settings)
@@ -242,6 +249,7 @@ def head_parts(
     layer: int,
     head: int,
     seen: list[Seen],
+    given: list[Seen],
     uniform: float,
     turn: Callable[[int], Turn],
 ) -> list[Part]:
@@ -250,22 +258,35 @@ def head_parts(
     Args:
         record: of the intact model.
         layer, head: which key head.
-        seen: what ``record.layer(layer)`` gives.
+        seen: what ``record.layer(layer)`` gives: the logits to fit.
+        given: the queries and keys that the maps act on, of the same documents and positions.
         uniform: share of the weights that is spread evenly over the visible keys.
         turn: from a document's length to the rotation of what is kept, at its positions.
     """
     sites, attention = record.sites, record.attention[layer]
     rows = slice(head * sites.group_size, (head + 1) * sites.group_size)
     found = []
-    for some in _alike(seen, sites.group_size):
-        q = torch.stack([queries[:, rows].transpose(0, 1) for queries, _, _ in some], 1)
-        k = torch.stack([keys[:, head] for _, keys, _ in some])
-        at = torch.stack([at for _, _, at in some])
+    runs = zip(_alike(seen, sites.group_size), _alike(given, sites.group_size), strict=True)
+    for some, others in runs:
+        q, k, at = _stacked(some, rows, head)
         logits, weights, slope = weighted_logits(attention, q, k, at, uniform)
         own, kept = record.turn(layer, k.shape[1]), turn(k.shape[1])
+        if given is not seen:
+            q, k, at = _stacked(others, rows, head)
         plain = own.at(at)(q, inverse=True), own(k, inverse=True)
         found.append(Part(*plain, at, logits, weights, kept, slope))
     return found
+
+
+def _stacked(
+    some: list[Seen], rows: slice, head: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries ``[group, doc, query_pos, d_head]``, keys and positions of a key head."""
+    return (
+        torch.stack([queries[:, rows].transpose(0, 1) for queries, _, _ in some], 1),
+        torch.stack([keys[:, head] for _, keys, _ in some]),
+        torch.stack([at for _, _, at in some]),
+    )
 
 
 def kept_turn(

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from gainlens.ablation.fitting import RIDGES, Settings, calibration, fit_heads, text_facts
+from gainlens.ablation.fit_passes import fit_in_passes
+from gainlens.ablation.fitting import RIDGES, Settings, calibration, text_facts
 from gainlens.ablation.key_mask import KeyMask
 from gainlens.ablation.recorded_attention import record_attention
 from gainlens.ablation.refit_cut import RefitCut
@@ -32,6 +33,7 @@ def refit(
     ridge: float | Sequence[float] = RIDGES,
     uniform: float = 0.2,
     stride: int | None = None,
+    passes: int = 1,
     progress: bool = True,
 ) -> RefitCut:
     """Fit the kept query and key dimensions to the intact attention logits, without training.
@@ -54,6 +56,8 @@ def refit(
             which hardly get attention now are not free to get it after.
         stride: every how many positions a query is fitted (all keys are); by default 2, or more
             where the text would give a head more than 4,096 queries.
+        passes: 2 or more fit every layer again, on the queries and keys that the model with the
+            fit so far gives it, since errors add up through the layers.
         progress: show a progress bar over layers.
 
     Returns:
@@ -65,7 +69,7 @@ def refit(
         UnsupportedModelError: attention that is more than causal with one scale, a window and a
             soft cap (a position bias), which the fit does not describe.
     """
-    settings = Settings(rounds, iterations, ridge, uniform, stride)
+    settings = Settings(rounds, iterations, ridge, uniform, stride, passes)
     sites = key_sites(model)
     if mask.shape != sites.shape:
         raise InputError(f"mask has shape {mask.shape}: this model has {sites.shape}")
@@ -82,5 +86,9 @@ def refit(
         return rows.expand(sites.group_size, -1, -1).clone(), rows
 
     with record_attention(model, documents, spacing) as record:
-        found = fit_heads(record, mask.keep, None, plain, settings, progress, "refit")
+        found = fit_in_passes(
+            model, documents, record, mask.keep, None, plain,
+            lambda found: RefitCut(mask, found.queries, found.keys),
+            settings, progress, "refit",
+        )  # fmt: skip
     return RefitCut(mask, found.queries, found.keys, {**facts, **found.facts(settings, spacing)})

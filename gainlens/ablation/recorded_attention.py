@@ -24,7 +24,7 @@ from gainlens.data.batches import TOKENS_PER_BATCH
 from gainlens.errors import UnsupportedModelError
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.forward import forward_layers
-from gainlens.model.hooks import attached
+from gainlens.model.hooks import Hook, attached
 from gainlens.model.recorder import query_key_hooks
 from gainlens.model.rotation import Turn
 from gainlens.model.running import is_exact
@@ -148,7 +148,11 @@ class RecordedAttention:
 
 
 def record_attention(
-    model: Any, documents: list[Int[torch.Tensor, " _"]], stride: int
+    model: Any,
+    documents: list[Int[torch.Tensor, " _"]],
+    stride: int,
+    hooks: Sequence[Hook] = (),
+    attention: Sequence[Attention] | None = None,
 ) -> RecordedAttention:
     """Run the text once and keep every layer's keys, and the queries of every ``stride`` positions.
 
@@ -157,13 +161,17 @@ def record_attention(
         documents: token ids, of any lengths.
         stride: where the queries are kept; each document starts at another offset, so that all
             positions are covered alike.
+        hooks: those of a cut; queries and keys are recorded before they change them, so each layer
+            is recorded as the cut layers before it leave it.
+        attention: of each layer, if known already.
 
     Raises:
         UnsupportedModelError: attention that is more than causal with one scale, a window and a
             soft cap (position biases), found on the longest document.
     """
     sites = key_sites(model)
-    attention = check_attention(model, max(documents, key=len))
+    if attention is None:
+        attention = check_attention(model, max(documents, key=len))
     lengths = [len(d) for d in documents]
     at = [
         torch.arange(
@@ -180,7 +188,7 @@ def record_attention(
         if found.wants_turn(layer, x.shape[1]):
             found.add_turn(layer, x.shape[1], following.turn(letter, layer, x.shape[1]).alone())
 
-    with attached(model, query_key_hooks(sites, record, following=following)):
+    with attached(model, [*query_key_hooks(sites, record, following=following), *hooks]):
         first = 0
         while first < len(documents):
             most = max(1, TOKENS_PER_BATCH // lengths[first])

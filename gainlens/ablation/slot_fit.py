@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from gainlens.ablation.fit_passes import fit_in_passes
 from gainlens.ablation.fitting import (
     RIDGES,
+    Fitted,
     Settings,
     calibration,
-    fit_heads,
     text_facts,
     weighted_logits,
 )
@@ -53,6 +54,7 @@ def fit_slots(
     ridge: float | Sequence[float] = RIDGES,
     uniform: float = 0.2,
     stride: int | None = None,
+    passes: int = 1,
     progress: bool = True,
 ) -> SlotCut:
     """Keep as many rotary slots as ``fraction`` leaves, at frequencies that all heads can use.
@@ -75,7 +77,7 @@ def fit_slots(
         grid: take the default geometric frequencies of a narrower head instead of choosing, for
             engines that know no others.
         context: distances that count, in tokens; by default the longest document's.
-        rounds, iterations, ridge, uniform, stride: of the fit; see ``gainlens.refit``.
+        rounds, iterations, ridge, uniform, stride, passes: of the fit; see ``gainlens.refit``.
         progress: show progress bars.
 
     Raises:
@@ -89,7 +91,7 @@ def fit_slots(
         >>> cut = fit_slots(model, calibration, gains, 0.5, "universal")
         >>> slim = gl.slim(model, cut)
     """
-    settings = Settings(rounds, iterations, ridge, uniform, stride)
+    settings = Settings(rounds, iterations, ridge, uniform, stride, passes)
     check_fraction(fraction)
     if not 0 < fraction < 1:
         raise InputError(f"fraction={fraction!r}: expected above 0 and below 1")
@@ -125,7 +127,17 @@ def fit_slots(
         def start(layer: int, head: int) -> Maps:
             return start_maps(sites, assigned[layer, head], turned[layer, head])
 
-        found = fit_heads(record, keep, frequencies, start, settings, progress, "slots")
+        chosen_on = {"texts": list(gains.texts), "documents": list(gains.documents)}
+        mask = KeyMask(keep, {"fingerprint": gains.model.fingerprint, **chosen_on})
+
+        def cut_of(found: Fitted) -> SlotCut:
+            return SlotCut(
+                mask, found.queries, found.keys, frequencies, sites.frequencies, assigned
+            )
+
+        found = fit_in_passes(
+            model, documents, record, keep, frequencies, start, cut_of, settings, progress, "slots"
+        )
     facts |= {
         "method": "rotary slots, least squares on attention logits",
         "fraction": fraction,
@@ -136,8 +148,6 @@ def fit_slots(
         "explained": explained,
         **found.facts(settings, spacing),
     }
-    chosen_on = {"texts": list(gains.texts), "documents": list(gains.documents)}
-    mask = KeyMask(keep, {"fingerprint": gains.model.fingerprint, **chosen_on})
     return SlotCut(mask, found.queries, found.keys, frequencies, sites.frequencies, assigned, facts)
 
 
