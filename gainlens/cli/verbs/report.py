@@ -14,23 +14,42 @@ from gainlens.cli.verbs.common import (
     length_for,
     next_line,
     open_model,
+    whole,
 )
+from gainlens.errors import InputError
 from gainlens.model.context import LENGTH
 from gainlens.report.build import Plan, build_report, check_report_folder
 
 HELP = "probe, surgery and map of a model, as a folder with index.html"
-EXAMPLES = ["gainlens report --model smollm2 --text sotu --out report"]
+EXAMPLES = [
+    "gainlens report --model smollm2 --text sotu --out report",
+    "gainlens report --model smollm2 --text sotu,stdlib,pydoc --n-docs 18 --out report",
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     add(parser, "model", "text", "fractions", n_docs=16, length=None, score="qk")
     add(parser, "seeds", "refit_rounds")
+    parser.add_argument(
+        "--context",
+        type=whole(128),
+        default=Plan.context,
+        help="tokens of the documents for the rise by position, at most",
+    )
+    parser.add_argument(
+        "--task-prompts",
+        type=whole(0),
+        default=Plan.task_prompts,
+        help="prompts per task; 0: no tasks",
+    )
     add_last(parser, "report")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Write the report folder."""
+    if options.length == "mixed":
+        raise InputError("--length mixed: expected a number; --context is that of long documents")
     plan = Plan(
         model=options.model,
         text=options.text,
@@ -40,6 +59,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         score=options.score,
         seeds=tuple(range(options.seed, options.seed + options.seeds)),
         refit_rounds=options.refit_rounds,
+        context=options.context,
+        task_prompts=options.task_prompts,
         seed=options.seed,
         device=options.device,
     )
