@@ -18,17 +18,21 @@ from gainlens.analysis import CoordinateMap, SurgeryCurve, coordinate_map, surge
 from gainlens.analysis.damage_by_place import damage_by_head
 from gainlens.analysis.map.evidence import similarity_table, with_evidence
 from gainlens.analysis.sweep.evaluator import Evaluator
-from gainlens.data.texts import as_rows
+from gainlens.data.loading import load_texts
+from gainlens.data.splits import Split
+from gainlens.data.texts import Texts
 from gainlens.environment import environment
 from gainlens.errors import InputError
 from gainlens.files import check_writable, locked, read_json, write_json, written_folder
-from gainlens.model import key_sites, load_tokens
+from gainlens.model import key_sites
 from gainlens.probes import KeyGains, probe_gains
 from gainlens.report.claims import all_claims
 from gainlens.report.figures import DAMAGE_FRACTION, Damage, draw_figures
 from gainlens.report.page import render_page
 from gainlens.report.progress import Stages, stage_costs
+from gainlens.report.reach import Reach, measure_reach
 from gainlens.report.sections import all_sections
+from gainlens.report.sections_reach import lead_figure
 
 KIND = "gainlens-report"
 
@@ -47,6 +51,11 @@ class Plan:
         evidence_docs: documents from each split for sinks, red line and sharing cost.
         damage_docs, damage_length: number of validation documents, and tokens per document, for
             cutting one layer, key head or red-line unit at a time; 0 documents skip this.
+        long_docs, context: number of validation documents of each text for the rise by position,
+            and their tokens, at most; 0 documents skip it.
+        across_docs: validation documents of each text that judge the cuts chosen on the others; 0
+            skips it.
+        task_prompts, task_length: prompts per task, and their tokens; below 2 skips the tasks.
         refit_rounds: rounds of the least-squares refit of the cut at 0.5; 0 skips it.
         seed: seed of the permutations.
         device: device on which the model runs.
@@ -62,6 +71,11 @@ class Plan:
     evidence_docs: int = 6
     damage_docs: int = 4
     damage_length: int = 128
+    long_docs: int = 2
+    context: int = 2048
+    across_docs: int = 8
+    task_prompts: int = 4
+    task_length: int = 1024
     refit_rounds: int = 2
     seed: int = 0
     device: str = "cpu"
@@ -70,6 +84,11 @@ class Plan:
     def all_fractions(self) -> tuple[float, ...]:
         """All fractions to run."""
         return tuple(sorted({*self.fractions, 0.5, 0.8}))
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Positions at which buckets begin."""
+        return tuple(b for b in (0, 64, 256, 1024, 4096) if b < self.context)
 
     def check(self) -> None:
         """Reject bad arguments before a model is loaded."""
@@ -93,12 +112,21 @@ class Plan:
             "--fractions": ",".join(f"{f:g}" for f in self.fractions),
             "--score": self.score,
             "--seeds": len(self.seeds),
+            "--context": self.context,
+            "--task-prompts": self.task_prompts,
             "--refit-rounds": self.refit_rounds,
             "--seed": self.seed,
             "--device": self.device,
         }
         usual = Plan(self.model, self.text)
-        same = ("evidence_docs", "damage_docs", "damage_length")
+        same = (
+            "evidence_docs",
+            "damage_docs",
+            "damage_length",
+            "long_docs",
+            "across_docs",
+            "task_length",
+        )
         if self.seeds != tuple(range(self.seed, self.seed + len(self.seeds))) or any(
             getattr(self, name) != getattr(usual, name) for name in same
         ):
@@ -123,6 +151,8 @@ class Plan:
             "  damage   one layer, key head or unit of the red line at a time, "
             f"{min(self.damage_docs, self.n_docs)} validation documents × "
             f"{min(self.damage_length, self.length)} tokens",
+            f"  reach    by position up to {self.context:,} tokens, by distance, across texts, "
+            f"{self.task_prompts} prompts per task, controls",
             "  map      1000 permutations; sinks, red line and cost of sharing on "
             f"{min(self.evidence_docs, self.n_docs)} documents of each split",
         ]
@@ -168,10 +198,8 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
 
 def _build(model: Any, plan: Plan, out: Path) -> dict[str, Any]:
     started = time.monotonic()
-    calibration, validation = (
-        as_rows(load_tokens(plan.text, model, n_docs=plan.n_docs, length=plan.length, split=split))
-        for split in ("calibration", "validation")
-    )
+    texts = _texts(model, plan, "calibration"), _texts(model, plan, "validation")
+    calibration, validation = (text.stacked() for text in texts)
     stages = Stages(stage_costs(plan, key_sites(model).shape))
     with closing(stages):
         with stages.stage("probe"):
@@ -182,7 +210,7 @@ def _build(model: Any, plan: Plan, out: Path) -> dict[str, Any]:
         with stages.stage("surgery"):
             curve = surgery(
                 model,
-                validation,
+                texts[1],
                 gains,
                 plan.all_fractions,
                 score=plan.score,
@@ -192,6 +220,9 @@ def _build(model: Any, plan: Plan, out: Path) -> dict[str, Any]:
             )
         with stages.stage("damage"):
             damage = damage_by_place(evaluator, validation, gains, plan)
+        with stages.stage("reach"):
+            quietest = {f"{plan.score}, head, zeroed": KeyMask.quietest(gains, 0.5, plan.score)}
+            reach = measure_reach(evaluator, plan, gains, {**cuts, **quietest}, texts)
         with stages.stage("map"):
             cmap = with_evidence(
                 model,
@@ -209,7 +240,11 @@ def _build(model: Any, plan: Plan, out: Path) -> dict[str, Any]:
             )
     seconds = time.monotonic() - started
     with written_folder(out, "--out", replace=True) as beside:
-        return _write(beside, plan, gains, curve, cmap, damage, without, seconds)
+        return _write(beside, plan, gains, curve, cmap, damage, reach, without, seconds)
+
+
+def _texts(model: Any, plan: Plan, split: Split) -> Texts:
+    return load_texts(plan.text, model, n_docs=plan.n_docs, length=plan.length, split=split)
 
 
 def refitted_cuts(model: Any, calibration: torch.Tensor, plan: Plan) -> tuple[dict[str, Cut], str]:
@@ -254,6 +289,7 @@ def _write(
     curve: SurgeryCurve,
     cmap: CoordinateMap,
     damage: Damage | None,
+    reach: Reach,
     without: str,
     seconds: float,
 ) -> dict[str, Any]:
@@ -262,7 +298,7 @@ def _write(
     cmap.save(folder / "map.safetensors")
     claims = all_claims(curve, cmap)
     similarity = similarity_table(gains, seed=plan.seed)
-    figures = draw_figures(folder, gains, curve, cmap, plan.score, damage)
+    figures = draw_figures(folder, gains, curve, cmap, plan.score, damage, reach)
     facts: dict[str, Any] = {
         "kind": KIND,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -275,6 +311,7 @@ def _write(
         "intact_loss": float(curve.baseline.mean()),
         "surgery": curve.table(),
         "damage": None if damage is None else damage.to_json(),
+        "reach": reach.to_json(),
         "map": cmap.to_json(),
         "similarity": similarity,
         "cut": _cut_facts(plan, gains),
@@ -290,7 +327,8 @@ def _write(
         calibration=f"{plan.text}, {gains.n_documents} documents, {gains.n_tokens} tokens",
         validation=f"{plan.text}, {curve.n_documents} documents, {curve.n_tokens} tokens",
         claims=claims,
-        sections=all_sections(curve, cmap, similarity, figures, plan.score, without, damage),
+        lead=lead_figure(reach, figures),
+        sections=all_sections(curve, cmap, similarity, figures, plan.score, without, damage, reach),
         command=plan.command(),
         provenance=[
             ("made", facts["made"]),

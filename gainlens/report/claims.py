@@ -34,10 +34,18 @@ class Claim:
     control: str
     anchor: str
 
+    @property
+    def where(self) -> str:
+        """The texts and the context that it was judged on; empty if it names neither."""
+        verdict = self.verdict
+        parts = [", ".join(verdict.domain), str(verdict.context or "")]
+        return ": ".join(part for part in parts if part)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
             "quote": self.quote,
+            "where": self.where,
             "status": self.verdict.status,
             "number": self.number,
             "control": self.control,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,16 @@ from gainlens.analysis.map.coordinates import CoordinateMap
 from gainlens.analysis.sweep.curve import SurgeryCurve
 from gainlens.plots import coordinate_maps
 from gainlens.plots.basics import plot_gains
-from gainlens.plots.curves import plot_damage, plot_damage_by_layer, plot_surgery
+from gainlens.plots.curves import (
+    plot_change_by_distance,
+    plot_damage,
+    plot_damage_by_layer,
+    plot_rise_by_position,
+    plot_surgery,
+)
 from gainlens.probes.gains import KeyGains
 from gainlens.report.claims import FLAT_MARGIN
+from gainlens.report.reach import Reach
 
 SIZE = (4.8, 3.8)
 """Inches; small enough that the text is readable on a phone."""
@@ -56,6 +64,7 @@ def draw_figures(
     cmap: CoordinateMap,
     score: str,
     damage: Damage | None = None,
+    reach: Reach | None = None,
 ) -> dict[str, Path]:
     """Write every figure as a PNG file; returns the paths by name."""
     from matplotlib.figure import Figure
@@ -76,6 +85,8 @@ def draw_figures(
         drawings["damage_by_head"] = lambda ax: plot_damage(
             damage.by_head, ax, title.format("key head")
         )
+    if reach is not None and reach.by_distance is not None:
+        drawings["change_by_distance"] = partial(plot_change_by_distance, reach.by_distance)
     if cmap.sinks is not None and len(cmap.sinks.layers):
         drawings["sinks"] = lambda ax: coordinate_maps.plot_sinks(cmap, ax)
     if cmap.sharing_cost is not None:
@@ -88,4 +99,15 @@ def draw_figures(
         draw(figure.subplots())
         paths[name] = folder / f"{name}.png"
         figure.savefig(paths[name], dpi=DPI)
+    if reach is not None and reach.by_position:
+        n = len(reach.by_position)
+        figure = Figure(figsize=(SIZE[0] + 3.4 * (n - 1), SIZE[1]), layout="constrained")
+        panels = figure.subplots(1, n, sharey=True, squeeze=False)[0]
+        for panel, (name, rise) in zip(panels, reach.by_position.items(), strict=True):
+            plot_rise_by_position(rise, panel)
+            panel.axhline(FLAT_MARGIN, color="0.4", linewidth=1, linestyle="--")
+            panel.set_title(name, fontsize=9)
+            panel.label_outer()
+        paths["rise_by_position"] = folder / "rise_by_position.png"
+        figure.savefig(paths["rise_by_position"], dpi=DPI)
     return paths

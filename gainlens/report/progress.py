@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
+from gainlens.analysis.tasks import TASKS
+from gainlens.data.loading import text_names
+
 if TYPE_CHECKING:
     from gainlens.report.build import Plan
 
@@ -35,8 +38,21 @@ def stage_costs(plan: Plan, shape: tuple[int, int, int]) -> dict[str, float]:
         "surgery": (len(plan.all_fractions) * (2 + len(plan.seeds)) + 1 + given) * text,
         # A single place is run from its layer on, which is half of the model on average.
         "damage": layers * (1 + heads) * damage / 2,
+        "reach": _reach_cost(plan, given + 1),
         "map": evidence * (35 + 6 * bisections) + damage * d_head / 2,
     }
+
+
+def _reach_cost(plan: Plan, n_cuts: int) -> float:
+    """Of the stage after the sweep; tokens that pass through the model."""
+    n_texts = len(text_names(plan.text))
+    position = (1 + n_cuts) * n_texts * plan.long_docs * plan.context
+    across = 0.0
+    if n_texts > 1 and plan.across_docs:
+        fit = 5 * plan.n_docs * plan.length
+        across = n_texts * (fit + (1 + n_texts) * plan.across_docs * plan.length)
+    prompts = plan.task_prompts if plan.task_prompts > 1 else 0
+    return position + across + 2 * len(TASKS) * prompts * plan.task_length
 
 
 class Stages:

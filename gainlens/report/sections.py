@@ -13,12 +13,14 @@ from gainlens.analysis.sweep.curve import SurgeryCurve
 from gainlens.report.claims import FLAT_MARGIN, FUNCTIONAL_MARGIN
 from gainlens.report.figures import DAMAGE_FRACTION, Damage
 from gainlens.report.page import PageFigure, PageTable, Section
+from gainlens.report.reach import Reach
 from gainlens.report.sections_map import (
     map_section,
     red_line_section,
     sharing_cost_section,
     sinks_section,
 )
+from gainlens.report.sections_reach import reach_sections
 
 
 def all_sections(
@@ -29,9 +31,12 @@ def all_sections(
     score: str,
     without: str = "",
     damage: Damage | None = None,
+    reach: Reach | None = None,
 ) -> list[Section]:
     """All sections below the claims, in order."""
     sections = [surgery_section(curve, figures["surgery_impact"], score, without)]
+    if reach is not None:
+        sections += reach_sections(reach, figures)
     if damage is not None:
         sections.append(damage_section(damage, curve, figures, score))
     sections.append(map_section(cmap, similarity, figures))

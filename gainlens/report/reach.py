@@ -1,0 +1,198 @@
+"""Where a cut hurts: by position, distance, text and task, and the controls of the key claim."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gainlens.ablation import Cut, KeyMask, best_cut
+from gainlens.analysis.damage_by_distance import DistanceChange, change_by_distance
+from gainlens.analysis.damage_by_position import PositionRise, rise_by_position
+from gainlens.analysis.effective_rank import EffectiveRank, effective_rank
+from gainlens.analysis.side_controls import SideControls, side_controls
+from gainlens.analysis.sweep.evaluator import Evaluator
+from gainlens.analysis.task_scores import TaskScores, score_tasks
+from gainlens.analysis.tasks import TASKS
+from gainlens.data.loading import load_texts, text_names
+from gainlens.data.sources import shown_name
+from gainlens.data.texts import Texts
+from gainlens.errors import InputError, UnsupportedModelError
+from gainlens.model.context import context_of
+from gainlens.probes import KeyGains
+from gainlens.stats.intervals import bootstrap_interval
+
+if TYPE_CHECKING:
+    from gainlens.report.build import Plan
+
+SHORTEST = 64
+"""Tokens of a long document, at least: on shorter ones there is no position to speak of."""
+FRACTION = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """What is measured besides the sweep; parts that were skipped are empty or None.
+
+    Attributes:
+        by_position: rise of the loss by position, per text.
+        by_distance: change of attention by distance between query and key.
+        across: the best cut chosen on one text and judged on another, a row per pair of texts.
+        tasks: scores on tasks.
+        controls: the query side, the values and the complement.
+        ranks: effective rank of queries and keys.
+        skipped: why a part is missing, in words.
+    """
+
+    by_position: Mapping[str, PositionRise]
+    by_distance: DistanceChange | None = None
+    across: Sequence[Mapping[str, Any]] = ()
+    tasks: TaskScores | None = None
+    controls: SideControls | None = None
+    ranks: EffectiveRank | None = None
+    skipped: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "by_position": {name: rise.to_json() for name, rise in self.by_position.items()},
+            "by_distance": None if self.by_distance is None else self.by_distance.to_json(),
+            "across_texts": [dict(row) for row in self.across],
+            "tasks": None if self.tasks is None else self.tasks.to_json(),
+            "controls": None if self.controls is None else self.controls.table(),
+            "effective_rank": None if self.ranks is None else self.ranks.summary(),
+            "skipped": list(self.skipped),
+        }
+
+
+def measure_reach(
+    evaluator: Evaluator,
+    plan: Plan,
+    gains: KeyGains,
+    cuts: Mapping[str, Cut],
+    texts: tuple[Texts, Texts],
+) -> Reach:
+    """Everything in ``Reach`` that the plan asks for.
+
+    Args:
+        evaluator: of the model.
+        plan: the settings of the report.
+        gains: of the calibration text.
+        cuts: by name; the first is the best, which the tasks score.
+        texts: short documents for calibration and for validation.
+    """
+    model, (calibration, validation) = evaluator.model, texts
+    skipped: list[str] = []
+    long = dict(long_texts(model, plan, skipped))
+    by_position = {
+        name: rise_by_position(model, text, cuts, buckets=plan.buckets, evaluator=evaluator)
+        for name, text in long.items()
+    }
+    by_distance = controls = ranks = None
+    if long:
+        first = [text[0] for text in long.values()]
+        try:
+            by_distance = change_by_distance(model, first, cuts, evaluator=evaluator)
+        except UnsupportedModelError as error:
+            skipped.append(f"change of attention by distance: {error}")
+    if plan.damage_docs:
+        some = list(validation[: plan.damage_docs])
+        mask = KeyMask.quietest(gains, FRACTION, plan.score)
+        controls = side_controls(model, some, gains, mask, seeds=plan.seeds[:1])
+        ranks = effective_rank(model, list(calibration[: plan.damage_docs]))
+    return Reach(
+        by_position,
+        by_distance,
+        across_texts(evaluator, plan, skipped),
+        tasks_of(evaluator, plan, cuts, skipped),
+        controls,
+        ranks,
+        tuple(skipped),
+    )
+
+
+def long_texts(model: Any, plan: Plan, skipped: list[str]) -> Iterator[tuple[str, Texts]]:
+    """Long validation documents of each text: as long as the text has enough of them."""
+    if plan.long_docs < 1:
+        return
+    longest = min(plan.context, context_of(model) or plan.context)
+    for source in text_names(plan.text):
+        length, why = longest, f"context={plan.context} is below {SHORTEST} tokens"
+        while length >= SHORTEST:
+            try:
+                found = load_texts(
+                    source, model, n_docs=plan.long_docs, length=length, split="validation"
+                )
+                yield shown_name(source), found
+                break
+            except InputError as error:
+                length, why = length // 2, str(error)
+        else:
+            skipped.append(f"rise by position on {shown_name(source)}: {why}")
+
+
+def across_texts(evaluator: Evaluator, plan: Plan, skipped: list[str]) -> list[dict[str, Any]]:
+    """The best cut at 0.5 chosen on each text, judged on every text; empty with one text."""
+    names = [shown_name(source) for source in text_names(plan.text)]
+    if len(names) < 2 or plan.across_docs < 1:
+        return []
+    model, rows = evaluator.model, []
+    judges = {}
+    for name in names:
+        found = load_texts(
+            name, model, n_docs=plan.across_docs, length=plan.length, split="validation"
+        )
+        judges[name] = evaluator.on(list(found))
+    for chosen in names:
+        try:
+            text = load_texts(
+                chosen, model, n_docs=plan.n_docs, length=plan.length, split="calibration"
+            )
+        except InputError as error:
+            skipped.append(f"a cut chosen on {chosen} alone: {error}")
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the main cut has said it
+            cut = best_cut(model, text, FRACTION, rounds=plan.refit_rounds)
+        for judged, losses in judges.items():
+            rise = losses.losses(cut) - losses.intact
+            low, high = bootstrap_interval(rise)
+            rows.append(
+                {
+                    "chosen_on": chosen,
+                    "judged_on": judged,
+                    "rise": float(rise.mean()),
+                    "interval": [low, high],
+                    "n_documents": len(rise),
+                }
+            )
+    return rows
+
+
+def tasks_of(
+    evaluator: Evaluator, plan: Plan, cuts: Mapping[str, Cut], skipped: list[str]
+) -> TaskScores | None:
+    """Scores of the intact model and of the first cut on tasks."""
+    if plan.task_prompts < 2:
+        return None
+    model = evaluator.model
+    length = min(plan.task_length, context_of(model) or plan.task_length)
+    fitting = []
+    for name, task in TASKS.items():
+        try:
+            task.make(model.tokenizer, length, plan.task_prompts, plan.seed)
+            fitting.append(name)
+        except InputError as error:
+            skipped.append(f"task {name}: {error}")
+    if not fitting:
+        return None
+    return score_tasks(
+        model,
+        dict(list(cuts.items())[:1]),
+        tasks=fitting,
+        lengths=(length,),
+        n=plan.task_prompts,
+        seed=plan.seed,
+        evaluator=evaluator,
+    )
