@@ -1,145 +1,253 @@
-"""What half of SmolLM2's keys cost: per layer by refit, and in one universal set of rotary slots.
+"""What a cut of SmolLM2's keys costs by domain and position: untrained, and healed.
 
-    python benchmarks/slots.py [--speeches 12] [--files 12] [--length 512]
+    python benchmarks/slots.py --run universal-50 [--steps 200] [--out FILE]
 
-Both cuts are ``gainlens.best_cut``: ranked by ``fisher``, fitted to the intact attention logits on
-calibration speeches and source files, without training. Validation speeches that chose nothing
-judge them, short ones and long ones by position.
+The cut is ``gainlens.best_cut``: ranked by ``fisher``, fitted to the intact attention logits on
+calibration speeches and source files of mixed lengths. With ``--steps`` it is then healed on
+training speeches and source files of mixed lengths. Validation documents that chose and trained
+nothing judge both: speeches, source files, and documentation, from which nothing was learned;
+short documents of each, and long ones of the first two by position.
+
+Gains, cuts and checkpoints stay in ``--cache``; a run that is killed goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
+from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
 
 import gainlens as gl
-from gainlens.ablation import Cut, fit_slots
-from gainlens.ablation.recipe import ranking
-from gainlens.analysis.sweep.evaluator import Evaluator
+from gainlens.ablation.recipe import ranking_gains
+from gainlens.analysis.damage_by_position import position_rise
 from gainlens.data.document_identity import text_fingerprint
+from gainlens.data.texts import Texts
 from gainlens.environment import environment
-from gainlens.files import write_json
+from gainlens.files import read_json, write_json
+from gainlens.model.loading import load_hf
+from gainlens.model.zoo.cache import cache_root
+from gainlens.stats.loss_rise import rise_verdicts
+from gainlens.stats.verdicts import MARGIN
+from gainlens.training import train_virtual_width
+from gainlens.training.student import Student
 
-BUCKETS = (0, 64, 256, 512, 1024, 2048)
+RUNS = {
+    "layer-50": ("layer", 0.5),
+    "universal-50": ("universal", 0.5),
+    "layer-75": ("layer", 0.75),
+    "universal-75": ("universal", 0.75),
+}
+SEEN, UNSEEN = "sotu,stdlib", "pydoc"
+LENGTHS = (2048, 1024, 512, 256)
+BUCKETS = (0, 64, 256, 512, 1024)
 
 
 def main() -> None:
-    """Measure and write."""
+    """Cut, judge, heal, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", choices=RUNS, default="universal-50")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--fraction", type=float, default=0.5)
-    parser.add_argument("--speeches", type=int, default=12, help="calibration speeches")
-    parser.add_argument("--files", type=int, default=12, help="calibration source files")
-    parser.add_argument("--length", type=int, default=512, help="tokens of each")
-    parser.add_argument("--stride", type=int, help="every how many positions a query is fitted")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--judge", type=int, default=8, help="validation speeches of 256 tokens")
-    parser.add_argument(
-        "--judge-long", type=int, default=4, help="validation speeches of --context"
-    )
-    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--calibration", type=int, default=32, help="documents, of both texts")
+    parser.add_argument("--rounds", type=int, default=2, help="of the fit, at most")
+    parser.add_argument("--steps", type=int, default=0, help="of healing; 0: none")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--train", default="q,k,v,o")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--other-lr", type=float, default=3e-4)
+    parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--judge", type=int, default=100, help="short documents of each text")
+    parser.add_argument("--long", type=int, default=8, help="documents of 2,048 tokens of each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", type=Path, help="folder that keeps gains and cuts")
-    parser.add_argument("--out", required=True, help="the JSON file to write")
+    parser.add_argument("--cache", type=Path, default=cache_root() / "slots")
+    parser.add_argument("--out", default="", help="default: docs/results/slots_RUN.json")
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
+    scope, fraction = RUNS[args.run]
     started = time.time()
+    args.cache.mkdir(parents=True, exist_ok=True)
 
-    def said(text: str) -> None:
+    def said(text: object) -> None:
         print(f"{time.time() - started:6.0f} s  {text}", flush=True)
 
-    model = gl.load_model(args.model)
-    texts = [
-        gl.load_tokens(source, model, n_docs=n, length=args.length, split="calibration")
-        for source, n in (("sotu", args.speeches), ("stdlib", args.files))
-        if n
-    ]
-    calibration = [row for text in texts for row in text]
-    kept = args.cache
-    if kept is not None and (kept / "gains.safetensors").exists():
-        gains = gl.KeyGains.load(kept / "gains.safetensors")
+    bridge = gl.load_model(args.model)
+    calibration = gl.load_tokens(SEEN, bridge, n_docs=args.calibration, length=LENGTHS)
+    cut, seconds = cut_of(args, bridge, calibration, scope, fraction)
+    said(f"{cut!r} in {seconds:.0f} s")
+    short, long = judges(args, bridge)
+    training = gl.load_tokens(
+        SEEN, bridge, n_docs="all", length=LENGTHS, split="training", windows="all"
+    )
+    tokenizer = bridge.tokenizer
+    del bridge
+    model = load_hf(args.model)
+    model.tokenizer = tokenizer
+    known = args.cache / f"{args.run}_{cut.digest()[:12]}_{args.judge}_{args.long}.json"
+    if known.exists():
+        untrained = read_json(known)
     else:
-        gains = gl.probe_gains(
-            model, ranking(calibration), scores=("fisher",), tokens_per_batch=512, progress=False
-        )
-        if kept is not None:
-            gains.save(kept / "gains.safetensors")
-    said("gains")
-    judges = {
-        "short": gl.load_tokens("sotu", model, n_docs=args.judge, length=256, split="validation"),
-        "long": gl.load_tokens(
-            "sotu", model, n_docs=args.judge_long, length=args.context, split="validation"
-        ),
-    }
-    evaluator = Evaluator(model)
-    intact = {name: evaluator.tokens(text).double() for name, text in judges.items()}
-    said("intact")
-    rows = []
-    for name in ("layer", "universal"):
-        cut = _cut(model, calibration, gains, name, args)
-        said(f"{name} fitted: {cut.facts}")
-        if kept is not None:
-            cut.save(kept / f"{name}.safetensors")
-        row = {"cut": name, "kind": cut.kind, "fit": _plain(cut.facts)}
-        for text, tokens in judges.items():
-            rise = evaluator.tokens(tokens, cut).double() - intact[text]
-            row[text] = _summary(rise)
-            if text == "long":
-                row["by_position"] = _by_position(rise)
-        rows.append(row)
-        said(f"{name}: {[row[n] for n in ('short', 'long', 'by_position')]}")
+        student = Student(model, gl.SlicePlan.from_cut(cut))
+        untrained = judged(student, short, long, fraction, trained=False)
+        write_json(known, untrained)
+        del student
+    said(summary(untrained))
+    healed = None
+    if args.steps:
+        run = train_virtual_width(
+            model,
+            cut,
+            training,
+            steps=args.steps,
+            monitor=gl.load_tokens(
+                SEEN, tokenizer, n_docs=args.calibration + 16, length=256
+            )[args.calibration :],
+            checkpoint=args.cache / f"{args.run}_{args.steps}x{args.batch}_{args.seed}.safetensors",
+            batch=args.batch,
+            train=tuple(args.train.split(",")),
+            lr=args.lr,
+            other_lr=args.other_lr,
+            precision=args.precision,
+            check_every=50,
+            seed=args.seed,
+        )  # fmt: skip
+        for text in (short, long):
+            run.check_apart(text)
+        healed = judged(run.student, short, long, fraction, trained=True)
+        healed |= {
+            "curve": [
+                {**row, "loss": None if row["loss"] is None else round(row["loss"], 5)}
+                for row in run.curve
+            ],
+            "facts": run.facts,
+        }
+        said(summary(healed))
     write_json(
-        args.out,
+        args.out or f"docs/results/slots_{args.run}.json",
         {
-            "what": "rise of the validation loss in nats per token, no training",
+            "what": "rise of the validation loss in nats per token, paired by document",
+            "run": args.run,
             "model": args.model,
-            "fraction": args.fraction,
+            "scope": scope,
+            "fraction": fraction,
+            "kind": cut.kind,
+            "fit": {**plain(cut.facts), "seconds": seconds},
             "text": {
-                "calibration": {"sotu": args.speeches, "stdlib": args.files},
-                "length": args.length,
-                "calibration_sha256": text_fingerprint(calibration),
-                "validation": {"sotu, 256": args.judge, f"sotu, {args.context}": args.judge_long},
-                "validation_sha256": {n: text_fingerprint(t) for n, t in judges.items()},
+                "calibration": described(calibration),
+                "training": described(training) if args.steps else None,
+                "short": described(short),
+                "long": described(long),
             },
-            "context": args.context,
             "seed": args.seed,
-            "intact_loss": {name: float(loss.mean()) for name, loss in intact.items()},
-            "cuts": rows,
-            "seconds": time.time() - started,
+            "untrained": untrained,
+            "healed": healed,
             **environment(),
         },
     )
 
 
-def _cut(model, calibration, gains, scope: str, args) -> Cut:
-    if scope == "universal":
-        return fit_slots(
-            model, calibration, gains, args.fraction, scope, rounds=args.rounds,
-            stride=args.stride, progress=False,
-        )  # fmt: skip
-    mask = gl.KeyMask.quietest(gains, args.fraction, "fisher", scope)
-    return gl.ablation.refit(
-        model, calibration, mask, rounds=args.rounds, stride=args.stride, progress=False
+def cut_of(args, model, calibration, scope: str, fraction: float):
+    """The cut, from the cache or made, and how long it took to make."""
+    gains_file = args.cache / f"gains_{args.calibration}.safetensors"
+    file = args.cache / f"{args.run}_{args.calibration}_{args.rounds}.safetensors"
+    if file.exists():
+        cut = gl.load_cut(file)
+        return cut, float((file.with_suffix(".seconds")).read_text())
+    begun = time.time()
+    if gains_file.exists():
+        gains = gl.KeyGains.load(gains_file)
+        took = float(gains_file.with_suffix(".seconds").read_text())
+    else:
+        gains = ranking_gains(model, calibration)
+        took = time.time() - begun
+        gains_file.with_suffix(".seconds").write_text(str(took))
+        gains.save(gains_file)
+    begun = time.time()
+    cut = gl.best_cut(model, calibration, fraction, scope, gains=gains, rounds=args.rounds)
+    took += time.time() - begun
+    file.with_suffix(".seconds").write_text(str(took))
+    cut.save(file)
+    return cut, took
+
+
+def judges(args, model) -> tuple[Texts, Texts]:
+    """Short documents of three texts, and long ones of the two that were learned from."""
+    parts = []
+    for name in (*SEEN.split(","), UNSEEN):
+        every = gl.load_tokens(name, model, n_docs="all", length=256, split="validation")
+        parts.append((name, list(every[: args.judge])))
+    long = gl.load_tokens(SEEN, model, n_docs=2 * args.long, length=[2048], split="validation")
+    return texts_of(parts), long
+
+
+def texts_of(parts: list[tuple[str, list]]) -> Texts:
+    """Rows of several texts, each a document of its own."""
+    rows = [(row, name) for name, some in parts for row in some]
+    return Texts(
+        tuple(row for row, _ in rows), tuple(name for _, name in rows), tuple(range(len(rows)))
     )
 
 
-def _plain(facts: dict) -> dict:
+def judged(student: Student, short: Texts, long: Texts, fraction: float, *, trained: bool) -> dict:
+    """Verdicts by text at 256 tokens, and the rise by position on long documents by text."""
+    rise = np.concatenate(
+        [
+            student.losses(batch) - student.losses(batch, intact=True)
+            for batch in student.batches(short)
+        ]
+    )
+    verdicts = rise_verdicts(
+        rise, fraction, MARGIN, trained=trained, domains=short.domains, lengths=short.lengths
+    )
+    by_position = {}
+    for name in long.names:
+        text = long.of(name)
+        found = position_rise(
+            [row[None] for row in text],
+            {args_name(trained): (fraction, student.token_losses)},
+            partial(student.token_losses, intact=True),
+            buckets=BUCKETS,
+            text=text_fingerprint(list(text)),
+            progress=False,
+        )
+        by_position[name] = found.to_json()
+    return {
+        "verdicts": {name: verdict.to_json() for name, verdict in verdicts.items()},
+        "rises": [round(float(r), 6) for r in rise],
+        "by_position": by_position,
+    }
+
+
+def args_name(trained: bool) -> str:
+    """Of the model that is judged."""
+    return "healed" if trained else "untrained"
+
+
+def summary(row: dict) -> str:
+    """One line to watch."""
+    short = {name: round(v["estimate"], 4) for name, v in row["verdicts"].items()}
+    far = {
+        name: [round(r["rise"], 3) for r in found["rows"]]
+        for name, found in row["by_position"].items()
+    }
+    return f"{short} {far}"
+
+
+def described(text) -> dict:
+    """Names, sizes and fingerprint of a text."""
+    return {
+        "texts": list(text.names),
+        "documents": len(set(text.groups)),
+        "rows": len(text),
+        "lengths": sorted(set(text.lengths)),
+        "tokens": sum(text.lengths),
+        "sha256": text_fingerprint(list(text)),
+    }
+
+
+def plain(facts: dict) -> dict:
+    """Facts of a fit without the identities of its documents."""
     return {k: v for k, v in facts.items() if k not in ("fingerprint", "text", "documents")}
-
-
-def _summary(rise: torch.Tensor) -> dict:
-    by_document = rise.mean(1)
-    error = float(by_document.std() / len(by_document) ** 0.5) if len(by_document) > 1 else None
-    return {"rise": float(by_document.mean()), "standard_error": error}
-
-
-def _by_position(rise: torch.Tensor) -> dict:
-    spans = itertools.pairwise(BUCKETS)
-    return {f"{a}-{b}": float(rise[:, a:b].mean()) for a, b in spans if a < rise.shape[1]}
 
 
 if __name__ == "__main__":
