@@ -9,7 +9,6 @@ a gradient of the model's loss.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -45,24 +44,15 @@ def fit_in_passes(
     for number in range(2, settings.passes + 1):
         hooks = cut_of(found).hooks(model)
         with record_attention(model, documents, stride, hooks, record.attention) as given:
+            # From the start again: maps that have seen all text can't be compared on half of it.
             found = fit_heads(
                 record,
                 keep,
                 frequencies,
-                partial(_maps_of, found, keep),
+                start,
                 settings,
                 progress,
                 f"{name}, pass {number}",
                 given,
             )
     return found
-
-
-def _maps_of(
-    found: Fitted, keep: Bool[torch.Tensor, "layer kv_head d_head"], layer: int, head: int
-) -> Maps:
-    """What a head has found so far."""
-    group = found.queries.shape[1] // found.keys.shape[1]
-    kept = keep[layer, head]
-    queries = found.queries[layer, head * group : (head + 1) * group]
-    return queries[:, kept].clone(), found.keys[layer, head][kept].clone()

@@ -1,4 +1,4 @@
-"""Where a cut hurts, on the page: by position and distance, across texts, on tasks, with controls."""
+"""Where a cut hurts, on the page: position, distance, texts, tasks, controls."""
 
 from __future__ import annotations
 
