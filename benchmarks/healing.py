@@ -23,7 +23,7 @@ import torch
 import gainlens as gl
 from gainlens.data.document_identity import text_fingerprint
 from gainlens.environment import environment
-from gainlens.files import write_json
+from gainlens.files import read_json, write_json
 from gainlens.model.loading import load_hf
 from gainlens.model.zoo.cache import cache_root
 from gainlens.stats.loss_rise import rise_verdict
@@ -58,7 +58,13 @@ def main() -> None:
     parser.add_argument("--check-every", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="")
+    parser.add_argument(
+        "--again", action="store_true", help="judge the recorded rises by today's rule; no model"
+    )
     args = parser.parse_args()
+    if args.again:
+        judge_again(args.out or f"docs/results/healing_{args.run}.json")
+        return
     scope, fraction = RUNS[args.run]
     cache = cache_root() / "healing"
     cut, texts = prepare(args.model, scope, fraction, args.length, cache)
@@ -130,6 +136,21 @@ def main() -> None:
             **environment(),
         },
     )
+
+
+def judge_again(path: str) -> None:
+    """Replace the verdict of a record by that of the present rule on the same documents."""
+    record = read_json(path)
+    text, rises = record["text"], np.array(record["rises"])
+    verdict = rise_verdict(
+        rises,
+        record["fraction_cut"],
+        MARGIN,
+        domains=[text["source"]] * len(rises),
+        lengths=[text["length"]] * len(rises),
+    )
+    print(f"{path}: {record['verdict']['status']} -> {verdict!r}")
+    write_json(path, {**record, "verdict": verdict.to_json(), "judged_again": True})
 
 
 def prepare(model_name: str, scope: str, fraction: float, length: int, cache):

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from gainlens.ablation.cut import Cut
 from gainlens.analysis.sweep.evaluator import Evaluator, evaluator_of
+from gainlens.analysis.sweep.judging_text import check_judge
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError
 
@@ -40,13 +41,14 @@ def damage_by_head(
         progress: show a progress bar.
 
     Raises:
-        InputError: an unknown ``by``, or a cut that does not fit the model.
+        InputError: an unknown ``by``, a cut that does not fit the model, or text that chose it.
     """
     if by not in PLACES:
         raise InputError(f"by={by!r} is not one of {', '.join(PLACES)}")
     evaluator = evaluator_of(model, evaluator)
     cut.check(evaluator.sites)
     text = evaluator.on(tokens, tokens_per_batch)
+    check_judge(text.documents, None, [cut], getattr(evaluator.model, "tokenizer", None))
     layers, heads, _ = cut.shape
     parts = heads if by == "head" else 1
     total = np.zeros((layers, parts))

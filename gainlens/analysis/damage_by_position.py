@@ -75,6 +75,14 @@ class PositionRise:
             f"{len(set(self.groups))} documents)"
         )
 
+    def lines(self) -> list[str]:
+        """One line per cut: the rise in every bucket, in nats per token."""
+        found: dict[str, list[str]] = {name: [] for name in self.cuts}
+        for row in self.table():
+            place = f"{row['first']:,}–{row['last']:,}"
+            found[row["cut"]].append(f"{place} {row['rise']:+.4f}")
+        return [f"{name}: {', '.join(said)} nats" for name, said in found.items()]
+
     @property
     def context(self) -> Context:
         """Positions and distances that the text has."""

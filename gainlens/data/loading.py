@@ -36,6 +36,7 @@ def load_tokens(
     *,
     n_docs: int | Literal["all"] = 32,
     length: Length = 256,
+    longest: int | None = None,
     split: Split = "calibration",
     windows: int | Literal["all"] = 1,
     separator: str | None = None,
@@ -61,7 +62,8 @@ def load_tokens(
         length: tokens per row, at least 2. With several lengths, the documents are spread evenly
             over them, and each gets the longest that it fills. ``"mixed"`` means the model's
             context, a quarter of it, and so on down to 128; a text with too few long documents
-            gives shorter rows.
+            gives shorter rows. With ``n_docs="all"``, documents take the lengths in turn.
+        longest: with ``length="mixed"``, the longest rows, where the model's context is longer.
         split: ``"calibration"`` (25% of documents), ``"training"`` (35%), ``"validation"`` (40%).
         windows: rows per document, consecutive from its start. With a number, documents too short
             for that many rows are skipped, so ``tokens.view(n_docs, windows, length)`` recovers
@@ -81,7 +83,7 @@ def load_tokens(
             qualify; the message says how many do.
     """
     found = load_texts(
-        source, model, n_docs=n_docs, length=length, split=split, windows=windows,
+        source, model, n_docs=n_docs, length=length, longest=longest, split=split, windows=windows,
         separator=separator, field=field,
     )  # fmt: skip
     several = len(text_names(source)) > 1 or not _is_count(length, 2)
@@ -94,6 +96,7 @@ def load_texts(
     *,
     n_docs: int | Literal["all"] = 32,
     length: Length = 256,
+    longest: int | None = None,
     split: Split = "calibration",
     windows: int | Literal["all"] = 1,
     separator: str | None = None,
@@ -106,7 +109,7 @@ def load_texts(
     tokenizer = _tokenizer_of(model)
     context = _context_of(model)
     _check(n_docs, length, split, windows, context)
-    lengths = _lengths(length, context)
+    lengths = _lengths(length, context, longest)
     names = text_names(source)
     columns = []
     for number, name in enumerate(names):
@@ -152,6 +155,14 @@ class _Wanted:
         """Maximum number of tokens used per document, None without a limit."""
         return None if self.windows == "all" else self.windows * max(self.lengths)
 
+    def order(self, number: int) -> list[int]:
+        """The lengths that document ``number`` may get, the first that it fills."""
+        longest_first = sorted(self.lengths, reverse=True)
+        if self.n_docs != "all":
+            return longest_first
+        first = number % len(longest_first)
+        return [*longest_first[first:], *reversed(longest_first[:first])]
+
     def quotas(self) -> dict[int, float]:
         """Number of documents per length, longest first."""
         longest_first = sorted(self.lengths, reverse=True)
@@ -182,7 +193,7 @@ def _of_one(
 
     with tqdm(total=total, desc=f"{name}: tokens", unit="doc", delay=2) as bar:
         for ids in _encoded(chosen, tokenizer, most):
-            fits = next((n for n, left in quotas.items() if left and cut(ids, n)), None)
+            fits = next((n for n in want.order(len(kept)) if quotas[n] and cut(ids, n)), None)
             if fits is None:
                 if want.patient and cut(ids, min(quotas)):
                     spare.append(ids)
@@ -220,14 +231,19 @@ def text_names(source: Source) -> list[Source]:
     return names
 
 
-def _lengths(length: Length, context: int | None) -> tuple[int, ...]:
+def _lengths(length: Length, context: int | None, longest: int | None) -> tuple[int, ...]:
+    if longest is not None and (length != "mixed" or not _is_count(longest, 2)):
+        raise InputError(
+            f"longest={longest!r} with length={length!r}; expected a whole number of at least 2 "
+            "with length='mixed'"
+        )
     if isinstance(length, int):
         return (length,)
     if length != "mixed":
         return tuple(dict.fromkeys(int(n) for n in length))
-    if context is None:
+    if context is None and longest is None:
         raise InputError("length='mixed' needs a model with a known context; give the lengths")
-    found = [context]
+    found = [min(n for n in (context, longest) if n is not None)]
     while found[-1] // 4 >= SHORTEST:
         found.append(found[-1] // 4)
     return tuple(found)

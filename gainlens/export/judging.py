@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from gainlens.analysis.damage_by_position import PositionRise, position_rise
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, as_documents, batches
+from gainlens.data.document_identity import text_fingerprint
 from gainlens.data.texts import domains_of, groups_for
 from gainlens.errors import InputError
 from gainlens.export.modeling import plan_of
@@ -34,14 +37,11 @@ def document_losses(model: Any, tokens: Tokens) -> Float[np.ndarray, " document"
     Raises:
         InputError: as for ``gainlens.data.batches``; a loss that is not finite.
     """
-    device = model_device(model)
-    head = family_head(model)
     vocabulary = int(model.config.get_text_config().vocab_size)
-    parts = []
-    for documents in batches(tokens, vocabulary, TOKENS_PER_BATCH):
-        batch = documents.to(device)
-        hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
-        parts.append(cross_entropy(head, hidden, batch).double().mean(1))
+    parts = [
+        token_losses(model, documents).double().mean(1)
+        for documents in batches(tokens, vocabulary, TOKENS_PER_BATCH)
+    ]
     losses: Float[np.ndarray, " document"] = torch.cat(parts).numpy()
     if not np.isfinite(losses).all():
         first = int(np.flatnonzero(~np.isfinite(losses))[0])
@@ -50,6 +50,43 @@ def document_losses(model: Any, tokens: Tokens) -> Float[np.ndarray, " document"
             "or infinity"
         )
     return losses
+
+
+@torch.inference_mode()
+def token_losses(
+    model: Any, tokens: Int[torch.Tensor, "document pos"]
+) -> Float[torch.Tensor, "document next_pos"]:
+    """Next-token loss at each position, nats, on the CPU.
+
+    Args:
+        model: a transformers model, slim or not.
+        tokens: documents of one length.
+    """
+    batch = tokens.to(model_device(model))
+    hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+    return cross_entropy(family_head(model), hidden, batch).cpu()
+
+
+def slim_rise_by_position(
+    slim: Any, intact: Any, tokens: Tokens, *, groups: Sequence[int] | None = None
+) -> PositionRise:
+    """Rise of the loss of a slim model by position in the text.
+
+    Args:
+        slim, intact, tokens, groups: as for ``judge_slim``.
+
+    Raises:
+        InputError: a loss that is not finite.
+    """
+    documents = _read(slim, tokens)
+    return position_rise(
+        list(batches(documents, int(slim.config.get_text_config().vocab_size))),
+        {"slim": (_fraction_cut(slim) or 0.0, partial(token_losses, slim))},
+        partial(token_losses, intact),
+        groups=groups_for(tokens, groups, len(documents)),
+        text=text_fingerprint(documents),
+        progress=False,
+    )
 
 
 def judge_slim(

@@ -19,6 +19,11 @@ def context_of(model: Any) -> int | None:
     return None if found is None else int(found)
 
 
+LONGEST = 2048
+"""Default length in tokens of the longest calibration, training and judging documents of the
+command line, if the model's context allows it."""
+
+
 def default_length(model: Any) -> int:
     """``LENGTH`` tokens, or the model's context if it is shorter."""
     return min(LENGTH, context_of(model) or LENGTH)

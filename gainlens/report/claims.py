@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +54,24 @@ class Claim:
         }
 
 
-def surgery_claim(
-    curve: SurgeryCurve, quote: str, fraction: float, margin: float, **choice: Any
+def surgery_claims(
+    curve: SurgeryCurve, claims: Sequence[tuple[str, float, float]], **choice: Any
+) -> list[Claim]:
+    """Claims (quote, fraction, margin) that cutting the fraction costs less than the margin.
+
+    They are judged on the same documents, so they are corrected together.
+    """
+    asked = [(curve.index_of(fraction, **choice), margin) for _, fraction, margin in claims]
+    verdicts = curve.verdicts_together(asked)
+    return [
+        _surgery_claim(curve, quote, fraction, margin, verdict)
+        for (quote, fraction, margin), verdict in zip(claims, verdicts, strict=True)
+    ]
+
+
+def _surgery_claim(
+    curve: SurgeryCurve, quote: str, fraction: float, margin: float, verdict: Verdict
 ) -> Claim:
-    """A claim that cutting ``fraction`` costs less than ``margin`` nats."""
-    verdict = curve.verdict(fraction, margin, **choice)
     low, high = verdict.interval
     moves = "rises" if verdict.estimate >= 0 else "changes"
     number = (
@@ -123,15 +137,8 @@ def sink_claim(cmap: CoordinateMap) -> Claim:
 
 def all_claims(curve: SurgeryCurve, cmap: CoordinateMap, **choice: Any) -> list[Claim]:
     """The four claims in page order."""
-    return [
-        surgery_claim(
-            curve,
-            "half of the key dimensions can be deleted with the loss flat",
-            0.5,
-            FLAT_MARGIN,
-            **choice,
-        ),
-        surgery_claim(curve, "at 80% still highly functional", 0.8, FUNCTIONAL_MARGIN, **choice),
-        cosine_claim(cmap),
-        sink_claim(cmap),
+    asked = [
+        ("half of the key dimensions can be deleted with the loss flat", 0.5, FLAT_MARGIN),
+        ("at 80% still highly functional", 0.8, FUNCTIONAL_MARGIN),
     ]
+    return [*surgery_claims(curve, asked, **choice), cosine_claim(cmap), sink_claim(cmap)]

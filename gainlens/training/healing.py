@@ -26,7 +26,7 @@ from gainlens.export.recipe import refitted, slim_cut
 from gainlens.export.sources import open_source
 from gainlens.files import check_free, check_writable, read_json, write_json
 from gainlens.model import load_model
-from gainlens.model.context import default_length
+from gainlens.model.context import LONGEST
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.loading import load_hf
 from gainlens.plots.training_runs import plot_training
@@ -54,7 +54,7 @@ class Healing:
     Attributes:
         model, text: names as for ``load_model`` and ``load_tokens``.
         n_docs: calibration documents that choose the cut.
-        length: tokens of each document, or ``mixed``; 256 or the model's context by default.
+        length: tokens of each document, or ``mixed``; by default mixed up to ``LONGEST``.
         plan: a plan file, in the place of ``fraction``, ``score`` and ``scope``.
         fraction: share of key dimensions to cut.
         score, scope: as for ``KeyMask.quietest``.
@@ -123,8 +123,8 @@ def heal(healing: Healing, out: str | Path) -> dict[str, Any] | None:
 
     Returns:
         ``run`` (its ``TrainingRun``), ``untrained`` (what the cut cost before, on the monitored
-        and on the validation documents) and ``verdict``; None in all processes but the first,
-        which alone writes.
+        and on the validation documents), ``verdict`` and ``by_position``; None in all processes but
+        the first, which alone writes.
 
     Raises:
         InputError: see ``Healing.check``, ``load_model``, ``load_tokens``,
@@ -171,19 +171,26 @@ def _heal(healing: Healing, out: Path, part: Path, processes: Processes) -> dict
         **asdict(healing.settings),
     )
     verdict = trained.judge(texts["validation"], healing.margin)
+    by_position = trained.rise_by_position(texts["validation"], progress=processes.first)
     if processes.first:
         figure = part / FIGURE
         _draw(trained, before["monitor"], healing.margin, figure)
         facts = {
             "untrained": before,
             "verdict": verdict.to_json(),
+            "by_position": by_position.to_json(),
             "model": healing.model,
             "text": healing.text,
         }
         trained.save(out, tokenizer, facts, {FIGURE: figure})
         shutil.rmtree(part)
     processes.wait()
-    return {"run": trained, "untrained": before, "verdict": verdict}
+    return {
+        "run": trained,
+        "untrained": before,
+        "verdict": verdict,
+        "by_position": by_position,
+    }
 
 
 def _open_part(healing: Healing, out: Path, processes: Processes) -> Path:
@@ -213,10 +220,12 @@ def _flat(healing: Healing) -> dict[str, Any]:
 
 def _texts(healing: Healing, model: Any) -> dict[str, Texts]:
     """Four texts that share no document."""
-    length = default_length(model) if healing.length is None else healing.length
+    lengths: dict[str, Any] = {"length": healing.length}
+    if healing.length is None:
+        lengths = {"length": "mixed", "longest": LONGEST}
 
     def documents(split: Split, n_docs: Any, **more: Any) -> Texts:
-        return load_texts(healing.text, model, n_docs=n_docs, length=length, split=split, **more)
+        return load_texts(healing.text, model, n_docs=n_docs, split=split, **lengths, **more)
 
     calibration = documents("calibration", healing.n_docs + healing.monitor)
     if len(calibration) < healing.n_docs + 2:

@@ -420,6 +420,29 @@ def test_windows_of_one_document_are_a_group(tokenizer):
     assert torch.equal(texts.stacked(), again)
 
 
+def test_every_document_in_one_of_several_lengths_in_turn(tokenizer, tmp_path):
+    path = write_lines(tmp_path / "long.jsonl", numbered(60, words=60))
+    found = load_tokens(path, tokenizer, n_docs="all", length=(8, 32), split="training")
+    lengths = found.lengths
+    assert lengths == tuple(32 if i % 2 == 0 else 8 for i in range(len(lengths)))
+    assert len(lengths) > 10
+    windows = load_tokens(
+        path, tokenizer, n_docs="all", length=(8, 32), split="training", windows="all"
+    )
+    tokens = {n: sum(x for x in windows.lengths if x == n) for n in (8, 32)}
+    assert 0.5 < tokens[8] / tokens[32] < 2, "about as many tokens in rows of either length"
+
+
+def test_mixed_lengths_up_to_the_longest_wanted(unchecked, tiny, tokenizer, tmp_path):
+    path = write_lines(tmp_path / "long.jsonl", numbered(80, words=700))
+    assert {len(row) for row in load_tokens(path, tokenizer, n_docs=4, length="mixed",
+            longest=512)} == {512, 128}  # fmt: skip
+    assert set(load_tokens(path, tiny, n_docs=2, length="mixed", longest=512).lengths) == {128}
+    for bad in (dict(length=64, longest=64), dict(length="mixed", longest=1)):
+        with pytest.raises(gl.errors.InputError, match="longest="):
+            load_tokens(path, tiny, n_docs=2, **bad)
+
+
 def test_several_lengths_and_mixed(unchecked, tiny, tokenizer):
     texts = load_tokens("sotu", tokenizer, n_docs=6, length=(16, 64))
     assert sorted(texts.lengths) == [16] * 3 + [64] * 3

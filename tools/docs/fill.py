@@ -26,6 +26,7 @@ from parts import (
     ledgers,
     pictures,
     slim,
+    slots,
     support,
     worth,
 )
@@ -37,6 +38,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "cuts": claims.cuts,
     "worth": worth.worth,
     "surgery": claims.surgery,
+    "position": claims.position,
+    "across texts": claims.across,
+    "tasks": claims.tasks,
+    "slots": slots.page,
     "similarity": claims.similarity,
     "sharing cost": claims.sharing_cost,
     "planted": claims.planted,

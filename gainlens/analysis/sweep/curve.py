@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from gainlens.analysis.sweep.curve_verdicts import curve_verdicts
 from gainlens.analysis.sweep.points import ORDER_TABLE, Point
 from gainlens.errors import InputError
 from gainlens.files import opened, read_json, sealed, write_json
 from gainlens.files.schema import MOST, checking, listing, maybe, number, record, text, whole
 from gainlens.frames import data_frame
 from gainlens.probes.gains import CARD, ModelCard
-from gainlens.stats.by_domain import judge_by_domain, overall
+from gainlens.stats.by_domain import overall
 from gainlens.stats.intervals import bootstrap_interval, group_means, t_interval
 from gainlens.stats.stopping import StoppingRule
-from gainlens.stats.verdicts import Context, Verdict
+from gainlens.stats.verdicts import Verdict
 
 METHODS = ("t", "bootstrap")
 KIND = "surgery"
@@ -199,6 +199,17 @@ class SurgeryCurve:
         Raises:
             InputError: no point or several points match, or the margin is zero or below.
         """
+        return self.verdict_at(self.index_of(fraction, order=order, **choice), margin)
+
+    def index_of(self, fraction: float, *, order: str = "quietest", **choice: Any) -> int:
+        """The one point at a fraction.
+
+        Args:
+            fraction, order, choice: as for ``verdict``.
+
+        Raises:
+            InputError: no point or several points match.
+        """
         unknown = set(choice) - {f.name for f in fields(Point)}
         if unknown:
             raise InputError(f"{sorted(unknown)[0]!r} is not a property of a point")
@@ -213,7 +224,7 @@ class SurgeryCurve:
                 f"fraction={fraction!r} matches {len(found)} points of this sweep: expected one of "
                 f"{have}" + (", with score=… and scope=…" if len(found) > 1 else "")
             )
-        return self.verdict_at(found[0], margin)
+        return found[0]
 
     def verdict_at(self, index: int, margin: float) -> Verdict:
         """Like ``verdict``, for the point ``index``, which may be a control.
@@ -227,40 +238,18 @@ class SurgeryCurve:
 
         ``margin`` (nats per token) and errors as for ``verdict``.
         """
-        point, delta = self.points[index], self.deltas(index)
-        if not isinstance(margin, Real) or not margin > 0 or not math.isfinite(margin):
-            raise InputError(
-                f"margin={margin!r} is not a number above 0: no finite text can show zero damage"
-            )
-        made = ", ".join(
-            str(v) for v in (point.label, point.score, point.scope, point.unit, point.mode) if v
-        )
-        kind = "" if point.order in ("quietest", "given") else f"{point.order} "
-        claim = (
-            f"{point.fraction:.0%} of the {kind}key dimensions can be cut ({made}) at less than "
-            f"{margin:g} nats"
-        )
-        run = len(delta)
-        if self.stopping is None:
-            return judge_by_domain(
-                claim,
-                delta,
-                margin,
-                domains=self.domains,
-                lengths=self.lengths,
-                groups=self.groups or None,
-            )
-        names = tuple(dict.fromkeys(self.domains[:run]))
-        found = self.stopping.judge(
-            claim,
-            delta,
-            margin,
-            early=run < self.n_documents,
-            groups=self.groups[:run] or None,
-            domain=names,
-            context=Context.of(self.lengths[:run]) if self.lengths else None,
-        )
-        return {", ".join(names): found}
+        return curve_verdicts(self, [(index, margin)])[0]
+
+    def verdicts_together(self, claims: Sequence[tuple[int, float]]) -> list[Verdict]:
+        """Verdicts on several points, corrected (Holm) so that all of them can be quoted.
+
+        Args:
+            claims: index of a point and margin in nats per token, for each.
+
+        Raises:
+            InputError: a margin that is not a number above 0.
+        """
+        return [overall(found) for found in curve_verdicts(self, claims)]
 
     def to_dataframe(self) -> Any:
         """The rows of ``table``, with the 95% interval as ``low`` and ``high``, nats per token.

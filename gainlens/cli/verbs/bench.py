@@ -32,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Time and write one JSON file; ratios are relative to the bare pass of the same round."""
     out = Path(options.out)
+    if options.length == "mixed":
+        raise InputError("--length mixed: expected one length, whose passes are timed")
     check_writable(out.parent)
     check_text(options.text, calibration=options.n_docs)
     model = open_model(options)
-    if options.length == "mixed":
-        raise InputError("--length mixed: expected one length, whose passes are timed")
     tokens = as_rows(text(options, model, "calibration"))
     # The first probe also finds the sites, once per model; do not include that in the timing.
     mask = KeyMask.random(probe_gains(model, tokens, progress=False), 0.5, options.seed)

@@ -24,7 +24,7 @@ from gainlens.data.sources import documents, is_stream
 from gainlens.data.splits import SPLITS, Document, Split
 from gainlens.errors import InputError
 from gainlens.model import load_model, load_tokens
-from gainlens.model.context import LENGTH, context_of, default_length
+from gainlens.model.context import LENGTH, LONGEST, context_of, default_length
 from gainlens.probes.gains import UNITS
 from gainlens.probes.scores import SCORES
 from gainlens.stats.verdicts import MARGIN
@@ -126,8 +126,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "n_docs": {"type": whole(1), "help": "number of documents from the text"},
     "length": {
         "type": length,
-        "help": f"tokens per document (default: {LENGTH}, or the model's context if that is "
-        "shorter); mixed: several lengths up to the context",
+        "help": f"tokens per document (default: {LENGTH}; slim and train: mixed, up to "
+        f"{LONGEST}; never beyond the model's context); mixed: several lengths up to the context",
     },
     "gains": {"help": "a gains file (default: probe the calibration text)"},
     "fraction": {"type": fraction, "default": 0.5, "help": "share of key dimensions to cut"},
@@ -295,12 +295,17 @@ def length_for(options: argparse.Namespace, model: Any) -> Any:
 
 
 def text(options: argparse.Namespace, model: Any, split: Split, n_docs: int | None = None) -> Any:
-    """Tokens of one split of ``--text``: a tensor, or ``Texts`` of several texts or lengths."""
+    """Tokens of one split of ``--text``: a tensor, or ``Texts`` of several texts or lengths.
+
+    A verb that sets ``longest`` has mixed lengths up to that by default.
+    """
+    longest = getattr(options, "longest", None) if options.length is None else None
     return load_tokens(
         options.text,
         model,
         n_docs=options.n_docs if n_docs is None else n_docs,
-        length=length_for(options, model),
+        length=length_for(options, model) if longest is None else "mixed",
+        longest=longest,
         split=split,
     )
 

@@ -31,13 +31,14 @@ from gainlens.export import (
     export_model,
     slim,
 )
-from gainlens.export.judging import judge_slim
+from gainlens.export.judging import judge_slim, slim_rise_by_position
 from gainlens.export.plan import BASES
 from gainlens.export.recipe import refitted, slim_cut
 from gainlens.export.sources import open_source
 from gainlens.export.speed_ledger import CONTEXTS, ledger, sizes
 from gainlens.export.writing import check_plan
 from gainlens.files import check_free, check_writable, write_json
+from gainlens.model.context import LONGEST
 from gainlens.model.loading import check_name, load_hf, load_tokenizer
 from gainlens.model.zoo import smollm2
 from gainlens.probes import KeyGains
@@ -89,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ledger", action="store_true", help="also time the model before and after"
     )
     add_last(parser, "slim")
+    parser.set_defaults(longest=LONGEST)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -129,12 +131,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         intact = full if original is None else load_hf(original, device=options.device)
         trained = original is not None
         verdict = judge_slim(thin, intact, judges, options.margin, trained=trained)
-        result |= {"verdict": verdict.to_json(), "intact": original or options.model}
+        rise = slim_rise_by_position(thin, intact, judges)
+        result |= {
+            "verdict": verdict.to_json(),
+            "by_position": rise.to_json(),
+            "intact": original or options.model,
+        }
         low, high = verdict.interval
         lines += [
             f"loss {verdict.estimate:+.4f} nats [{low:+.4f}, {high:+.4f}] over the intact "
             f"{result['intact']}, on {len(judges)} validation documents",
             repr(verdict),
+            *(f"by position, {line}" for line in rise.lines()),
         ]
     if options.ledger:
         found = ledger(full, thin, baseline=load_hf(options.model), contexts=CONTEXTS)

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gainlens.analysis import surgery
+from gainlens.ablation.modes import get_mode
+from gainlens.analysis import rise_by_position, surgery
+from gainlens.analysis.damage_by_position import BUCKETS
 from gainlens.analysis.sweep.points import ORDER_TABLE, ORDERS, sweep_points
 from gainlens.cli.verbs.common import (
     add,
@@ -58,10 +60,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if gains is None:
         scores = tuple(dict.fromkeys((*DEFAULT_SCORES, options.score)))
         gains = probe_gains(model, text(options, model, "calibration"), scores)
+    validation = text(options, model, "validation")
     with resumable(part):
         curve = surgery(
             model,
-            text(options, model, "validation"),
+            validation,
             gains,
             options.fractions,
             score=options.score,
@@ -75,7 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     curve.save(out)
     part.unlink()
     cut = sorted({p.fraction for p in curve.points if p.order == "quietest"})
-    verdicts = [curve.verdict(fraction, options.margin) for fraction in cut]
+    verdicts = curve.verdicts_together([(curve.index_of(f), options.margin) for f in cut])
     lines = [f"{out}: {curve!r}"]
     for row in curve.table():
         seed = "" if row["seed"] is None else f" seed {row['seed']}"
@@ -85,6 +88,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             f"[{low:+.4f}, {high:+.4f}]"
         )
     lines += [repr(verdict) for verdict in verdicts]
+    rise = None
+    if max(curve.lengths) > BUCKETS[1] and not get_mode(options.mode).takes_donors:
+        cuts = {
+            f"{fraction:.0%}": curve.points[curve.index_of(fraction)]
+            .mask(gains)
+            .in_mode(options.mode, gains=gains)
+            for fraction in cut
+        }
+        rise = rise_by_position(model, validation, cuts)
+        lines += [f"by position, {line}" for line in rise.lines()]
     held = [f for f, verdict in zip(cut, verdicts, strict=True) if verdict.status == "holds"]
     if cut:
         chosen = {"score": options.score, "scope": options.scope, "gains": options.gains}
@@ -92,6 +105,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "out": str(out),
         "table": curve.table(),
+        "by_position": None if rise is None else rise.to_json(),
         "verdicts": [verdict.to_json() for verdict in verdicts],
         "lines": lines,
     }

@@ -119,12 +119,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for name, row in before["validation"].items()
         ),
         repr(verdict),
+        *(f"by position, {line}" for line in found["by_position"].lines()),
         next_line(options, "slim", model=out, plan=out / "plan.json", **made),
     ]
     return {
         "out": str(out),
         "untrained": before,
         "verdict": verdict.to_json(),
+        "by_position": found["by_position"].to_json(),
         "model": options.model,
         "text": options.text,
         "lines": lines,

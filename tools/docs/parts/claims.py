@@ -16,18 +16,90 @@ def claims() -> str:
     if facts is None:
         return not_yet("the claims", "make report")
     tokens, plan, machine = facts["tokens"], facts["plan"], facts["machine"]
-    judged = f"{plan['n_docs']} speeches × {plan['length']} tokens"
     rows = [
-        (c["quote"], f"**{c['status']}**", c["number"], c["control"], judged)
+        (c["quote"], f"**{c['status']}**", c["number"], c["control"],
+         c["where"] or f"the calibration text: {documents(plan)}")
         for c in facts["claims"]
-    ]
+    ]  # fmt: skip
     return (
         table(["claim", "on SmolLM2-135M", "number", "control", "measured on"], rows)
-        + f"\n\n{plan['n_docs']} speeches of {plan['length']} tokens chose the cuts "
-        f"({tokens['calibration']} tokens in all); {plan['n_docs']} other speeches judged them. "
-        f"Nothing was measured beyond position {plan['length']}. "
-        f"{machine['processor']}, {machine['cores']} cores, "
+        + f"\n\n{documents(plan)} chose the cuts ({tokens['calibration']} tokens in all); as many "
+        "others judged them. Of several texts the worst decides. No claim is to be quoted beyond "
+        f"the texts and the context beside it. {machine['processor']}, {machine['cores']} cores, "
         f"{facts['seconds']:.0f} s, torch {facts['versions']['torch']}."
+    )
+
+
+def documents(plan: dict[str, Any]) -> str:
+    """The documents of a report's sweep, in words."""
+    return (
+        f"{plan['n_docs']} documents of {plan['text'].replace(',', ', ')} × {plan['length']} tokens"
+    )
+
+
+def position() -> str:
+    """Rise of the loss by position, on every text of the recorded report."""
+    facts = recorded(RESULTS / REPORT)
+    if facts is None:
+        return not_yet("the rise by position", "make report")
+    rows = [
+        (name, row["cut"], f"{row['first']:,}–{row['last']:,}", f"{row['rise']:+.3f}",
+         interval(row["interval"]), str(row["n_documents"]))
+        for name, rise in facts["reach"]["by_position"].items()
+        for row in rise["rows"]
+    ]  # fmt: skip
+    head = ["text", "half cut, by", "positions", "rise (nats)", "95% interval", "documents"]
+    return table(head, rows) + "\n\n" + provenance(facts, f"docs/results/{REPORT}")
+
+
+def across() -> str:
+    """The best cut chosen on one text, judged on another."""
+    facts = recorded(RESULTS / REPORT)
+    if facts is None:
+        return not_yet("the cuts across texts", "make report")
+    found = facts["reach"]["across_texts"]
+    judged = list(dict.fromkeys(row["judged_on"] for row in found))
+    at = {(row["chosen_on"], row["judged_on"]): row for row in found}
+    rows = [
+        (one, *(f"{at[one, other]['rise']:+.3f} ({interval(at[one, other]['interval'])})"
+                for other in judged))
+        for one in dict.fromkeys(row["chosen_on"] for row in found)
+    ]  # fmt: skip
+    return (
+        table(["chosen and fitted on", *(f"judged on {name}" for name in judged)], rows)
+        + f"\n\nRise of the loss in nats per token with half of the pairs of each layer cut and "
+        f"refitted, on {found[0]['n_documents']} documents of {facts['plan']['length']} tokens "
+        "each, with 95% intervals."
+    )
+
+
+def tasks() -> str:
+    """Scores of the intact and the cut model on tasks."""
+    facts = recorded(RESULTS / REPORT)
+    if facts is None:
+        return not_yet("the tasks", "make report")
+    found = facts["reach"]["tasks"]
+    rows, nothing = [], []
+    for row in found["rows"]:
+        if not row["shows"]:
+            if row["label"] == "intact":
+                nothing.append(row["task"])
+            continue
+        change = "" if row["label"] == "intact" else f"{row['difference']:+.3f}"
+        bounds = "" if row["label"] == "intact" else interval(row["interval"])
+        rows.append(
+            (row["task"], row["label"], f"{row['exact_match']:.0%}", f"{row['choice']:.0%}",
+             change, bounds)
+        )  # fmt: skip
+    head = ["task", "model", "exact", "right one chosen", "log-probability (nats)", "95% interval"]
+    plan = facts["plan"]
+    silent = (
+        f" At chance when intact, so they show nothing: {', '.join(nothing)}." if nothing else ""
+    )
+    return (
+        table(head, rows)
+        + f"\n\n{plan['task_prompts']} prompts of {plan['task_length']:,} tokens per task.{silent} "
+        + provenance(facts, f"docs/results/{REPORT}")
     )
 
 
@@ -68,7 +140,7 @@ def findings() -> str:
                 "Do all layers use the same dimensions?",
                 f"**{mapped['answer']}**",
                 _agreement(mapped),
-                f"{report['plan']['n_docs']} speeches × {report['plan']['length']} tokens",
+                documents(report["plan"]),
             ),
             (
                 "Is a model with half of the key dimensions twice as fast?",
@@ -149,7 +221,7 @@ def surgery() -> str:
     plan = facts["plan"]
     return (
         table(head, rows)
-        + f"\n\nJudged on {plan['n_docs']} speeches of {plan['length']} tokens. "
+        + f"\n\nJudged on {documents(plan)}. "
         + provenance(facts, f"docs/results/{REPORT}")
     )
 
@@ -204,7 +276,7 @@ def sharing_cost() -> str:
     ]  # fmt: skip
     return (
         table(["scope", "ranked by", "cut", "rise of the loss (nats)", "95% interval"], rows)
-        + f"\n\nMeasured on {found['n_documents']} speeches of "
+        + f"\n\nMeasured on {found['n_documents']} documents of "
         f"{found['n_tokens'] // found['n_documents']} tokens."
     )
 

@@ -52,8 +52,9 @@ def page() -> str:
     first = rows[0]
     text = first["text"]
     parts = [
-        f"Rise of the validation loss of {first['model']} in nats per token, with its 95% "
-        f"interval, on {text['validation_documents']} speeches of {text['length']} tokens. Nothing "
+        f"Rise of the validation loss of {first['model']} in nats per token, with its interval "
+        f"(healed: {_level(first)}; before training: 95%), on "
+        f"{text['validation_documents']} speeches of {text['length']} tokens. Nothing "
         f"was measured beyond position {text['length']}. These speeches did not choose the cut, "
         "did not train it and did not decide when to stop. Differences are paired by document "
         f"with the intact model, whose loss is {first['intact_loss']:.3f}. A loss can also fall "
@@ -73,6 +74,11 @@ def page() -> str:
         ),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _level(facts: dict[str, Any]) -> str:
+    """The interval of the verdict: the first records had Student's at 95%."""
+    return "99% bootstrap-t" if facts["verdict"].get("context") else "95%"
 
 
 def _rise(verdict: dict[str, Any]) -> str:
