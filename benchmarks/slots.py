@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=8, help="documents of 2,048 tokens of each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=cache_root() / "slots")
-    parser.add_argument("--out", default="", help="default: docs/results/slots_RUN.json")
+    parser.add_argument(
+        "--out", default="", help="default: slots_RUN.json beside the other records"
+    )
     args = parser.parse_args()
     scope, fraction = RUNS[args.run]
     started = time.time()

@@ -16,14 +16,11 @@ from tqdm.auto import tqdm
 from gainlens.data.sources import Source, documents, is_stream, shown_name
 from gainlens.data.splits import LETTERS, SPLITS, Document, Split, keys_of, split_of
 from gainlens.data.texts import Texts
+from gainlens.data.tokenizing import default_prefix, encoded, tokenizer_of
 from gainlens.errors import InputError
 
-BATCH = 16
-"""Documents per tokenizer call."""
 LETTERS_PER_TOKEN = 64
 """Characters read per requested token from a file that is a single document."""
-SLACK = 64
-"""Tokens before the end of a truncated text that may differ in the full text's tokenization."""
 SHORTEST = 128
 """Length in tokens of the shortest rows for ``length="mixed"``."""
 
@@ -106,7 +103,7 @@ def load_texts(
 
     Same arguments and errors as ``load_tokens``.
     """
-    tokenizer = _tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
     context = _context_of(model)
     _check(n_docs, length, split, windows, context)
     lengths = _lengths(length, context, longest)
@@ -182,7 +179,7 @@ def _of_one(
     stream = is_stream(source)
     if stream and want.n_docs == "all":
         raise InputError(f"n_docs='all' is not supported for the stream {name!r}; give a number")
-    seen, prefix = _Counts(), _prefix(tokenizer)
+    seen, prefix = _Counts(), default_prefix(tokenizer)
     chosen = _of_split(found, want.split, seen, stream, letters)
     quotas, kept, spare = want.quotas(), list[list[list[int]]](), list[list[int]]()
     total = None if want.n_docs == "all" else want.n_docs
@@ -192,7 +189,7 @@ def _of_one(
         return rows if len(rows) >= want.least else []
 
     with tqdm(total=total, desc=f"{name}: tokens", unit="doc", delay=2) as bar:
-        for ids in _encoded(chosen, tokenizer, most):
+        for ids in encoded(chosen, tokenizer, most):
             fits = next((n for n in want.order(len(kept)) if quotas[n] and cut(ids, n)), None)
             if fits is None:
                 if want.patient and cut(ids, min(quotas)):
@@ -296,37 +293,6 @@ def _known_keys(found: Sequence[Document]) -> list[str]:
     return _KEYS[name]
 
 
-def _encoded(chosen: Iterable[Document], tokenizer: Any, most: int | None) -> Iterator[list[int]]:
-    batch: list[str] = []
-    for document in chosen:
-        batch.append(document.text)
-        if len(batch) == BATCH:
-            yield from _encode(batch, tokenizer, most)
-            batch = []
-    if batch:
-        yield from _encode(batch, tokenizer, most)
-
-
-def _encode(texts: list[str], tokenizer: Any, most: int | None) -> list[list[int]]:
-    """Tokens of each text, or its first ``most`` tokens, reading no more text than needed."""
-    letters = max(map(len, texts)) if most is None else 8 * (most + SLACK)
-    ids = _ids([text[:letters] for text in texts], tokenizer)
-    if most is None:
-        return ids
-    for i, text in enumerate(texts):
-        read = letters
-        while read < len(text) and len(ids[i]) < most + SLACK:
-            read *= 4
-            ids[i] = _ids([text[:read]], tokenizer)[0]
-    return [row[:most] for row in ids]
-
-
-def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    # verbose=False suppresses the context length warning: windows never exceed the context.
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
-    return [list(ids) for ids in encoded["input_ids"]]
-
-
 def _windows(
     ids: list[int], prefix: list[int], length: int, windows: int | Literal["all"]
 ) -> Iterator[list[int]]:
@@ -334,28 +300,6 @@ def _windows(
     available = len(ids) // step
     for number in range(available if windows == "all" else min(windows, available)):
         yield prefix + ids[number * step : (number + 1) * step]
-
-
-def _prefix(tokenizer: Any) -> list[int]:
-    """Tokens that the tokenizer prepends by default, usually none or one."""
-    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    full = list(tokenizer("a")["input_ids"])
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start]
-    return []
-
-
-def _tokenizer_of(model: Any) -> Any:
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is not None:
-        return tokenizer
-    if callable(model) and hasattr(model, "encode") and hasattr(model, "decode"):
-        return model
-    raise InputError(
-        f"model of type {type(model).__name__} has no tokenizer; expected a model from "
-        "load_model, or a tokenizer"
-    )
 
 
 def _context_of(model: Any) -> int | None:

@@ -145,12 +145,9 @@ def across_texts(evaluator: Evaluator, plan: Plan, skipped: list[str]) -> list[d
         )
         judges[name] = evaluator.on(list(found))
     for chosen in names:
-        try:
-            text = load_texts(
-                chosen, model, n_docs=plan.n_docs, length=plan.length, split="calibration"
-            )
-        except InputError as error:
-            skipped.append(f"a cut chosen on {chosen} alone: {error}")
+        text = _as_many(chosen, model, plan)
+        if isinstance(text, str):
+            skipped.append(f"a cut chosen on {chosen} alone: {text}")
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the main cut has said it
@@ -165,9 +162,21 @@ def across_texts(evaluator: Evaluator, plan: Plan, skipped: list[str]) -> list[d
                     "rise": float(rise.mean()),
                     "interval": [low, high],
                     "n_documents": len(rise),
+                    "n_calibration": len(text),
                 }
             )
     return rows
+
+
+def _as_many(name: str, model: Any, plan: Plan) -> Texts | str:
+    """Calibration documents of one text, fewer where it has fewer; why there are none."""
+    n_docs, why = plan.n_docs, ""
+    while n_docs:
+        try:
+            return load_texts(name, model, n_docs=n_docs, length=plan.length, split="calibration")
+        except InputError as error:
+            n_docs, why = n_docs // 2, str(error)
+    return why
 
 
 def tasks_of(

@@ -287,7 +287,8 @@ def test_the_window_of_the_model_is_seen_at_any_width(window):
     assert [a.window for a in found] == [window, None]
     mask = gl.KeyMask.random(gl.probe_gains(model, documents, progress=False), 0.5, 0)
     with recorded_attention.record_attention(model, list(documents), 2) as record:
-        part = head_parts(record, 0, 0, list(record.layer(0)), 0.2, partial(record.turn, 0))[0]
+        seen = list(record.layer(0))
+        part = head_parts(record, 0, 0, seen, seen, 0.2, partial(record.turn, 0))[0]
         assert part.keys.shape[0] == 4  # short documents of one shape go together
         distance = part.at[..., None] - torch.arange(64)
         assert float(part.weights[:, distance >= window].abs().max()) == 0

@@ -76,7 +76,9 @@ def test_slots_are_healed_and_made_slim(tmp_path, capsys):
 
 
 def test_texts_are_named_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gainlens.cli.verbs.common.load_model", lambda *a, **k: pytest.fail())
+    monkeypatch.setattr(
+        "gainlens.cli.verbs.common.load_model", lambda *a, **k: pytest.fail("loaded")
+    )
     for words, said in (
         (["--text", "sotu,nowhere"], "nowhere"),
         (["--text", "sotu,sotu"], "different names"),

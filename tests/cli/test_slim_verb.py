@@ -153,7 +153,8 @@ def test_refused_before_a_model_is_probed(tmp_path, capsys, monkeypatch):
     """What can be known beforehand costs no minutes and makes no folder."""
     from gainlens.cli.verbs import slim as command
 
-    monkeypatch.setattr(command, "best_cut", None)
+    monkeypatch.setattr(command, "ranking_gains", None)
+    monkeypatch.setattr(command, "slim_cut", None)
     out = tmp_path / "deep/er/out"
     assert "--precision: 'q4' is not" in refused(capsys, "--out", out, "--precision", "q4")
     with monkeypatch.context() as patched:
@@ -182,7 +183,7 @@ def test_refused_before_a_model_is_probed(tmp_path, capsys, monkeypatch):
 def test_an_engine_refuses_a_plan_before_it_is_refitted(tmp_path, capsys, monkeypatch):
     from gainlens.cli.verbs import slim as command
 
-    monkeypatch.setattr(command, "refitted", None)
+    monkeypatch.setattr(command, "slim_cut", None)
     message = refused(
         capsys, "--out", tmp_path / "out", "--engine", "transformers", "--scope", "head"
     )

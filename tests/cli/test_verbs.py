@@ -38,6 +38,7 @@ def test_report_leaves_what_a_person_opens(report):
         "surgery.json",
         "surgery_impact.png",
         "damage_by_layer.png",
+        "change_by_distance.png",
         "damage_by_head.png",
         "layer_correlation.png",
         "layer_correlation_above_null.png",
@@ -47,6 +48,7 @@ def test_report_leaves_what_a_person_opens(report):
         "unit_presence.png",
         "sharing_cost.png",
         "red_line.png",
+        "rise_by_position.png",
     }
     assert [p.name for p in report.parent.iterdir()] == ["report"]
     page = (report / "index.html").read_text()

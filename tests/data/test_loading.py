@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import gainlens as gl
 from gainlens.data import loading
 from gainlens.data import sources as text_sources
+from gainlens.data import tokenizing
 from gainlens.data.document_identity import text_fingerprint
 from gainlens.data.loading import load_texts, load_tokens
 from gainlens.data.splits import SPLITS, Document, split_of
@@ -489,7 +490,7 @@ def test_no_more_of_a_large_file_is_read_than_needed(tokenizer, tmp_path, monkey
     path = tmp_path / "large.txt"
     path.write_text("the house of the state and the people of the land " * 400_000)  # 20 MB
     read, tokenized = [], []
-    plain_read, plain_ids = text_sources._read, loading._ids
+    plain_read, plain_ids = text_sources._read, tokenizing._ids
 
     def reading(file, letters=None):
         read.append(len(text := plain_read(file, letters)))
@@ -500,7 +501,7 @@ def test_no_more_of_a_large_file_is_read_than_needed(tokenizer, tmp_path, monkey
         return plain_ids(texts, tokenizer)
 
     monkeypatch.setattr(text_sources, "_read", reading)
-    monkeypatch.setattr(loading, "_ids", counting)
+    monkeypatch.setattr(tokenizing, "_ids", counting)
     found = [rows for rows in rows_by_split_of_number(path, tokenizer) if rows]
     assert len(found) == 1
     assert max(read) <= 2**23
