@@ -24,8 +24,9 @@ FAST := tests/test_rooms.py tests/stats tests/data tests/ablation/test_mask.py \
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-report: install  ## probe, cut and map SmolLM2-135M; writes report/index.html
+report: install  ## probe, cut and map SmolLM2-135M; writes report/index.html and its record
 	$(PY) -m gainlens report --model smollm2 --text sotu,stdlib,pydoc --n-docs 18 --out report
+	cp report/report.json docs/results/report_smollm2.json
 
 test: test-bridge test-hooked  ## all tests, on transformer-lens 4 and 3.9
 

@@ -11,7 +11,8 @@ from gainlens.analysis.patch_effects import PatchEffects
 from gainlens.analysis.patching import attribution_patching, patch_keys
 from gainlens.analysis.sweep.curve import SurgeryCurve
 from gainlens.analysis.sweep.run import surgery
-from gainlens.analysis.task_scores import TaskScores, score_tasks
+from gainlens.analysis.task_running import score_tasks
+from gainlens.analysis.task_scores import TaskScores
 from gainlens.stats.verdicts import Verdict
 
 __all__ = [

@@ -11,11 +11,15 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.analysis.damage_by_position import PositionRise, position_rise
+from gainlens.analysis.task_running import score_models
+from gainlens.analysis.task_scores import INTACT, TaskScores
+from gainlens.analysis.tasks import TASKS
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, as_documents, batches
 from gainlens.data.document_identity import text_fingerprint
 from gainlens.data.texts import domains_of, groups_for
 from gainlens.errors import InputError
 from gainlens.export.modeling import plan_of
+from gainlens.model.context import context_of
 from gainlens.model.fast_copy import family_head
 from gainlens.model.forward import cross_entropy
 from gainlens.model.running import model_device
@@ -65,6 +69,57 @@ def token_losses(
     batch = tokens.to(model_device(model))
     hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
     return cross_entropy(family_head(model), hidden, batch).cpu()
+
+
+@torch.inference_mode()
+def last_logits(
+    model: Any, tokens: Int[torch.Tensor, "document pos"], n: int
+) -> Float[torch.Tensor, "document n vocab"]:
+    """Logits of the last ``n`` positions, float32 on the CPU; the others never meet the head.
+
+    Args:
+        model: a transformers model, slim or not.
+        tokens: documents of one length.
+        n: number of positions.
+    """
+    batch = tokens.to(model_device(model))
+    hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+    return family_head(model)(hidden[:, -n:]).float().cpu()
+
+
+def score_slim(
+    slim: Any,
+    intact: Any | None,
+    tokenizer: Any,
+    *,
+    tasks: Sequence[str] = tuple(TASKS),
+    lengths: Sequence[int] = (1024, 2048),
+    n: int = 24,
+    seed: int = 0,
+) -> TaskScores:
+    """Scores of a slim model on the tasks of ``gainlens.analysis.score_tasks``.
+
+    Args:
+        slim: a transformers model.
+        intact: the one that was cut, whose scores come first; None for the model alone.
+        tokenizer: of both.
+        tasks, lengths, n, seed: as for ``score_tasks``.
+
+    Raises:
+        InputError: as for ``score_tasks``.
+    """
+    models = {} if intact is None else {INTACT: partial(last_logits, intact)}
+    label = "model" if intact is None else "slim"
+    context = context_of(slim)
+    return score_models(
+        {**models, label: partial(last_logits, slim)},
+        tokenizer,
+        context,
+        tasks=tasks,
+        lengths=lengths,
+        n=n,
+        seed=seed,
+    )
 
 
 def slim_rise_by_position(

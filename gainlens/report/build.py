@@ -26,7 +26,7 @@ from gainlens.errors import InputError
 from gainlens.files import check_writable, locked, read_json, write_json, written_folder
 from gainlens.model import key_sites
 from gainlens.probes import KeyGains, probe_gains
-from gainlens.report.claims import all_claims
+from gainlens.report.claims import all_claims, best_claim
 from gainlens.report.figures import DAMAGE_FRACTION, Damage, draw_figures
 from gainlens.report.page import render_page
 from gainlens.report.progress import Stages, stage_costs
@@ -35,6 +35,7 @@ from gainlens.report.sections import all_sections
 from gainlens.report.sections_reach import lead_figure
 
 KIND = "gainlens-report"
+REFITTED = "fisher, layer, refitted"
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,7 @@ def refitted_cuts(model: Any, calibration: torch.Tensor, plan: Plan) -> tuple[di
     if cut.maps is None:
         return {}, f"It is not available for this model: {said[-1].message}."
     zeroed = KeyMask(cut.keep, {k: v for k, v in cut.all_facts.items() if k != "refit"})
-    return {"fisher, layer, refitted": cut, "fisher, layer, zeroed": zeroed}, ""
+    return {REFITTED: cut, "fisher, layer, zeroed": zeroed}, ""
 
 
 def damage_by_place(
@@ -297,6 +298,7 @@ def _write(
     curve.save(folder / "surgery.json")
     cmap.save(folder / "map.safetensors")
     claims = all_claims(curve, cmap)
+    best = best_claim(curve, REFITTED)
     similarity = similarity_table(gains, seed=plan.seed)
     figures = draw_figures(folder, gains, curve, cmap, plan.score, damage, reach)
     facts: dict[str, Any] = {
@@ -308,6 +310,7 @@ def _write(
         "texts": {"calibration": list(gains.texts), "validation": curve.text},
         "tokens": {"calibration": gains.n_tokens, "validation": curve.n_tokens},
         "claims": [claim.to_json() for claim in claims],
+        "best_cut": None if best is None else best.to_json(),
         "intact_loss": float(curve.baseline.mean()),
         "surgery": curve.table(),
         "damage": None if damage is None else damage.to_json(),
@@ -327,6 +330,7 @@ def _write(
         calibration=f"{plan.text}, {gains.n_documents} documents, {gains.n_tokens} tokens",
         validation=f"{plan.text}, {curve.n_documents} documents, {curve.n_tokens} tokens",
         claims=claims,
+        best=best,
         lead=lead_figure(reach, figures),
         sections=all_sections(curve, cmap, similarity, figures, plan.score, without, damage, reach),
         command=plan.command(),

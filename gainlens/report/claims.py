@@ -91,6 +91,26 @@ def _surgery_claim(
     return Claim(quote, verdict, number, "; ".join(controls) or "none run", "surgery")
 
 
+def best_claim(curve: SurgeryCurve, label: str) -> Claim | None:
+    """The best cut of half without training, beside the same cut only zeroed; None if not run."""
+    found = curve.find(order="given", label=label)
+    if not found:
+        return None
+    fraction = curve.points[found[0]].fraction
+    verdict = curve.verdict_at(found[0], FLAT_MARGIN)
+    zeroed = curve.find(order="given", label=label.replace("refitted", "zeroed"))
+    control = "; ".join(f"zeroed without the refit {curve.deltas(i).mean():+.3f}" for i in zeroed)
+    low, high = verdict.interval
+    return Claim(
+        "half can go without training, if the rest is refitted",
+        verdict,
+        f"loss rises by {verdict.estimate:.3f} nats [{low:.3f}, {high:.3f}] at {fraction:.0%} cut "
+        f"(bound set beforehand: {FLAT_MARGIN:g})",
+        control or "none run",
+        "surgery",
+    )
+
+
 def cosine_claim(cmap: CoordinateMap) -> Claim:
     """The claim of one coordinate system for all layers."""
     verdict = cmap.verdict(claim="cosine")

@@ -13,8 +13,8 @@ from gainlens.analysis.damage_by_position import PositionRise, rise_by_position
 from gainlens.analysis.effective_rank import EffectiveRank, effective_rank
 from gainlens.analysis.side_controls import SideControls, side_controls
 from gainlens.analysis.sweep.evaluator import Evaluator
-from gainlens.analysis.task_scores import TaskScores, score_tasks
-from gainlens.analysis.tasks import TASKS
+from gainlens.analysis.task_running import fitting_tasks, score_tasks
+from gainlens.analysis.task_scores import TaskScores
 from gainlens.data.loading import load_texts, text_names
 from gainlens.data.sources import shown_name
 from gainlens.data.texts import Texts
@@ -187,13 +187,8 @@ def tasks_of(
         return None
     model = evaluator.model
     length = min(plan.task_length, context_of(model) or plan.task_length)
-    fitting = []
-    for name, task in TASKS.items():
-        try:
-            task.make(model.tokenizer, length, plan.task_prompts, plan.seed)
-            fitting.append(name)
-        except InputError as error:
-            skipped.append(f"task {name}: {error}")
+    fitting, why = fitting_tasks(model.tokenizer, (length,), plan.task_prompts, plan.seed)
+    skipped += why
     if not fitting:
         return None
     return score_tasks(

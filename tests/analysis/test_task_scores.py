@@ -11,7 +11,7 @@ import torch
 import gainlens as gl
 from gainlens.analysis import score_tasks
 from gainlens.analysis.sweep.evaluator import Evaluator
-from gainlens.analysis.task_scores import above_chance
+from gainlens.analysis.task_running import above_chance
 from gainlens.analysis.tasks import TASKS
 
 SHORT = ("needle", "capitals", "elements")

@@ -75,6 +75,23 @@ def test_loss_of_each_text_beside_the_intact_model(folders, capsys):
         assert row["verdict"]["margin"] == 0.5 and row["n_documents"] == 3
 
 
+def test_tasks_of_a_folder_are_those_of_the_hooked_cut(folders, capsys, tiny):
+    """The slim folder answers as the cut under hooks does; the intact model as the bridge."""
+    words = ["--n-docs", "2", "--length", "24", "--prompts", "3", "--task-lengths", "120"]
+    found = said(capsys, "evaluate", folders / "own", "--original", "tiny", *words)
+    rows = found["prompts"]["rows"]
+    assert {row["label"] for row in rows} == {"intact", "slim"} and len(rows) >= 4
+    plan = gl.SlicePlan.load(folders / "own" / "slice_plan.json")
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    wanted = gl.analysis.score_tasks(
+        tiny, {"slim": plan.mask}, tasks=names, lengths=(120,), n=3, progress=False
+    )
+    for row, one in zip(rows, wanted.rows, strict=True):
+        assert (row["task"], row["label"]) == (one.task, one.label)
+        assert row["log_probability"] == pytest.approx(one.log_probability, abs=1e-3)
+    assert found["skipped"] and all(why.startswith("task ") for why in found["skipped"])
+
+
 def test_a_model_against_itself_does_not_rise(capsys):
     found = said(
         capsys, "evaluate", "tiny", "--original", "tiny", "--n-docs", "3", "--length", "24"

@@ -31,6 +31,23 @@ def test_a_sweep_is_judged_on_each_text(tmp_path, capsys):
     assert verdict["estimate"] == pytest.approx(max(rise[0::2].mean(), rise[1::2].mean()))
 
 
+def test_several_fractions_on_one_text_are_corrected_and_shown_by_position(tmp_path, capsys):
+    out = tmp_path / "sweep.json"
+    words = ["--n-docs", "4", "--length", "96", "--fractions", "0.25,0.5", "--seeds", "1"]
+    assert main(["surgery", "--model", "tiny", *words, "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all("corrected for 2 claims" in verdict["note"] for verdict in found["verdicts"])
+    rows = found["by_position"]["rows"]
+    assert [(r["cut"], r["first"], r["last"]) for r in rows] == [
+        ("25%", 0, 63), ("25%", 64, 94), ("50%", 0, 63), ("50%", 64, 94),
+    ]  # fmt: skip
+    curve = gl.SurgeryCurve.load(out)
+    for fraction, own in ((0.25, rows[:2]), (0.5, rows[2:])):
+        whole = (64 * own[0]["rise"] + 31 * own[1]["rise"]) / 95
+        rise = curve.deltas(curve.index_of(fraction)).mean()
+        assert whole == pytest.approx(rise, abs=1e-5)
+
+
 def test_one_set_for_all_heads_is_a_set_of_slots(tmp_path, capsys):
     """The command line takes what ``best_cut`` gives for this scope, and judges what it writes."""
     out = tmp_path / "slim"
@@ -53,6 +70,8 @@ def test_one_set_for_all_heads_is_a_set_of_slots(tmp_path, capsys):
     assert found["verdict"]["estimate"] == pytest.approx(max(by_text), abs=1e-5)
     assert found["verdict"]["domain"] == ["sotu", "stdlib"]
     assert found["verdict"]["context"]["positions"] == [0, 127]
+    near, far = found["by_position"]["rows"]
+    assert (64 * near["rise"] + 63 * far["rise"]) / 127 == pytest.approx(rise.mean(), abs=1e-5)
 
 
 def test_slots_are_healed_and_made_slim(tmp_path, capsys):
@@ -63,6 +82,8 @@ def test_slots_are_healed_and_made_slim(tmp_path, capsys):
     facts = read_json(healed / "training.json")
     assert set(facts["untrained"]["validation"]) == {"cut and refitted"}
     assert facts["verdict"]["domain"] == ["sotu", "stdlib"]
+    (row,) = facts["by_position"]["rows"]
+    assert (row["first"], row["last"], row["n_documents"]) == (0, 46, 4)
     plan = gl.SlicePlan.load(healed / "plan.json")
     assert plan.frequencies is not None
     capsys.readouterr()

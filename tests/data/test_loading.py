@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gainlens as gl
-from gainlens.data import loading
 from gainlens.data import sources as text_sources
 from gainlens.data import tokenizing
 from gainlens.data.document_identity import text_fingerprint

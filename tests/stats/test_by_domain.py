@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gainlens.errors import InputError
-from gainlens.stats.by_domain import judge_by_domain, judged
+from gainlens.stats.by_domain import judge_by_domain, judge_claims, judged
 from gainlens.stats.verdicts import HOLDS_BUT_RARE, judge
 
 RNG = np.random.default_rng(0)
@@ -53,3 +53,21 @@ def test_one_text_without_a_name():
 def test_not_one_of_each_per_document(given):
     with pytest.raises(InputError, match=next(iter(given))):
         judged("x", CALM, 0.2, **given)
+
+
+def test_several_claims_on_one_text_are_corrected():
+    """Each text by itself: the level of a step is that of Holm for the claims on that text."""
+    near = CALM + 0.0975
+    claims = [
+        {"claim": "one", "differences": np.ravel([near, near], order="F"), "margin": 0.1},
+        {"claim": "two", "differences": np.ravel([near, near], order="F"), "margin": 0.1},
+    ]
+    together = judge_claims(claims, domains=NAMES)
+    assert len(together) == 2 and list(together[0]) == ["speeches", "code"]
+    for found in together:
+        for verdict in found.values():
+            assert "corrected for 2 claims on this text (Holm)" in verdict.note
+            assert verdict.interval == judge("", near, 0.1, level=0.995).interval
+    alone = judge_by_domain("one", np.ravel([near, near], order="F"), 0.1, domains=NAMES)
+    assert alone["code"].interval == judge("", near, 0.1).interval
+    assert "Holm" not in alone["code"].note

@@ -1,10 +1,11 @@
-"""``gainlens evaluate``: loss of an exported folder on texts, and lm-evaluation-harness tasks."""
+"""``gainlens evaluate``: loss of a folder on texts, its scores on tasks, lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
+from gainlens.analysis.task_running import fitting_tasks
 from gainlens.cli.verbs.common import (
     add,
     add_last,
@@ -15,7 +16,7 @@ from gainlens.cli.verbs.common import (
     needs,
     whole,
 )
-from gainlens.export.judging import losses_by_text
+from gainlens.export.judging import losses_by_text, score_slim
 from gainlens.export.running import harness_scores, open_folder
 from gainlens.model import load_tokens
 from gainlens.model.loading import load_hf
@@ -23,8 +24,14 @@ from gainlens.model.loading import load_hf
 HELP = "measure the loss of an exported folder (or a model by name) on one or more texts"
 EXAMPLES = [
     "gainlens evaluate slim --original smollm2 --text sotu,pydoc",
+    "gainlens evaluate slim --original smollm2 --prompts 24 --task-lengths 1024,2048",
     "gainlens evaluate slim --tasks hellaswag --limit 100",
 ]
+
+
+def lengths(value: str) -> tuple[int, ...]:
+    """Argument type: several numbers of tokens, such as ``1024,2048``."""
+    return tuple(whole(2)(part) for part in names(value))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=names, default=("sotu",), help="texts: sotu, stdlib, pydoc, files or folders"
     )
     add(parser, "margin", n_docs=16, length=None)
+    parser.add_argument(
+        "--prompts",
+        type=whole(0),
+        default=0,
+        help="prompts for each task where a mean loss is blind (needles and the like); 0: none",
+    )
+    parser.add_argument(
+        "--task-lengths", type=lengths, default=(1024,), help="tokens of those prompts"
+    )
     parser.add_argument("--tasks", type=names, help="tasks of lm-evaluation-harness, if installed")
     parser.add_argument("--limit", type=whole(1), help="examples per task (default: all)")
     add_last(parser)
@@ -69,6 +85,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 f"{name}: {verdict['estimate']:+.4f} nats [{low:+.4f}, {high:+.4f}] over the "
                 f"intact {original}; {verdict['status']}: {verdict['claim']}"
             )
+    blind, fitting, why = None, list[str](), list[str]()
+    if options.prompts:
+        fitting, why = fitting_tasks(tokenizer, options.task_lengths, options.prompts, options.seed)
+        lines += [f"skipped: {reason}" for reason in why]
+    if options.prompts and fitting:
+        blind = score_slim(
+            model,
+            intact,
+            tokenizer,
+            tasks=fitting,
+            lengths=options.task_lengths,
+            n=options.prompts,
+            seed=options.seed,
+        )
+        lines += blind.summary().splitlines()
     scores = {}
     if options.tasks:
         scores = harness_scores(model, tokenizer, options.tasks, limit=options.limit)
@@ -81,5 +112,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "original": original,
         "texts": found,
         "tasks": scores,
+        "prompts": None if blind is None else blind.to_json(),
+        "skipped": why,
         "lines": lines,
     }

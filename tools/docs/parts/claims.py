@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from parts.markdown import RESULTS, interval, not_yet, number, provenance, recorded, table
@@ -106,14 +105,11 @@ def tasks() -> str:
 def findings() -> str:
     """What the recorded runs say in four rows: for the README."""
     report = recorded(RESULTS / REPORT)
-    cuts = recorded(RESULTS / "surgery_smollm2.json")
     healed = recorded(RESULTS / "healing_layer-50.json")
     speed = recorded(RESULTS / "slim_ledger.json")
-    if report is None or cuts is None or healed is None or speed is None:
-        return not_yet("the findings", "make report bench-cuts bench-heal acceptance")
-    at_half = {p["label"].rsplit(",", 1)[0]: p for p in cuts["points"] if p["fraction"] == 0.5}
-    zeroed, refitted = at_half["fisher, layer, zeroed"], at_half["fisher, layer, refitted"]
-    random, text = at_half["random, head"], cuts["text"]
+    if report is None or healed is None or speed is None:
+        return not_yet("the findings", "make report bench-heal acceptance")
+    best = report["best_cut"]
     verdict, heal = healed["verdict"], healed["text"]
     mapped, margin = report["map"], verdict["margin"]
     ratios = [row["decode_ratio"] for row in speed["contexts"]]
@@ -123,11 +119,10 @@ def findings() -> str:
         [
             (
                 "Can half of the key dimensions go without training?",
-                _less_than(margin, refitted["interval"], text["validation_documents"])
-                + " with a least-squares refit",
-                f"loss {refitted['delta']:+.3f} nats ({interval(refitted['interval'])}); "
-                f"zeroed without the refit {zeroed['delta']:+.3f}, random {random['delta']:+.3f}",
-                f"{text['validation_documents']} speeches × {text['length']} tokens",
+                f"a rise below {margin:g} nats {_bold(best['status'])} with a least-squares refit",
+                f"loss {best['verdict']['estimate']:+.3f} nats "
+                f"({interval(best['verdict']['interval'])}); {best['control']}",
+                best["where"],
             ),
             (
                 "Can they go if the rest is trained?",
@@ -166,14 +161,8 @@ def _agreement(mapped: dict[str, Any]) -> str:
     )
 
 
-def _less_than(margin: float, found: Sequence[float], n_documents: int) -> str:
-    """A claim about the loss with its status, by the rule of the library."""
-    from gainlens.stats.verdicts import status_of
-
-    low, high = found
-    status = status_of((low, high), margin, n_documents)
-    said = f"is **{status}**" if status == "undecided" else f"**{status}**"
-    return f"a rise below {margin:g} nats {said}"
+def _bold(status: str) -> str:
+    return f"is **{status}**" if status == "undecided" else f"**{status}**"
 
 
 def cuts() -> str:
