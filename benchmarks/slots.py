@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import gainlens as gl
 from gainlens.ablation.recipe import ranking_gains
@@ -61,6 +62,9 @@ def main() -> None:
     parser.add_argument("--judge", type=int, default=100, help="short documents of each text")
     parser.add_argument("--long", type=int, default=8, help="documents of 2,048 tokens of each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--frequencies", action="store_true", help="record the slots of the cut; judge nothing"
+    )
     parser.add_argument("--cache", type=Path, default=cache_root() / "slots")
     parser.add_argument(
         "--out", default="", help="default: slots_RUN.json beside the other records"
@@ -77,6 +81,9 @@ def main() -> None:
     calibration = gl.load_tokens(SEEN, bridge, n_docs=args.calibration, length=LENGTHS)
     cut, seconds = cut_of(args, bridge, calibration, scope, fraction)
     said(f"{cut!r} in {seconds:.0f} s")
+    if args.frequencies:
+        write_json(args.out or "docs/results/slots_frequencies.json", slots_of(args, cut))
+        return
     short, long = judges(args, bridge)
     training = gl.load_tokens(
         SEEN, bridge, n_docs="all", length=LENGTHS, split="training", windows="all"
@@ -170,6 +177,34 @@ def cut_of(args, model, calibration, scope: str, fraction: float):
     file.with_suffix(".seconds").write_text(str(took))
     cut.save(file)
     return cut, took
+
+
+def slots_of(args, cut) -> dict:
+    """Where the slots of a universal cut lie, how loud the pairs there are, and what moves where.
+
+    ``moves`` counts the heads that first give a pair (row) to a slot (column); ``importance`` is
+    the mean share of a pair in its head's fisher gain, per layer.
+    """
+    gains = gl.KeyGains.load(args.cache / f"gains_{args.calibration}.safetensors")
+    n_pairs = cut.own.shape[1]
+    n_slots = int(cut.keep[0, 0].sum()) // 2
+    pairs = gains.score("fisher", unit="pair")[..., :n_pairs].double()
+    shares = (pairs / pairs.sum(-1, keepdim=True)).mean(1)
+    moves = torch.zeros(n_pairs, n_slots, dtype=torch.long)
+    for head in cut.assigned[..., :n_slots].flatten(0, 1):
+        moves[head, torch.arange(n_slots)] += 1
+    return {
+        "what": "slot frequencies of one universal set, radians per token",
+        "run": args.run,
+        "model": args.model,
+        "own": cut.own[0].tolist(),
+        "slots": cut.frequencies[0, 0, :n_slots].tolist(),
+        "importance": shares.tolist(),
+        "moves": moves.tolist(),
+        "fit": plain(cut.facts),
+        "seed": args.seed,
+        **environment(),
+    }
 
 
 def judges(args, model) -> tuple[Texts, Texts]:

@@ -70,6 +70,8 @@ def score_tasks(
         >>> scores.find(task="needle", label="half")[0].difference  # nats per answer token
     """
     check_intact(model, "score_tasks")
+    tokenizer = getattr(model, "tokenizer", None)
+    _check_settings(tokenizer, n)
     evaluator = evaluator_of(model, evaluator)
     shape = tuple(evaluator.sites.shape)
     for label, given in cuts.items():
@@ -83,7 +85,7 @@ def score_tasks(
             INTACT: evaluator.last_logits,
             **{label: partial(evaluator.last_logits, cut=cut) for label, cut in cuts.items()},
         },
-        getattr(model, "tokenizer", None),
+        tokenizer,
         context_of(model),
         tasks=tasks,
         lengths=lengths,
@@ -118,10 +120,7 @@ def score_models(
         InputError: as for ``score_tasks``.
     """
     chosen = _chosen(tasks)
-    if tokenizer is None:
-        raise InputError("model has no tokenizer: expected one as model.tokenizer")
-    if not isinstance(n, int) or n < 2:
-        raise InputError(f"n={n!r}: expected 2 prompts or more")
+    _check_settings(tokenizer, n)
     _check_lengths(lengths, context)
     made = {
         (task, length): task.make(tokenizer, length, n, seed)
@@ -184,6 +183,13 @@ def _chosen(tasks: Sequence[str | Task]) -> list[Task]:
     if isinstance(tasks, str) or not found or len(set(names)) != len(found):
         raise InputError(f"tasks={tasks!r}: expected different ones of {', '.join(TASKS)}")
     return [task for task in found if task is not None]
+
+
+def _check_settings(tokenizer: Any, n: int) -> None:
+    if tokenizer is None:
+        raise InputError("model has no tokenizer: expected one as model.tokenizer")
+    if not isinstance(n, int) or n < 2:
+        raise InputError(f"n={n!r}: expected 2 prompts or more")
 
 
 def _check_lengths(lengths: Sequence[int], context: int | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from parts import from_scratch, healing
+from parts import from_scratch, healing, slots
 from parts.markdown import RESULTS, ROOT, recorded
 
 FOLDER = ROOT / "docs/pictures"
@@ -208,5 +208,6 @@ PICTURES: dict[str, tuple[float, float, Callable[..., None], Callable[[], Any]]]
     "above_null": (4.4, 3.6, above_null, report),
     "gains": (5.4, 3.6, gains, report),
     "healing": (*healing.PICTURE, healing.runs),
+    "slots": (5.4, 5.6, slots.picture, slots.frequencies),
     "scratch": (*from_scratch.PICTURE, from_scratch.run),
 }
