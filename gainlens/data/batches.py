@@ -54,7 +54,7 @@ def batches(
 
 def as_documents(
     tokens: Tokens, vocabulary: int, context: int | None = None
-) -> list[Int[torch.Tensor, " pos"]]:
+) -> list[Int[torch.Tensor, " _"]]:
     """All documents as a list of 1-D tensors, checked as ``batches`` does."""
     return [row for batch in batches(tokens, vocabulary, context=context) for row in batch]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.analysis.damage_by_position import PositionRise, position_rise
+from gainlens.analysis.damage_by_position import PositionRise, in_order, position_rise
 from gainlens.analysis.task_running import score_models
 from gainlens.analysis.task_scores import INTACT, TaskScores
 from gainlens.analysis.tasks import TASKS
@@ -122,28 +122,6 @@ def score_slim(
     )
 
 
-def slim_rise_by_position(
-    slim: Any, intact: Any, tokens: Tokens, *, groups: Sequence[int] | None = None
-) -> PositionRise:
-    """Rise of the loss of a slim model by position in the text.
-
-    Args:
-        slim, intact, tokens, groups: as for ``judge_slim``.
-
-    Raises:
-        InputError: a loss that is not finite.
-    """
-    documents = _read(slim, tokens)
-    return position_rise(
-        list(batches(documents, int(slim.config.get_text_config().vocab_size))),
-        {"slim": (_fraction_cut(slim) or 0.0, partial(token_losses, slim))},
-        partial(token_losses, intact),
-        groups=groups_for(tokens, groups, len(documents)),
-        text=text_fingerprint(documents),
-        progress=False,
-    )
-
-
 def judge_slim(
     slim: Any,
     intact: Any,
@@ -174,18 +152,50 @@ def judge_slim(
         >>> verdict = judge_slim(gl.slim(model, plan), load_hf("tiny"), validation)
         >>> verdict.status, verdict.estimate, verdict.interval
     """
+    return judge_slim_by_position(slim, intact, tokens, margin, trained=trained, groups=groups)[0]
+
+
+def judge_slim_by_position(
+    slim: Any,
+    intact: Any,
+    tokens: Tokens,
+    margin: float = MARGIN,
+    *,
+    trained: bool = False,
+    groups: Sequence[int] | None = None,
+) -> tuple[Verdict, PositionRise]:
+    """The verdict of ``judge_slim``, and the rise of the loss by position in the same text.
+
+    Args:
+        slim, intact, tokens, margin, trained, groups: as for ``judge_slim``.
+
+    Raises:
+        InputError: as for ``judge_slim``.
+    """
     documents = _read(slim, tokens)
     if len(documents) < 2:
         raise InputError(f"tokens holds {len(documents)} document(s): a verdict needs at least 2")
-    return rise_verdict(
-        document_losses(slim, documents) - document_losses(intact, documents),
+    labels = groups_for(tokens, groups, len(documents))
+    runs = list(batches(documents, int(slim.config.get_text_config().vocab_size)))
+    after, before = ([token_losses(model, run) for run in runs] for model in (slim, intact))
+    rise = position_rise(
+        runs,
+        {"slim": (_fraction_cut(slim) or 0.0, in_order(after))},
+        in_order(before),
+        groups=labels,
+        text=text_fingerprint(documents),
+        progress=False,
+    )
+    verdict = rise_verdict(
+        _means(after) - _means(before),
         _fraction_cut(slim),
         margin,
         trained=trained,
         domains=domains_of(tokens) or (),
         lengths=[len(row) for row in documents],
-        groups=groups_for(tokens, groups, len(documents)) or None,
+        groups=labels or None,
     )
+    return verdict, rise
 
 
 def losses_by_text(
@@ -230,7 +240,12 @@ def losses_by_text(
     return found
 
 
-def _read(model: Any, tokens: Tokens) -> list[Int[torch.Tensor, " pos"]]:
+def _means(losses: Sequence[torch.Tensor]) -> Float[np.ndarray, " document"]:
+    means: Float[np.ndarray, " document"] = torch.cat([x.double().mean(1) for x in losses]).numpy()
+    return means
+
+
+def _read(model: Any, tokens: Tokens) -> list[Int[torch.Tensor, " _"]]:
     return as_documents(tokens, int(model.config.get_text_config().vocab_size))
 
 

@@ -28,6 +28,6 @@ def model_batches(
     return batches(tokens, int(model.cfg.d_vocab), tokens_per_batch, context_of(model))
 
 
-def model_documents(model: Any, tokens: Tokens) -> list[Int[torch.Tensor, " pos"]]:
+def model_documents(model: Any, tokens: Tokens) -> list[Int[torch.Tensor, " _"]]:
     """All documents as a list of 1-D tensors, checked as ``model_batches`` does."""
     return [row for batch in model_batches(model, tokens) for row in batch]

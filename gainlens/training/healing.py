@@ -170,8 +170,9 @@ def _heal(healing: Healing, out: Path, part: Path, processes: Processes) -> dict
         save_every=healing.save_every,
         **asdict(healing.settings),
     )
-    verdict = trained.judge(texts["validation"], healing.margin)
-    by_position = trained.rise_by_position(texts["validation"], progress=processes.first)
+    verdict, by_position = trained.judge_by_position(
+        texts["validation"], healing.margin, progress=processes.first
+    )
     if processes.first:
         figure = part / FIGURE
         _draw(trained, before["monitor"], healing.margin, figure)

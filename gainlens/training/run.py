@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from tqdm.auto import tqdm
 
-from gainlens.analysis.damage_by_position import BUCKETS, PositionRise, position_rise
+from gainlens.analysis.damage_by_position import BUCKETS, PositionRise, in_order, position_rise
 from gainlens.data.batches import Tokens
 from gainlens.data.document_identity import row_hash, text_fingerprint
 from gainlens.data.overlap import check_overlap
@@ -86,29 +86,21 @@ class TrainingRun:
         Raises:
             InputError: documents overlap with the training text, or the margin is not above zero.
         """
-        documents = self.check_apart(tokens)
-        rise = self.losses(documents) - self.losses(documents, intact=True)
-        return rise_verdict(
-            rise,
-            1 - self.plan.fraction_kept,
-            margin,
-            domains=domains_of(tokens) or (),
-            lengths=[len(row) for row in documents],
-            groups=groups_for(tokens, groups, len(documents)) or None,
-        )
+        return self.judge_by_position(tokens, margin, groups=groups, progress=False)[0]
 
-    def rise_by_position(
+    def judge_by_position(
         self,
         tokens: Tokens,
+        margin: float = MARGIN,
         *,
         buckets: Sequence[int] = BUCKETS,
         groups: Sequence[int] | None = None,
         progress: bool = True,
-    ) -> PositionRise:
-        """Rise of the loss by position in the text.
+    ) -> tuple[Verdict, PositionRise]:
+        """The verdict of ``judge``, and the rise of the loss by position in the same text.
 
         Args:
-            tokens, groups: as for ``judge``.
+            tokens, margin, groups: as for ``judge``.
             buckets: as for ``gainlens.analysis.rise_by_position``.
             progress: show a progress bar.
 
@@ -116,17 +108,33 @@ class TrainingRun:
             InputError: as for ``judge``; buckets that don't rise from 0.
         """
         documents = self.check_apart(tokens)
-        return position_rise(
-            list(self.student.batches(documents)),
-            {"trained": (1 - self.plan.fraction_kept, self.student.token_losses)},
-            partial(self.student.token_losses, intact=True),
+        runs = list(self.student.batches(documents))
+        before, after = [], []
+        for run in tqdm(runs, desc="judging", unit="batch", disable=not progress):
+            before.append(self.student.token_losses(run, intact=True))
+            after.append(self.student.token_losses(run))
+        fraction, labels = 1 - self.plan.fraction_kept, groups_for(tokens, groups, len(documents))
+        rise = position_rise(
+            runs,
+            {"trained": (fraction, in_order(after))},
+            in_order(before),
             buckets=buckets,
-            groups=groups_for(tokens, groups, len(documents)),
+            groups=labels,
             text=text_fingerprint(documents),
-            progress=progress,
+            progress=False,
         )
+        means = [torch.cat([x.double().mean(1) for x in some]).numpy() for some in (after, before)]
+        verdict = rise_verdict(
+            means[0] - means[1],
+            fraction,
+            margin,
+            domains=domains_of(tokens) or (),
+            lengths=[len(row) for row in documents],
+            groups=labels or None,
+        )
+        return verdict, rise
 
-    def check_apart(self, tokens: Tokens) -> list[Int[torch.Tensor, " pos"]]:
+    def check_apart(self, tokens: Tokens) -> list[Int[torch.Tensor, " _"]]:
         """The documents of a text, if it may judge.
 
         Args:
@@ -203,6 +211,6 @@ class TrainingRun:
         return figure_html(self, "Rise of the loss against training tokens")
 
 
-def row_digests(rows: Iterable[Int[torch.Tensor, " pos"]]) -> set[str]:
+def row_digests(rows: Iterable[Int[torch.Tensor, " _"]]) -> set[str]:
     """A short digest of each document's tokens."""
     return {row_hash(row)[:16] for row in rows}

@@ -44,8 +44,8 @@ class Trainer:
         self,
         student: Student,
         settings: Settings,
-        documents: list[Int[torch.Tensor, " pos"]],
-        watched: list[Int[torch.Tensor, "document pos"]],
+        documents: list[Int[torch.Tensor, " _"]],
+        watched: list[Int[torch.Tensor, "_ _"]],
         tokens_per_batch: int,
         earlier: Sequence[Mapping[str, Any]] = (),
     ) -> None:
@@ -193,7 +193,7 @@ class Trainer:
         """Number of empty passes after ``passes``: all processes must take part in gathering."""
         return 0 if self.student.shards is None else self.processes.most(passes) - passes
 
-    def _chosen(self, step: int) -> list[Int[torch.Tensor, " pos"]]:
+    def _chosen(self, step: int) -> list[Int[torch.Tensor, " _"]]:
         """The documents of a step; each epoch has its own order."""
         n, batch = len(self.documents), min(self.settings.batch, len(self.documents))
         step += self.steps_before

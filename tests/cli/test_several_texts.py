@@ -101,7 +101,7 @@ def test_texts_are_named_before_a_model_is_loaded(tmp_path, capsys, monkeypatch)
         "gainlens.cli.verbs.common.load_model", lambda *a, **k: pytest.fail("loaded")
     )
     for words, said in (
-        (["--text", "sotu,nowhere"], "nowhere"),
+        (["--text", "sotu,nowhere.txt"], "nowhere.txt"),
         (["--text", "sotu,sotu"], "different names"),
         (["--text", "sotu,pydoc", "--n-docs", "9000"], "--text sotu has"),
     ):

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gainlens.ablation import load_cut
 from gainlens.ablation.key_mask import KeyMask, Scope
 from gainlens.ablation.recipe import ranking_gains
@@ -22,6 +20,7 @@ from gainlens.cli.verbs.common import (
     open_model,
     text,
 )
+from gainlens.data.batches import Tokens
 from gainlens.errors import InputError
 from gainlens.export import (
     ENGINES,
@@ -31,7 +30,7 @@ from gainlens.export import (
     export_model,
     slim,
 )
-from gainlens.export.judging import judge_slim, slim_rise_by_position
+from gainlens.export.judging import judge_slim_by_position
 from gainlens.export.plan import BASES
 from gainlens.export.recipe import refitted, slim_cut
 from gainlens.export.sources import open_source
@@ -130,8 +129,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         # other weights have learned to work without them.
         intact = full if original is None else load_hf(original, device=options.device)
         trained = original is not None
-        verdict = judge_slim(thin, intact, judges, options.margin, trained=trained)
-        rise = slim_rise_by_position(thin, intact, judges)
+        verdict, rise = judge_slim_by_position(
+            thin, intact, judges, options.margin, trained=trained
+        )
         result |= {
             "verdict": verdict.to_json(),
             "by_position": rise.to_json(),
@@ -163,7 +163,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {**result, "lines": lines}
 
 
-def _cut(options: argparse.Namespace, model: Any) -> tuple[SlicePlan, torch.Tensor | None]:
+def _cut(options: argparse.Namespace, model: Any) -> tuple[SlicePlan, Tokens | None]:
     """The plan and the calibration text for the options.
 
     The engine checks the plan before it is refitted.
