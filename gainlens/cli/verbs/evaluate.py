@@ -16,9 +16,11 @@ from gainlens.cli.verbs.common import (
     needs,
     whole,
 )
+from gainlens.errors import InputError
 from gainlens.export.judging import losses_by_text, score_slim
 from gainlens.export.running import harness_scores, open_folder
 from gainlens.model import load_tokens
+from gainlens.model.context import context_of
 from gainlens.model.loading import load_hf
 
 HELP = "measure the loss of an exported folder (or a model by name) on one or more texts"
@@ -27,6 +29,9 @@ EXAMPLES = [
     "gainlens evaluate slim --original smollm2 --prompts 24 --task-lengths 1024,2048",
     "gainlens evaluate slim --tasks hellaswag --limit 100",
 ]
+
+
+PROMPT = 1024
 
 
 def lengths(value: str) -> tuple[int, ...]:
@@ -49,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompts for each task where a mean loss is blind (needles and the like); 0: none",
     )
     parser.add_argument(
-        "--task-lengths", type=lengths, default=(1024,), help="tokens of those prompts"
+        "--task-lengths",
+        type=lengths,
+        help=f"tokens of those prompts (default: {PROMPT}, or the model's context if that is "
+        "shorter)",
     )
     parser.add_argument("--tasks", type=names, help="tasks of lm-evaluation-harness, if installed")
     parser.add_argument("--limit", type=whole(1), help="examples per task (default: all)")
@@ -59,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and print."""
     check_device(options.device)
+    if options.prompts == 1:
+        raise InputError("--prompts 1: expected 2 or more, or 0 for none")
     if options.tasks:
         needs("lm_eval", "--tasks")
     for text in options.text:
@@ -76,7 +86,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for name, row in found.items():
         lines.append(
             f"{name}: loss {row['loss']:.4f} nats per token on {row['n_documents']} validation "
-            f"documents of {length} tokens"
+            f"documents of {'mixed lengths' if length == 'mixed' else f'{length} tokens'}"
         )
         if "verdict" in row:
             verdict = row["verdict"]
@@ -85,9 +95,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 f"{name}: {verdict['estimate']:+.4f} nats [{low:+.4f}, {high:+.4f}] over the "
                 f"intact {original}; {verdict['status']}: {verdict['claim']}"
             )
-    blind, fitting, why = None, list[str](), list[str]()
+    blind, fitting, why, sizes = None, list[str](), list[str](), (PROMPT,)
     if options.prompts:
-        fitting, why = fitting_tasks(tokenizer, options.task_lengths, options.prompts, options.seed)
+        sizes = options.task_lengths or (min(PROMPT, context_of(model) or PROMPT),)
+        fitting, why = fitting_tasks(tokenizer, sizes, options.prompts, options.seed)
         lines += [f"skipped: {reason}" for reason in why]
     if options.prompts and fitting:
         blind = score_slim(
@@ -95,7 +106,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             intact,
             tokenizer,
             tasks=fitting,
-            lengths=options.task_lengths,
+            lengths=sizes,
             n=options.prompts,
             seed=options.seed,
         )

@@ -106,45 +106,62 @@ def surgery(figure: Any, facts: dict[str, Any]) -> None:
     ax.legend(fontsize=8)
 
 
+ZEROED, REFITTED = "fisher, layer, zeroed", "fisher, layer, refitted"
+SHOWN = ("sotu", "stdlib")
+"""Texts of the first picture: the two that the slots were fitted and healed on."""
+
+
 def half() -> dict[str, Any]:
-    """Rise of the loss at 50% cut, by what is done about it; empty where one is not recorded."""
-    found = recorded(RESULTS / "surgery_smollm2.json")
-    healed = recorded(RESULTS / "healing_layer-50.json")
-    if found is None or healed is None:
+    """Rise of the loss by position with half of the keys cut; empty where it is not recorded."""
+    made, slots_run = recorded(SOURCE), recorded(RESULTS / "slots_universal-50.json")
+    if made is None or slots_run is None:
         return {}
-    points = {p["label"].rsplit(",", 1)[0]: p for p in found["points"] if p["fraction"] == 0.5}
-    rows = {
-        "random pairs, zeroed": points["random, head"],
-        "quietest by ThinK's rule, zeroed": points["ThinK rule, head"],
-        "quietest by fisher, zeroed": points["fisher, layer, zeroed"],
-        "... and refitted (no training)": points["fisher, layer, refitted"],
-    }
-    made = [(name, row["delta"], *row["interval"]) for name, row in rows.items()]
-    verdict = healed["verdict"]
-    made.append(("... and healed (training)", verdict["estimate"], *verdict["interval"]))
-    return {"rows": made, "length": found["text"]["length"]}
+    found: dict[str, dict[str, Any]] = {name: {} for name in SHOWN}
+    for text in SHOWN:
+        rows = made["reach"]["by_position"][text]["rows"]
+        for label, cut in (
+            ("one set per layer, zeroed", ZEROED),
+            ("one set per layer, refitted (no training)", REFITTED),
+        ):
+            found[text][label] = [_place(row) for row in rows if row["cut"] == cut]
+        for label, state in (
+            ("one set for all heads, slots (no training)", "untrained"),
+            ("one set for all heads, slots, healed", "healed"),
+        ):
+            if slots_run[state] is not None:
+                rows = slots_run[state]["by_position"][text]["rows"]
+                found[text][label] = [_place(row) for row in rows]
+    return found
+
+
+def _place(row: dict[str, Any]) -> tuple[float, float]:
+    """Middle of a bucket of positions on a logarithmic axis, and the rise there."""
+    return float(np.sqrt(max(16, row["first"]) * (row["last"] + 1))), row["rise"]
 
 
 def cuts(figure: Any, facts: dict[str, Any]) -> None:
-    """Rise of the loss when half of the key pairs go, from random cuts to a healed model."""
-    from gainlens.plots.axes import BLUE
+    """Rise of the loss by position when half of the key pairs go, from zeroed to healed."""
+    from gainlens.plots.axes import CYCLE, MARKERS
 
-    ax = figure.subplots()
-    names, rises, lows, highs = zip(*facts["rows"], strict=True)
-    places = range(len(names))
-    errors = [np.subtract(rises, lows), np.subtract(highs, rises)]
-    ax.errorbar(rises, places, xerr=errors, fmt="o", color=BLUE, capsize=3, label="95% interval")
-    for place, rise in zip(places, rises, strict=True):
-        ax.annotate(f"{rise:+.3f}", (rise, place), (0, 7), textcoords="offset points",
-                    ha="center", fontsize=8)  # fmt: skip
-    ax.axvline(0.02, color="black", linestyle="--", linewidth=0.8, label="margin: 0.02 nats")
-    ax.set_xscale("log")
-    ax.set_xlim(1e-3, 10)
-    ax.set_ylim(len(names) - 0.5, -0.7)
-    ax.set_yticks(list(places), names)
-    ax.set_xlabel("rise of the loss (nats per token, logarithmic)")
-    ax.set_title(f"Half of the key dimensions cut ({facts['length']} tokens)", fontsize=10)
-    ax.legend(fontsize=8, loc="lower right")
+    panels = figure.subplots(1, len(facts), sharey=True)
+    titles = {"sotu": "speeches", "stdlib": "code"}
+    for ax, (text, lines) in zip(panels, facts.items(), strict=True):
+        for (label, points), colour, marker in zip(lines.items(), CYCLE, MARKERS, strict=False):
+            places, rises = zip(*points, strict=True)
+            ax.plot(places, rises, color=colour, marker=marker, label=label)
+        ax.axhline(0.02, color="black", linestyle="--", linewidth=0.8, label="margin: 0.02 nats")
+        ax.set_xscale("log")
+        ax.set_yscale("symlog", linthresh=0.02)
+        ax.set_ylim(0, 2)
+        ax.set_yticks([0, 0.02, 0.1, 0.5, 1], ["0", "0.02", "0.1", "0.5", "1"])
+        ax.minorticks_off()
+        ax.set_xticks([30, 100, 300, 1000], ["30", "100", "300", "1,000"])
+        ax.set_xlabel("position in the text (tokens)")
+        ax.set_title(titles.get(text, text), fontsize=10)
+    panels[0].set_ylabel("rise of the loss (nats per token)")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2
+    )
 
 
 def cosine(figure: Any, facts: dict[str, Any]) -> None:
@@ -202,7 +219,7 @@ def gains(figure: Any, facts: dict[str, Any]) -> None:
 
 # Inches: small, so that the words can be read on a phone.
 PICTURES: dict[str, tuple[float, float, Callable[..., None], Callable[[], Any]]] = {
-    "cuts": (6.2, 3.2, cuts, half),
+    "cuts": (6.8, 4.2, cuts, half),
     "surgery": (5.4, 3.8, surgery, report),
     "cosine": (4.4, 3.6, cosine, report),
     "above_null": (4.4, 3.6, above_null, report),
