@@ -149,4 +149,18 @@ def tasks_section(reach: Reach) -> Section:
         )
     head = ["task", "model", "exact", "chosen", "difference (nats)", "95% interval"]
     tables = [PageTable("Tasks", head, rows, words=(1,))] if rows else []
+    groups = [
+        [
+            {"contextual": "stands in the prompt", "parametric": "is in the weights"}[row.group],
+            row.label,
+            ", ".join(row.tasks),
+            f"{row.difference:+.3f}",
+            f"{row.interval[0]:+.3f} to {row.interval[1]:+.3f}",
+        ]
+        for row in reach.tasks.groups
+        if row.label != INTACT
+    ]
+    if groups:
+        head = ["the answer", "model", "tasks", "difference (nats)", "95% interval"]
+        tables.append(PageTable("Contextual and parametric knowledge", head, groups, words=(1, 2)))
     return Section("tasks", "Tasks: what a mean loss hides", paragraphs, [], tables)

@@ -95,8 +95,14 @@ def tasks() -> str:
     silent = (
         f" At chance when intact, so they show nothing: {', '.join(nothing)}." if nothing else ""
     )
+    groups = "; ".join(
+        f"{row['group']} {row['difference']:+.3f} ({interval(row['interval'])})"
+        for row in found["groups"]
+        if row["label"] != "intact"
+    )
     return (
         table(head, rows)
+        + f"\n\nBy kind of knowledge, nats per answer token: {groups}."
         + f"\n\n{plan['task_prompts']} prompts of {plan['task_length']:,} tokens per task.{silent} "
         + provenance(facts, f"docs/results/{REPORT}")
     )
