@@ -23,8 +23,9 @@ import torch
 
 import gainlens as gl
 from gainlens.ablation.recipe import ranking_gains
-from gainlens.analysis.damage_by_position import position_rise
+from gainlens.analysis.damage_by_position import PositionRise, position_rise
 from gainlens.data.document_identity import text_fingerprint
+from gainlens.data.overlap import document_identities, shares_text
 from gainlens.data.texts import Texts
 from gainlens.environment import environment
 from gainlens.files import read_json, write_json
@@ -65,6 +66,9 @@ def main() -> None:
     parser.add_argument(
         "--frequencies", action="store_true", help="record the slots of the cut; judge nothing"
     )
+    parser.add_argument(
+        "--again", help="a record: judge its rises again, without documents that share text"
+    )
     parser.add_argument("--cache", type=Path, default=cache_root() / "slots")
     parser.add_argument(
         "--out", default="", help="default: slots_RUN.json beside the other records"
@@ -90,9 +94,15 @@ def main() -> None:
     )
     tokenizer = bridge.tokenizer
     del bridge
+    used = document_identities([*training, *calibration], tokenizer)
+    kept = [apart(text, used, tokenizer) for text in (short, long)]
+    if args.again:
+        judge_again(args.again, short, long, kept)
+        return
+    short, long = (text.chosen(some) for text, some in zip((short, long), kept, strict=True))
     model = load_hf(args.model)
     model.tokenizer = tokenizer
-    known = args.cache / f"{args.run}_{cut.digest()[:12]}_{args.judge}_{args.long}.json"
+    known = args.cache / f"{args.run}_{cut.digest()[:12]}_{text_fingerprint(list(short))[:12]}.json"
     if known.exists():
         untrained = read_json(known)
     else:
@@ -215,6 +225,56 @@ def judges(args, model) -> tuple[Texts, Texts]:
         parts.append((name, list(every[: args.judge])))
     long = gl.load_tokens(SEEN, model, n_docs=2 * args.long, length=[2048], split="validation")
     return texts_of(parts), long
+
+
+def apart(text: Texts, used, tokenizer) -> list[int]:
+    """The documents that share no text with what chose or trained.
+
+    What counts as a formula depends on the documents that are compared, so it is asked again.
+    """
+    rows = list(range(len(text)))
+    while any(shared := shares_text(text.chosen(rows), used, tokenizer)):
+        rows = [row for row, like in zip(rows, shared, strict=True) if not like]
+    return rows
+
+
+def judge_again(file: str, short: Texts, long: Texts, kept: list[list[int]]) -> None:
+    """Take documents out of a record that share text with what chose or trained."""
+    record = read_json(file)
+    for state in ("untrained", "healed"):
+        row = record[state]
+        if row is None or len(row["rises"]) != len(short):
+            continue
+        rises = np.array(row["rises"])[kept[0]]
+        some = short.chosen(kept[0])
+        verdicts = rise_verdicts(
+            rises,
+            record["fraction"],
+            MARGIN,
+            trained=state == "healed",
+            domains=some.domains,
+            lengths=some.lengths,
+        )
+        row["verdicts"] = {name: verdict.to_json() for name, verdict in verdicts.items()}
+        row["rises"] = [float(r) for r in rises]
+        for name, found in row["by_position"].items():
+            own = [i for i in range(len(long)) if long.domains[i] == name]
+            stay = [n for n, i in enumerate(own) if i in kept[1]]
+            rise = PositionRise(
+                (state,),
+                (record["fraction"],),
+                tuple((r["first"], r["last"]) for r in found["rows"]),
+                np.array(found["rise"], dtype=np.float64)[:, :, stay],
+                tuple(r["n_tokens"] * len(stay) // len(own) for r in found["rows"]),
+                tuple(found["lengths"][n] for n in stay),
+                tuple(range(len(stay))),
+                found["text"],
+            )
+            row["by_position"][name] = rise.to_json()
+        print(state, summary(row), flush=True)
+    for name, text, some in (("short", short, kept[0]), ("long", long, kept[1])):
+        record["text"][name] = described(text.chosen(some))
+    write_json(file, record)
 
 
 def texts_of(parts: list[tuple[str, list]]) -> Texts:

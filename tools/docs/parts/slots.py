@@ -48,7 +48,28 @@ def page() -> str:
             for name, facts in runs.items()
         ),
     ]
+    parts[1:1] = [_reached(facts) for facts in runs.values()]
     return "\n\n".join(parts)
+
+
+def _reached(facts: dict[str, Any]) -> str:
+    """One sentence: how far the best state of a run is from the margin."""
+    state = "healed" if facts["healed"] else "untrained"
+    judged = facts[state]
+    rises = [v["estimate"] for v in judged["verdicts"].values()]
+    margin = next(iter(judged["verdicts"].values()))["margin"]
+    far = max(row["rise"] for f in judged["by_position"].values() for row in f["rows"])
+    met = "below" if max(*rises, far) < margin else "not below"
+    what = f"{facts['fraction']:.0%} of the keys, {facts['scope']}, {state}"
+    said = (
+        f"{what}: a rise of {min(rises):+.3f} to {max(rises):+.3f} nats on 256 tokens, at most "
+        f"{far:+.3f} by position up to 2,048; {met} the margin of {margin:g}."
+    )
+    if state == "healed":
+        points = [row for row in facts["healed"]["curve"] if row.get("rise") is not None]
+        course = ", ".join(f"{row['rise']:+.3f} after {row['tokens']:,}" for row in points)
+        said += f" Rise on the monitored documents by training tokens: {course}."
+    return said
 
 
 def frequencies() -> dict[str, Any]:
