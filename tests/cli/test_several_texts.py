@@ -11,6 +11,7 @@ from calls import status_of
 import gainlens as gl
 from gainlens.cli.main import main
 from gainlens.data.loading import load_texts
+from gainlens.data.sources import documents
 from gainlens.export import load_slim, plan_of
 from gainlens.export.judging import document_losses
 from gainlens.files import read_json
@@ -76,12 +77,19 @@ def test_one_set_for_all_heads_is_a_set_of_slots(tmp_path, capsys):
 
 def test_slots_are_healed_and_made_slim(tmp_path, capsys):
     healed, out = tmp_path / "healed", tmp_path / "slim"
+    names = []
+    for name in ("sotu", "pydoc"):  # small texts: all of a text trains
+        folder = tmp_path / name
+        folder.mkdir()
+        for number, text in zip(range(70), documents(name), strict=False):
+            (folder / f"{number}.txt").write_text(text[:1500], encoding="utf-8")
+        names.append(str(folder))
     words = ["--n-docs", "8", "--length", "48", "--monitor", "2", "--judge", "4"]
     steps = ["--scope", "universal", "--steps", "2", "--check-every", "1", "--out", str(healed)]
-    assert main(["train", *TEXTS, *words, *steps]) == 0
+    assert main(["train", "--model", "tiny", "--text", ",".join(names), *words, *steps]) == 0
     facts = read_json(healed / "training.json")
     assert set(facts["untrained"]["validation"]) == {"cut and refitted"}
-    assert facts["verdict"]["domain"] == ["sotu", "stdlib"]
+    assert facts["verdict"]["domain"] == names
     (row,) = facts["by_position"]["rows"]
     assert (row["first"], row["last"], row["n_documents"]) == (0, 46, 4)
     plan = gl.SlicePlan.load(healed / "plan.json")

@@ -115,7 +115,11 @@ def test_a_second_run_of_one_output_ends_before_its_work(ready, tmp_path, monkey
 
 @pytest.mark.parametrize("after", [0.3, 1.5])
 def test_ctrl_c_while_libraries_load_is_one_line(after, tmp_path):
-    program = "import sys, time; sys.argv[0] = 'gainlens'; import gainlens.starting"
+    # A process started in the background inherits that Ctrl-C is ignored.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.argv[0] = 'gainlens'; import gainlens.starting"
+    )
     slow = tmp_path / "torch.py"  # imported in the place of PyTorch: a disk that takes its time
     slow.write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
     process = subprocess.Popen(
