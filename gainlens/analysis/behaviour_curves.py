@@ -16,11 +16,14 @@ from tqdm.auto import tqdm
 
 from gainlens.ablation.cut import Cut
 from gainlens.ablation.key_mask import Scope, check_something_stays
+from gainlens.analysis.damage_by_position import PositionRise, in_order, position_rise
 from gainlens.analysis.sweep.evaluator import Evaluator, evaluator_of
 from gainlens.analysis.sweep.judging_text import check_judge
 from gainlens.analysis.sweep.points import Point, check_fractions
 from gainlens.analysis.sweep.run import given_point
 from gainlens.data.batches import Tokens
+from gainlens.data.document_identity import text_fingerprint
+from gainlens.data.texts import groups_for
 from gainlens.errors import InputError
 from gainlens.files import FORMAT
 from gainlens.frames import data_frame
@@ -68,10 +71,12 @@ class Behaviours:
     Attributes:
         rows: all measured values.
         facts: model, seed, sizes.
+        by_position: rise of the loss by position in the documents, of every cut.
     """
 
     rows: list[BehaviourRow]
     facts: dict[str, Any]
+    by_position: PositionRise | None = None
 
     def table(self) -> list[dict[str, Any]]:
         """One plain row per measured value."""
@@ -83,7 +88,14 @@ class Behaviours:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"format": FORMAT, "kind": "behaviours", "facts": self.facts, "rows": self.table()}
+        rise = None if self.by_position is None else self.by_position.to_json()
+        return {
+            "format": FORMAT,
+            "kind": "behaviours",
+            "facts": self.facts,
+            "rows": self.table(),
+            "by_position": rise,
+        }
 
     def to_dataframe(self) -> Any:
         """The rows of ``table``; see ``BehaviourRow`` for the units.
@@ -195,6 +207,8 @@ def behaviours(
     todo += [(given_point(name, cut), cut) for name, cut in (cuts or {}).items()]
     chance = _chances(reference, documents, len(pool))
     rows: list[BehaviourRow] = []
+    by_token: dict[str, list[torch.Tensor]] = {}
+    shares: dict[str, float] = {}
     for at, cut in tqdm(todo, desc="behaviours", unit="cut", disable=not progress):
 
         def add(
@@ -217,11 +231,14 @@ def behaviours(
             last = evaluator.logits(prompt, cut)[:, -1]
             add("copying", copying_score(last, candidates), 1 / CANDIDATES, n)
         same, divergence, losses = [], [], []
+        name = "intact" if at is None else at.label or f"{at.order}, {at.fraction:.0%}"
+        shares[name] = 0.0 if at is None else at.fraction
         for document, wanted in zip(documents, reference, strict=True):
             got = evaluator.logits(document[None], cut)[0].log_softmax(-1)
             same.append((got.argmax(-1) == wanted.argmax(-1)).double().mean())
             divergence.append((wanted.exp() * (wanted - got)).sum(-1).double().mean())
-            losses.append(_loss(got, document))
+            by_token.setdefault(name, []).append(_token_losses(got, document)[None])
+            losses.append(by_token[name][-1].mean())
         add("agreement", torch.stack(same), chance["agreement"])
         add("kl", torch.stack(divergence), chance["kl"])
         add("loss", torch.stack(losses), chance["loss"])
@@ -232,7 +249,18 @@ def behaviours(
         "repeat": repeat,
         "n_documents": len(documents),
     }
-    return Behaviours(rows, facts)
+    intact = by_token.pop("intact")
+    rise = None
+    if by_token:
+        rise = position_rise(
+            [document[None] for document in documents],
+            {name: (shares[name], in_order(losses)) for name, losses in by_token.items()},
+            in_order(intact),
+            groups=groups_for(tokens, None, len(documents)),
+            text=text_fingerprint(documents),
+            progress=False,
+        )
+    return Behaviours(rows, facts, rise)
 
 
 def random_rows(
@@ -273,11 +301,11 @@ def copying_score(
     return (last.gather(1, candidates).argmax(1) == 0).float()
 
 
-def _loss(
+def _token_losses(
     logp: Float[torch.Tensor, "pos vocab"], document: Int[torch.Tensor, " pos"]
-) -> torch.Tensor:
-    """Mean next-token loss in nats, from log-probabilities."""
-    return -logp[:-1].gather(1, document[1:, None].to(logp.device)).double().mean()
+) -> Float[torch.Tensor, " next_pos"]:
+    """Next-token losses in nats, from log-probabilities; float64 on the CPU."""
+    return -logp[:-1].gather(1, document[1:, None].to(logp.device))[:, 0].double().cpu()
 
 
 def _chances(
@@ -289,7 +317,7 @@ def _chances(
         other = logp.roll(max(1, len(logp) // 2), 0)
         same.append((logp.argmax(-1) == other.argmax(-1)).double().mean())
         divergence.append((logp.exp() * (logp - other)).sum(-1).double().mean())
-        losses.append(_loss(other, document))
+        losses.append(_token_losses(other, document).mean())
     return {
         "token": 1 / n_pool,
         "agreement": float(torch.stack(same).mean()),

@@ -106,6 +106,16 @@ def test_the_loss_stands_beside_them(result, tiny, tiny_validation, tiny_gains):
     assert [ax.get_ylabel() for ax in axes][-1] == "nats per token"
 
 
+def test_the_rise_by_position_is_that_of_the_same_cut(result, tiny, tiny_validation, tiny_gains):
+    mask = gl.KeyMask.quietest(tiny_gains, 0.5)
+    wanted = gl.analysis.rise_by_position(tiny, tiny_validation[:3], mask, progress=False)
+    rows = [r for r in result.by_position.table() if r["cut"] == "quietest, 50%"]
+    for row, one in zip(rows, wanted.table(), strict=True):
+        assert (row["first"], row["last"]) == (one["first"], one["last"])
+        assert row["rise"] == pytest.approx(one["rise"], abs=1e-4)
+    assert result.to_json()["by_position"]["kind"] == "rise by position"
+
+
 def test_gains_and_text_are_checked(tiny, tiny_calibration, tiny_validation, tiny_gains):
     with pytest.raises(gl.errors.InputError, match="chose a cut"):
         gl.behaviours(tiny, tiny_calibration[:2], tiny_gains, progress=False)
