@@ -23,11 +23,13 @@ from gainlens.analysis.buckets import (
 )
 from gainlens.analysis.sweep.evaluator import Evaluator, evaluator_of
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
-from gainlens.data.texts import groups_for
+from gainlens.data.document_identity import text_fingerprint
+from gainlens.data.texts import domains_of, groups_for
 from gainlens.errors import InputError
 from gainlens.files import FORMAT
 from gainlens.frames import data_frame
-from gainlens.stats.verdicts import Context
+from gainlens.stats.loss_rise import rise_verdict
+from gainlens.stats.verdicts import Context, Verdict
 
 BUCKETS = (0, 64, 256, 1024, 4096)
 """Positions at which buckets begin."""
@@ -210,6 +212,57 @@ def rise_by_position(
         text=text.text,
         progress=progress,
     )
+
+
+def judge_by_position(
+    tokens: Tokens,
+    runs: Sequence[Int[torch.Tensor, "_ _"]],
+    losses: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
+    fraction: float | None,
+    margin: float,
+    *,
+    name: str,
+    trained: bool = False,
+    buckets: Sequence[int] = BUCKETS,
+    groups: Sequence[int] | None = None,
+) -> tuple[Verdict, PositionRise]:
+    """The verdict on the rise of the loss, and the rise by position, from losses per token.
+
+    Args:
+        tokens: the text, which knows its domains and groups if ``load_tokens`` made it.
+        runs: its documents as batches.
+        losses: per run, of the cut model and of the intact one.
+        fraction, margin, trained: as for ``gainlens.stats.loss_rise.rise_verdict``.
+        name: of the cut model.
+        buckets: as for ``rise_by_position``.
+        groups: as for ``gainlens.surgery``.
+
+    Raises:
+        InputError: buckets that don't rise from 0, a loss that is not finite, groups that are not
+            one per document.
+    """
+    documents = [row for run in runs for row in run]
+    labels = groups_for(tokens, groups, len(documents))
+    rise = position_rise(
+        runs,
+        {name: (fraction or 0.0, in_order(losses[0]))},
+        in_order(losses[1]),
+        buckets=buckets,
+        groups=labels,
+        text=text_fingerprint(documents),
+        progress=False,
+    )
+    after, before = (torch.cat([x.double().mean(1) for x in some]).numpy() for some in losses)
+    verdict = rise_verdict(
+        after - before,
+        fraction,
+        margin,
+        trained=trained,
+        domains=domains_of(tokens) or (),
+        lengths=[len(row) for row in documents],
+        groups=labels or None,
+    )
+    return verdict, rise
 
 
 def in_order(losses: Sequence[torch.Tensor]) -> Losses:

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.analysis.damage_by_position import PositionRise, in_order, position_rise
+from gainlens.analysis.damage_by_position import PositionRise, judge_by_position
 from gainlens.analysis.task_running import score_models
 from gainlens.analysis.task_scores import INTACT, TaskScores
 from gainlens.analysis.tasks import TASKS
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens, as_documents, batches
-from gainlens.data.document_identity import text_fingerprint
-from gainlens.data.texts import domains_of, groups_for
+from gainlens.data.texts import groups_for
 from gainlens.errors import InputError
 from gainlens.export.modeling import plan_of
 from gainlens.model.context import context_of
@@ -156,18 +155,14 @@ def judge_slim(
 
 
 def judge_slim_by_position(
-    slim: Any,
-    intact: Any,
-    tokens: Tokens,
-    margin: float = MARGIN,
-    *,
-    trained: bool = False,
-    groups: Sequence[int] | None = None,
+    slim: Any, intact: Any, tokens: Tokens, margin: float = MARGIN, **options: Any
 ) -> tuple[Verdict, PositionRise]:
     """The verdict of ``judge_slim``, and the rise of the loss by position in the same text.
 
     Args:
-        slim, intact, tokens, margin, trained, groups: as for ``judge_slim``.
+        slim, intact, tokens, margin: as for ``judge_slim``.
+        options: ``trained``, ``groups``, ``buckets``; see
+            ``gainlens.analysis.damage_by_position.judge_by_position``.
 
     Raises:
         InputError: as for ``judge_slim``.
@@ -175,27 +170,11 @@ def judge_slim_by_position(
     documents = _read(slim, tokens)
     if len(documents) < 2:
         raise InputError(f"tokens holds {len(documents)} document(s): a verdict needs at least 2")
-    labels = groups_for(tokens, groups, len(documents))
     runs = list(batches(documents, int(slim.config.get_text_config().vocab_size)))
     after, before = ([token_losses(model, run) for run in runs] for model in (slim, intact))
-    rise = position_rise(
-        runs,
-        {"slim": (_fraction_cut(slim) or 0.0, in_order(after))},
-        in_order(before),
-        groups=labels,
-        text=text_fingerprint(documents),
-        progress=False,
+    return judge_by_position(
+        tokens, runs, (after, before), _fraction_cut(slim), margin, name="slim", **options
     )
-    verdict = rise_verdict(
-        _means(after) - _means(before),
-        _fraction_cut(slim),
-        margin,
-        trained=trained,
-        domains=domains_of(tokens) or (),
-        lengths=[len(row) for row in documents],
-        groups=labels or None,
-    )
-    return verdict, rise
 
 
 def losses_by_text(
@@ -238,11 +217,6 @@ def losses_by_text(
             ).to_json()
         found[name] = row
     return found
-
-
-def _means(losses: Sequence[torch.Tensor]) -> Float[np.ndarray, " document"]:
-    means: Float[np.ndarray, " document"] = torch.cat([x.double().mean(1) for x in losses]).numpy()
-    return means
 
 
 def _read(model: Any, tokens: Tokens) -> list[Int[torch.Tensor, " _"]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -45,24 +46,7 @@ def rise_verdicts(
 
 
 def rise_verdict(
-    rise: Float[np.ndarray, " document"],
-    fraction: float | None,
-    margin: float,
-    *,
-    trained: bool = True,
-    domains: Sequence[str] = (),
-    lengths: Sequence[int] = (),
-    groups: Sequence[Hashable] | None = None,
+    rise: Float[np.ndarray, " document"], fraction: float | None, margin: float, **options: Any
 ) -> Verdict:
-    """The verdict over all texts: as for ``rise_verdicts``, of which the worst decides."""
-    return overall(
-        rise_verdicts(
-            rise,
-            fraction,
-            margin,
-            trained=trained,
-            domains=domains,
-            lengths=lengths,
-            groups=groups,
-        )
-    )
+    """The worst of ``rise_verdicts``, whose arguments it takes: the verdict over all texts."""
+    return overall(rise_verdicts(rise, fraction, margin, **options))

@@ -12,15 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
-from gainlens.analysis.damage_by_position import BUCKETS, PositionRise, in_order, position_rise
+from gainlens.analysis.damage_by_position import BUCKETS, PositionRise, judge_by_position
 from gainlens.data.batches import Tokens
-from gainlens.data.document_identity import row_hash, text_fingerprint
+from gainlens.data.document_identity import row_hash
 from gainlens.data.overlap import check_overlap
-from gainlens.data.texts import domains_of, groups_for
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.frames import data_frame
-from gainlens.stats.loss_rise import rise_verdict
 from gainlens.stats.verdicts import MARGIN, Verdict
 from gainlens.training.folder import save_folder
 from gainlens.training.student import Student
@@ -113,26 +111,17 @@ class TrainingRun:
         for run in tqdm(runs, desc="judging", unit="batch", disable=not progress):
             before.append(self.student.token_losses(run, intact=True))
             after.append(self.student.token_losses(run))
-        fraction, labels = 1 - self.plan.fraction_kept, groups_for(tokens, groups, len(documents))
-        rise = position_rise(
+        return judge_by_position(
+            tokens,
             runs,
-            {"trained": (fraction, in_order(after))},
-            in_order(before),
-            buckets=buckets,
-            groups=labels,
-            text=text_fingerprint(documents),
-            progress=False,
-        )
-        means = [torch.cat([x.double().mean(1) for x in some]).numpy() for some in (after, before)]
-        verdict = rise_verdict(
-            means[0] - means[1],
-            fraction,
+            (after, before),
+            1 - self.plan.fraction_kept,
             margin,
-            domains=domains_of(tokens) or (),
-            lengths=[len(row) for row in documents],
-            groups=labels or None,
+            name="trained",
+            trained=True,
+            buckets=buckets,
+            groups=groups,
         )
-        return verdict, rise
 
     def check_apart(self, tokens: Tokens) -> list[Int[torch.Tensor, " _"]]:
         """The documents of a text, if it may judge.

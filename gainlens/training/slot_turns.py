@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 
 from gainlens.model.hooks import Hook
+from gainlens.model.rotation import Turn
+from gainlens.model.sites import pair_partners
 
 
 class SlotTurns:
@@ -27,17 +29,17 @@ class SlotTurns:
         own: Float[torch.Tensor, " rotary_pair"],
     ) -> None:
         self._added = frequencies - own.detach().cpu().double()
-        self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
+        d_head = 2 * self._added.shape[-1]
+        self._partner = pair_partners(d_head, d_head, "half")
+        self._turns: list[Turn] = []
 
     def __call__(
         self, x: Float[torch.Tensor, "batch pos head d_head"], layer: int
     ) -> Float[torch.Tensor, "batch pos head d_head"]:
         """Turn half-split pairs at positions 0, 1, …, in float32 or wider; the dtype stays."""
-        cos, sin = (t.to(x.device) for t in self._table(layer, x.shape[1]))
-        if x.shape[2] != cos.shape[1]:
-            cos, sin = (t.repeat_interleave(x.shape[2] // t.shape[1], 1) for t in (cos, sin))
-        a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+        turn = self._turn(layer, x.shape[1]).for_heads(x.shape[2])
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return turn(wide.transpose(1, 2)).transpose(1, 2).to(x.dtype)
 
     def hooks(self) -> list[Hook]:
         """The same as hooks on the projected queries and keys of a TransformerLens model."""
@@ -51,16 +53,14 @@ class SlotTurns:
             for letter in "qk"
         ]
 
-    def _table(self, layer: int, n_pos: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines ``[pos, kv_head, pair]``; layers that agree share them."""
-        if not self._tables or len(self._tables[0][0]) < n_pos:
-            places = torch.arange(n_pos, dtype=torch.float64)[:, None, None]
-            self._tables = []
+    def _turn(self, layer: int, n_pos: int) -> Turn:
+        """The rotation of a layer ``[kv_head, pos, dim]``; layers that agree share it."""
+        if not self._turns or self._turns[0].cos.shape[-2] < n_pos:
+            places = torch.arange(n_pos)[None]
+            self._turns = []
             for number, added in enumerate(self._added):
                 if number and torch.equal(added, self._added[number - 1]):
-                    self._tables.append(self._tables[-1])
+                    self._turns.append(self._turns[-1])
                 else:
-                    angle = places * added
-                    self._tables.append((angle.cos().float(), angle.sin().float()))
-        cos, sin = self._tables[layer]
-        return cos[:n_pos], sin[:n_pos]
+                    self._turns.append(Turn.of_frequencies(added[:, None], self._partner, places))
+        return self._turns[layer].at(torch.arange(n_pos))
