@@ -1,6 +1,6 @@
 """What a cut of SmolLM2's keys costs by domain and position: untrained, and healed.
 
-    python benchmarks/slots.py --run universal-50 [--steps 200] [--out FILE]
+    python benchmarks/slots.py --run universal-50 [--steps 200] [--out FILE | --save FOLDER]
 
 The cut is ``gainlens.best_cut``: ranked by ``fisher``, fitted to the intact attention logits on
 calibration speeches and source files of mixed lengths. With ``--steps`` it is then healed on
@@ -19,11 +19,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import gainlens as gl
 from gainlens.ablation.recipe import ranking_gains
 from gainlens.analysis.damage_by_position import PositionRise, position_rise
+from gainlens.analysis.map.universality import slot_moves
 from gainlens.data.document_identity import text_fingerprint
 from gainlens.data.overlap import document_identities, shares_text
 from gainlens.data.texts import Texts
@@ -69,6 +69,9 @@ def main() -> None:
     parser.add_argument(
         "--again", help="a record: judge its rises again, without documents that share text"
     )
+    parser.add_argument(
+        "--save", type=Path, help="write the healed model as a slim folder, and judge nothing"
+    )
     parser.add_argument("--cache", type=Path, default=cache_root() / "slots")
     parser.add_argument(
         "--out", default="", help="default: slots_RUN.json beside the other records"
@@ -103,14 +106,18 @@ def main() -> None:
     model = load_hf(args.model)
     model.tokenizer = tokenizer
     known = args.cache / f"{args.run}_{cut.digest()[:12]}_{text_fingerprint(list(short))[:12]}.json"
-    if known.exists():
+    untrained: dict = {}
+    if args.save:
+        pass  # what it costs is judged of the folder
+    elif known.exists():
         untrained = read_json(known)
     else:
         student = Student(model, gl.SlicePlan.from_cut(cut))
         untrained = judged(student, short, long, fraction, trained=False)
         write_json(known, untrained)
         del student
-    said(summary(untrained))
+    if untrained:
+        said(summary(untrained))
     healed = None
     if args.steps:
         run = train_virtual_width(
@@ -130,6 +137,12 @@ def main() -> None:
             check_every=50,
             seed=args.seed,
         )  # fmt: skip
+        if args.save:
+            slim = gl.slim(run.model, run.plan)
+            slim.save_pretrained(args.save)
+            tokenizer.save_pretrained(args.save)
+            said(f"{slim.num_parameters():,} weights in {args.save}")
+            return
         for text in (short, long):
             run.check_apart(text)
         healed = judged(run.student, short, long, fraction, trained=True)
@@ -196,21 +209,14 @@ def slots_of(args, cut) -> dict:
     the mean share of a pair in its head's fisher gain, per layer.
     """
     gains = gl.KeyGains.load(args.cache / f"gains_{args.calibration}.safetensors")
-    n_pairs = cut.own.shape[1]
-    n_slots = int(cut.keep[0, 0].sum()) // 2
-    pairs = gains.score("fisher", unit="pair")[..., :n_pairs].double()
+    pairs = gains.score("fisher", unit="pair")[..., : cut.own.shape[1]].double()
     shares = (pairs / pairs.sum(-1, keepdim=True)).mean(1)
-    moves = torch.zeros(n_pairs, n_slots, dtype=torch.long)
-    for head in cut.assigned[..., :n_slots].flatten(0, 1):
-        moves[head, torch.arange(n_slots)] += 1
     return {
         "what": "slot frequencies of one universal set, radians per token",
         "run": args.run,
         "model": args.model,
-        "own": cut.own[0].tolist(),
-        "slots": cut.frequencies[0, 0, :n_slots].tolist(),
+        **slot_moves(cut),
         "importance": shares.tolist(),
-        "moves": moves.tolist(),
         "fit": plain(cut.facts),
         "seed": args.seed,
         **environment(),

@@ -56,6 +56,8 @@ class Plan:
             and their tokens, at most; 0 documents skip it.
         across_docs: validation documents of each text that judge the cuts chosen on the others; 0
             skips it.
+        price_docs: validation documents of each text that judge what sharing one set costs; 0 skips
+            it.
         task_prompts, task_length: prompts per task, and their tokens; below 2 skips the tasks.
         refit_rounds: rounds of the least-squares refit of the cut at 0.5; 0 skips it.
         seed: seed of the permutations.
@@ -75,6 +77,7 @@ class Plan:
     long_docs: int = 2
     context: int = 2048
     across_docs: int = 8
+    price_docs: int = 6
     task_prompts: int = 4
     task_length: int = 1024
     refit_rounds: int = 2
@@ -126,6 +129,7 @@ class Plan:
             "damage_length",
             "long_docs",
             "across_docs",
+            "price_docs",
             "task_length",
         )
         if self.seeds != tuple(range(self.seed, self.seed + len(self.seeds))) or any(

@@ -22,6 +22,7 @@ from gainlens.plots.curves import (
     plot_rise_by_position,
     plot_surgery,
 )
+from gainlens.plots.universality import plot_price, plot_slots
 from gainlens.probes.gains import KeyGains
 from gainlens.report.claims import FLAT_MARGIN
 from gainlens.report.reach import Reach
@@ -87,6 +88,8 @@ def draw_figures(
         )
     if reach is not None and reach.by_distance is not None:
         drawings["change_by_distance"] = partial(plot_change_by_distance, reach.by_distance)
+    if reach is not None and reach.price is not None and reach.price.rows:
+        drawings["price"] = partial(plot_price, reach.price, margin=FLAT_MARGIN)
     if cmap.sinks is not None and len(cmap.sinks.layers):
         drawings["sinks"] = lambda ax: coordinate_maps.plot_sinks(cmap, ax)
     if cmap.sharing_cost is not None:
@@ -110,4 +113,11 @@ def draw_figures(
             panel.label_outer()
         paths["rise_by_position"] = folder / "rise_by_position.png"
         figure.savefig(paths["rise_by_position"], dpi=DPI)
+    if reach is not None and reach.price is not None and reach.price.slots is not None:
+        figure = Figure(figsize=(SIZE[0], 1.6 * SIZE[1]), layout="constrained")
+        price = reach.price
+        axes = figure.subplots(2, 1, height_ratios=(1, 1.6))
+        plot_slots(price.to_json()["slots"], price.importance, axes, score=price.score)
+        paths["slots"] = folder / "slots.png"
+        figure.savefig(paths["slots"], dpi=DPI)
     return paths

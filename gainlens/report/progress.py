@@ -51,8 +51,13 @@ def _reach_cost(plan: Plan, n_cuts: int) -> float:
     if n_texts > 1 and plan.across_docs:
         fit = 5 * plan.n_docs * plan.length
         across = n_texts * (fit + (1 + n_texts) * plan.across_docs * plan.length)
+    price = 0.0
+    if plan.price_docs and plan.refit_rounds:
+        cuts, fits = 9, 6
+        price = (1 + cuts) * n_texts * plan.price_docs * plan.length
+        price += fits * 3 * plan.n_docs * plan.length
     prompts = plan.task_prompts if plan.task_prompts > 1 else 0
-    return position + across + 2 * len(TASKS) * prompts * plan.task_length
+    return position + across + price + 2 * len(TASKS) * prompts * plan.task_length
 
 
 class Stages:

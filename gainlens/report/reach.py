@@ -11,6 +11,7 @@ from gainlens.ablation import Cut, KeyMask, best_cut
 from gainlens.analysis.damage_by_distance import DistanceChange, change_by_distance
 from gainlens.analysis.damage_by_position import PositionRise, rise_by_position
 from gainlens.analysis.effective_rank import EffectiveRank, effective_rank
+from gainlens.analysis.map.universality import UniversalityPrice, price_of_universality
 from gainlens.analysis.side_controls import SideControls, side_controls
 from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.analysis.task_running import fitting_tasks, score_tasks
@@ -42,6 +43,7 @@ class Reach:
         tasks: scores on tasks.
         controls: the query side, the values and the complement.
         ranks: effective rank of queries and keys.
+        price: of sharing one set, zeroed, refitted and with slots.
         skipped: why a part is missing, in words.
     """
 
@@ -51,6 +53,7 @@ class Reach:
     tasks: TaskScores | None = None
     controls: SideControls | None = None
     ranks: EffectiveRank | None = None
+    price: UniversalityPrice | None = None
     skipped: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -62,6 +65,7 @@ class Reach:
             "tasks": None if self.tasks is None else self.tasks.to_json(),
             "controls": None if self.controls is None else self.controls.table(),
             "effective_rank": None if self.ranks is None else self.ranks.summary(),
+            "price": None if self.price is None else self.price.to_json(),
             "skipped": list(self.skipped),
         }
 
@@ -108,8 +112,31 @@ def measure_reach(
         tasks_of(evaluator, plan, cuts, skipped),
         controls,
         ranks,
+        price_of(evaluator, plan, texts),
         tuple(skipped),
     )
+
+
+def price_of(
+    evaluator: Evaluator, plan: Plan, texts: tuple[Texts, Texts]
+) -> UniversalityPrice | None:
+    """What sharing one set of dimensions or of frequencies costs; None if it was skipped."""
+    if plan.price_docs < 1 or plan.refit_rounds < 1:
+        return None
+    calibration, validation = texts
+    return price_of_universality(
+        evaluator.model,
+        calibration,
+        spread(validation, plan.price_docs),
+        fraction=FRACTION,
+        evaluator=evaluator,
+    )
+
+
+def spread(texts: Texts, n: int) -> Texts:
+    """The first ``n`` documents of each text."""
+    rows = [[i for i, of in enumerate(texts.domains) if of == name][:n] for name in texts.names]
+    return texts.chosen([i for some in rows for i in some])
 
 
 def long_texts(model: Any, plan: Plan, skipped: list[str]) -> Iterator[tuple[str, Texts]]:

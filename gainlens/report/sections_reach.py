@@ -8,6 +8,7 @@ from gainlens.analysis.task_scores import INTACT
 from gainlens.report.page import PageFigure, PageTable, Section
 from gainlens.report.reach import FRACTION, Reach
 from gainlens.report.sections_controls import controls_section
+from gainlens.report.sections_price import price_section
 
 
 def lead_figure(reach: Reach, figures: dict[str, Path]) -> PageFigure | None:
@@ -33,6 +34,8 @@ def reach_sections(reach: Reach, figures: dict[str, Path]) -> list[Section]:
         found.append(across_section(reach))
     if reach.tasks is not None:
         found.append(tasks_section(reach))
+    if reach.price is not None and reach.price.rows:
+        found.append(price_section(reach.price, figures))
     if reach.controls is not None or reach.ranks is not None:
         found.append(controls_section(reach.controls, reach.ranks))
     if reach.skipped and found:

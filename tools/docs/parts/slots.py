@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from parts.markdown import RESULTS, not_yet, provenance, recorded, table
 
 ORDER = ("layer-50", "universal-50", "layer-75", "universal-75")
@@ -79,29 +77,10 @@ def frequencies() -> dict[str, Any]:
 
 def picture(figure: Any, facts: dict[str, Any]) -> None:
     """Slots over the loudness of the pairs, and which pairs go into which slot."""
-    from gainlens.plots.axes import BLUE, ORANGE, SEQUENTIAL, colour_bar
+    from gainlens.plots.universality import plot_slots
 
-    loud, moves = figure.subplots(2, 1, height_ratios=(1, 1.6))
-    own = 2 * np.pi / np.array(facts["own"])
-    slots = 2 * np.pi / np.array(facts["slots"])
-    shares = np.array(facts["importance"])
-    loud.plot(own, shares.mean(0), color=BLUE, marker="o", markersize=3, label="mean over layers")
-    loud.fill_between(own, shares.min(0), shares.max(0), color=BLUE, alpha=0.15, label="all layers")
-    for number, slot in enumerate(slots):
-        label = f"the {len(slots)} slots" if number == 0 else None
-        loud.axvline(slot, color=ORANGE, linewidth=1, label=label)
-    loud.set_xscale("log")
-    loud.set_xlabel("wavelength of the rotary pair (tokens)")
-    loud.set_ylabel("share of fisher gain")
-    loud.legend(fontsize=7)
-    counts = np.array(facts["moves"]).T
-    image = moves.imshow(counts, aspect="auto", cmap=SEQUENTIAL, interpolation="nearest")
-    colour_bar(moves, image, "heads")
-    some = range(0, len(own), 4)
-    moves.set_xticks(list(some), [f"{own[i]:,.0f}" for i in some], rotation=30)
-    moves.set_yticks(range(len(slots)), [f"{slot:,.0f}" for slot in slots], fontsize=7)
-    moves.set_xlabel("wavelength of the pair")
-    moves.set_ylabel("wavelength of its slot")
+    axes = figure.subplots(2, 1, height_ratios=(1, 1.6))
+    plot_slots(facts, facts["importance"], axes)
 
 
 def _row(judged: dict[str, Any]) -> tuple[str, ...]:
