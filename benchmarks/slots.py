@@ -14,6 +14,7 @@ Gains, cuts and checkpoints stay in ``--cache``; a run that is killed goes on fr
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -139,8 +140,8 @@ def main() -> None:
         )  # fmt: skip
         if args.save:
             slim = gl.slim(run.model, run.plan)
-            slim.save_pretrained(args.save)
-            tokenizer.save_pretrained(args.save)
+            shutil.rmtree(args.save, ignore_errors=True)
+            gl.export_model(slim, args.save, tokenizer=tokenizer)
             said(f"{slim.num_parameters():,} weights in {args.save}")
             return
         for text in (short, long):

@@ -1,8 +1,8 @@
 """Decoding speed in llama.cpp (in its own environment), one cell of the worth ledger.
 
-Called by ``benchmarks/worth.py`` as ``python worth_llama_cpp.py JOB.json RESULT.json``. One prompt is
-read into the first slot; the others load its cache from a file, so that a context of 8,192 tokens
-in many slots costs one prefill. Then all slots decode at once.
+Called by ``benchmarks/worth.py`` as ``python worth_llama_cpp.py JOB.json RESULT.json``. One prompt
+is read into the first slot; the others load its cache from a file, so that a context of 8,192
+tokens in many slots costs one prefill. Then all slots decode at once.
 """
 
 from __future__ import annotations

@@ -101,6 +101,48 @@ def choose_slots(values: Sequence[Float[np.ndarray, "pair candidate"]], n_slots:
     return sorted(chosen)
 
 
+def worth_by_slots(
+    values: Sequence[Float[np.ndarray, "pair candidate"]], most: int
+) -> Float[np.ndarray, " slot"]:
+    """What the first, second, … slot adds by the greedy choice; it falls, by submodularity.
+
+    Args:
+        values: as for ``choose_slots``.
+        most: slots at most.
+    """
+    alone = np.sum([v.max(0) for v in values], axis=0)
+    heap = [(-float(alone[c]), c) for c in range(len(alone))]
+    heapq.heapify(heap)
+    chosen: list[int] = []
+    worth, added = 0.0, []
+    for _ in range(most):
+        best, more = _add(values, chosen, heap, worth)
+        chosen.append(best)
+        added.append(more - worth)
+        worth = more
+    return np.array(added)
+
+
+def share_out(added: Sequence[Float[np.ndarray, " slot"]], total: int) -> list[int]:
+    """How many slots each group gets of ``total``: those that add most, one at least.
+
+    Args:
+        added: of each group, what its slots add, in order.
+        total: of all groups together.
+    """
+    counts = [1] * len(added)
+    heap = [(-float(one[1]), n) for n, one in enumerate(added) if len(one) > 1]
+    heapq.heapify(heap)
+    for _ in range(total - len(added)):
+        if not heap:
+            break
+        _, n = heapq.heappop(heap)
+        counts[n] += 1
+        if counts[n] < len(added[n]):
+            heapq.heappush(heap, (-float(added[n][counts[n]]), n))
+    return counts
+
+
 def _add(
     values: Sequence[np.ndarray], chosen: list[int], heap: list[tuple[float, int]], worth: float
 ) -> tuple[int, float]:

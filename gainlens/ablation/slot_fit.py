@@ -27,6 +27,8 @@ from gainlens.ablation.slot_choice import (
     frequency_grid,
     narrower_grid,
     overlaps,
+    share_out,
+    worth_by_slots,
 )
 from gainlens.ablation.slot_cut import SlotCut
 from gainlens.data.batches import Tokens
@@ -37,6 +39,7 @@ from gainlens.model.sites import KeySites
 from gainlens.probes.gains import KeyGains
 
 SLOT_SCOPES = ("head", "layer", "universal")
+BUDGETS = ("even", "damage")
 
 
 def fit_slots(
@@ -48,6 +51,7 @@ def fit_slots(
     *,
     score: str = "fisher",
     grid: bool = False,
+    budget: str = "even",
     context: int | None = None,
     rounds: int = 3,
     iterations: int = 12,
@@ -76,6 +80,9 @@ def fit_slots(
         score: the importance of a pair.
         grid: take the default geometric frequencies of a narrower head instead of choosing, for
             engines that know no others.
+        budget: how many slots a head or a layer gets: ``even`` gives all the same, ``damage`` gives
+            them where they are predicted to save most, at the same total. With the scope
+            ``universal`` there is nothing to share out.
         context: distances that count, in tokens; by default the longest document's.
         rounds, iterations, ridge, uniform, stride, passes: of the fit; see ``gainlens.refit``.
         progress: show progress bars.
@@ -97,6 +104,12 @@ def fit_slots(
         raise InputError(f"fraction={fraction!r}: expected above 0 and below 1")
     if scope not in SLOT_SCOPES:
         raise InputError(f"scope={scope!r}: slots are shared by one of {', '.join(SLOT_SCOPES)}")
+    if budget not in BUDGETS:
+        raise InputError(f"budget={budget!r} is not one of {', '.join(BUDGETS)}")
+    if budget == "damage" and (grid or scope == "universal"):
+        raise InputError(
+            "budget='damage': with grid=True or scope='universal' all heads have as many slots"
+        )
     sites = key_sites(model)
     if gains.shape != sites.shape:
         raise InputError(
@@ -118,11 +131,11 @@ def fit_slots(
     with record_attention(model, documents, spacing) as record:
         reach = attended_distances(record, settings.uniform)[..., :context]
         frequencies, assigned, turned, explained = choose(
-            sites, importance.double(), reach, n_slots, scope, grid
+            sites, importance.double(), reach, n_slots, scope, grid, budget
         )
         keep = torch.zeros(sites.shape, dtype=torch.bool)
-        dims = _pair_dims(sites)
-        keep[..., dims[:n_slots].flatten()] = True
+        for side in _pair_dims(sites).T:
+            keep[..., side] = assigned >= 0
 
         def start(layer: int, head: int) -> Maps:
             return start_maps(sites, assigned[layer, head], turned[layer, head])
@@ -144,6 +157,7 @@ def fit_slots(
         "scope": scope,
         "score": score,
         "grid": grid,
+        "budget": budget,
         "context": context or longest,
         "explained": explained,
         **found.facts(settings, spacing),
@@ -196,6 +210,7 @@ def choose(
     n_slots: int,
     scope: str,
     grid: bool,
+    budget: str = "even",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Slots for every head.
 
@@ -206,9 +221,10 @@ def choose(
         n_slots: per head.
         scope: what shares them.
         grid: take ``narrower_grid`` of each layer (universal: of the first).
+        budget: see ``fit_slots``.
 
     Returns:
-        Frequencies and assigned pairs ``[layer, kv_head, pair]`` (the first ``n_slots`` of them),
+        Frequencies and assigned pairs ``[layer, kv_head, pair]`` (the first ones; -1 after them),
         the complex overlap of each slot with its pair, and the share of all importance explained.
     """
     own = sites.frequencies.double().numpy()
@@ -222,6 +238,7 @@ def choose(
     assigned = torch.full(shape, -1)
     turned = torch.zeros(shape, dtype=torch.complex128)
     worth = 0.0
+    found = []
     for members in groups.values():
         layers = sorted({n for n, _ in members})
         first = own[layers[0]]
@@ -230,13 +247,19 @@ def choose(
         values = [
             importance[n, h].numpy()[:, None] * np.abs(overlap[n, h]) ** 2 for n, h in members
         ]
-        slots = list(range(n_slots)) if grid else choose_slots(values, n_slots)
-        for (n, h), value in zip(members, values, strict=True):
+        found.append((members, candidates, overlap, values))
+    counts = [n_slots] * len(found)
+    if budget == "damage":
+        added = [worth_by_slots(values, own.shape[1]) for *_, values in found]
+        counts = share_out(added, n_slots * len(found))
+    for (members, candidates, overlap, values), n in zip(found, counts, strict=True):
+        slots = list(range(n)) if grid else choose_slots(values, n)
+        for at, value in zip(members, values, strict=True):
             gained, pairs = assign(value[:, slots])
             worth += gained
-            frequencies[n, h, :n_slots] = torch.from_numpy(candidates[slots])
-            assigned[n, h, :n_slots] = torch.from_numpy(pairs)
-            turned[n, h, :n_slots] = torch.from_numpy(overlap[n, h][pairs, slots])
+            frequencies[at][:n] = torch.from_numpy(candidates[slots])
+            assigned[at][:n] = torch.from_numpy(pairs)
+            turned[at][:n] = torch.from_numpy(overlap[at][pairs, slots])
     return frequencies, assigned, turned, worth / max(float(importance.sum()), 1e-300)
 
 

@@ -17,6 +17,7 @@ from gainlens.ablation.slot_choice import (
     frequency_grid,
     narrower_grid,
     overlaps,
+    share_out,
 )
 from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.files import save_tensors
@@ -254,6 +255,33 @@ def test_scopes_and_grid(tiny, tiny_calibration, tiny_gains, scope):
     assert grid.facts["explained"] < cut.facts["explained"]
 
 
+def test_budgets_are_the_best_of_all_with_the_same_total():
+    generator = np.random.default_rng(0)
+    added = [np.sort(generator.random(5))[::-1] * size for size in (1.0, 0.3, 2.0)]
+    counts = share_out(added, 7)
+    assert sum(counts) == 7
+    every = [c for c in itertools.product(range(1, 6), repeat=3) if sum(c) == 7]
+    worth = {c: sum(float(one[:n].sum()) for one, n in zip(added, c, strict=True)) for c in every}
+    assert worth[tuple(counts)] == pytest.approx(max(worth.values()))
+    assert share_out([np.ones(2), np.ones(2)], 9) == [2, 2], "no more slots than pairs"
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+def test_uneven_budgets_keep_the_total_and_can_be_made_slim(
+    tiny, tiny_calibration, tiny_gains, scope
+):
+    settings = {"score": "qk", "rounds": 1, "iterations": 2, "progress": False, "stride": 8}
+    even = fit_slots(tiny, tiny_calibration, tiny_gains, 0.5, scope, **settings)
+    uneven = fit_slots(tiny, tiny_calibration, tiny_gains, 0.5, scope, budget="damage", **settings)
+    assert int(uneven.keep.sum()) == int(even.keep.sum())
+    widths = uneven.keep.sum(-1)
+    assert len(widths.unique()) > 1
+    assert (widths == widths[:, :1]).all() == (scope == "layer")
+    assert uneven.facts["explained"] > even.facts["explained"]
+    thin = gl.slim(tiny, uneven)  # raises unless its logits are those of the cut
+    assert thin.gainlens_parity.difference < 1e-4
+
+
 def test_the_recipe_takes_slots_where_one_set_serves_all(tiny, tiny_calibration):
     settings = {"rounds": 1, "score": "qk", "progress": False}
     cut = gl.best_cut(tiny, tiny_calibration, 0.5, "universal", **settings)
@@ -277,6 +305,8 @@ def test_bad_input(tiny, tiny_calibration, tiny_gains, tiny_slots):
     for bad, words in (
         ({"fraction": 1.0}, "fraction"),
         ({"scope": "model"}, "scope"),
+        ({"budget": "half"}, "budget='half'"),
+        ({"budget": "damage"}, "scope='universal' all heads have as many"),
         ({"context": 65}, "context=65: .* 64 tokens"),
         ({"context": 1}, "context=1"),
     ):

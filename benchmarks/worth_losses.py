@@ -1,0 +1,150 @@
+"""What the checkpoints of the worth ledger cost, loaded from their folders."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from slots import LENGTHS, SEEN, UNSEEN, apart, described
+from transformers.cache_utils import DynamicCache
+
+import gainlens as gl
+from gainlens.analysis.damage_by_position import judge_by_position
+from gainlens.data.batches import TOKENS_PER_BATCH, batches
+from gainlens.data.overlap import document_identities
+from gainlens.data.texts import Texts
+from gainlens.export.judging import score_slim, token_losses
+from gainlens.model.fast_copy import family_head
+from gainlens.model.forward import cross_entropy
+from gainlens.stats.verdicts import MARGIN
+
+BLOCK = 32
+"""Numbers that share a scale in llama.cpp's q8_0."""
+
+
+class RoundedCache(DynamicCache):
+    """Keys and values as a cache in q8_0 gives them back: int8 with a half-precision scale."""
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kw: Any):
+        """Round what is written; the rest is transformers'."""
+        return super().update(q8_0(key_states), q8_0(value_states), layer_idx, *args, **kw)
+
+
+def q8_0(x: torch.Tensor) -> torch.Tensor:
+    """Round blocks of 32 numbers of the last axis; a narrower head is one block."""
+    width = x.shape[-1]
+    blocks = x.reshape(*x.shape[:-1], -1, min(BLOCK, width))
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).half().to(x)
+    rounded = (blocks / scale.clamp_min(1e-12)).round().clamp(-127, 127) * scale
+    return rounded.reshape(x.shape)
+
+
+@torch.inference_mode()
+def rounded_losses(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """``token_losses`` of a model whose cache is kept in q8_0."""
+    cache = RoundedCache(config=model.config)
+    hidden = model.base_model(input_ids=tokens, past_key_values=cache).last_hidden_state
+    return cross_entropy(family_head(model), hidden, tokens)
+
+
+def texts_that_judge(
+    tokenizer: Any, short: int, long: int, longest: int, calibration: int
+) -> dict[str, Texts]:
+    """Validation documents by context that share no text with what chose or trained."""
+    used_texts = [
+        *gl.load_tokens(
+            SEEN, tokenizer, n_docs="all", length=LENGTHS, split="training", windows="all"
+        ),
+        *gl.load_tokens(SEEN, tokenizer, n_docs=calibration, length=LENGTHS),
+    ]
+    used = document_identities(used_texts, tokenizer)
+    found = {}
+    for name, length, n_docs in (
+        ("256", 256, short),
+        ("2048", 2048, long),
+        ("8192", 8192, longest),
+    ):
+        if not n_docs:
+            continue
+        parts = []
+        for text in (*SEEN.split(","), UNSEEN):
+            if text == UNSEEN and length > 256:
+                continue  # it has no documents of this length
+            every = gl.load_tokens(
+                text, tokenizer, n_docs="all", length=[length], split="validation"
+            )
+            parts += [(row, text) for row in list(every)[:n_docs]]
+        rows = Texts(
+            tuple(row for row, _ in parts),
+            tuple(text for _, text in parts),
+            tuple(range(len(parts))),
+        )
+        found[name] = rows.chosen(apart(rows, used, tokenizer))
+    return found
+
+
+def intact_losses(model: Any, texts: dict[str, Texts]) -> dict[str, list[torch.Tensor]]:
+    """Next-token losses of the model that was cut, per context and batch."""
+    return {name: [token_losses(model, run) for run in runs_of(model, text)]
+            for name, text in texts.items()}  # fmt: skip
+
+
+def runs_of(model: Any, text: Texts) -> list[torch.Tensor]:
+    """The batches of a text, in order."""
+    return list(batches(list(text), int(model.config.vocab_size), TOKENS_PER_BATCH))
+
+
+def judged(
+    model: Any,
+    before: dict[str, list[torch.Tensor]],
+    texts: dict[str, Texts],
+    fraction: float,
+    *,
+    rounded: bool,
+    trained: bool,
+) -> dict[str, Any]:
+    """Verdict and rise by position at each context; every text is judged, and the worst decides."""
+    read = partial(rounded_losses if rounded else token_losses, model)
+    found = {}
+    for name, text in texts.items():
+        runs = runs_of(model, text)
+        after = [read(run) for run in runs]
+        verdict, by_position = judge_by_position(
+            text, runs, (after, before[name]), fraction, MARGIN, name="model", trained=trained
+        )
+        rise = np.concatenate(
+            [(a.double().mean(1) - b.double().mean(1)).numpy()
+             for a, b in zip(after, before[name], strict=True)]
+        )  # fmt: skip
+        of = np.array(text.domains)
+        found[name] = {
+            "verdict": verdict.to_json(),
+            "by_text": {one: float(rise[of == one].mean()) for one in text.names},
+            "by_position": by_position.table(),
+        }
+    return found
+
+
+def on_tasks(model: Any, intact: Any, tokenizer: Any, length: int, n: int, seed: int) -> list[Any]:
+    """Tasks that a mean loss hardly shows; those at chance are marked."""
+    scores = score_slim(model, intact, tokenizer, lengths=(length,), n=n, seed=seed)
+    return [
+        {
+            "task": row.task,
+            "model": row.label,
+            "exact": row.exact_match,
+            "choice": row.choice,
+            "chance": row.chance,
+            "shows": row.shows,
+            "difference": row.difference,
+            "interval": list(row.interval),
+        }
+        for row in scores.rows
+    ]
+
+
+def about(texts: dict[str, Texts]) -> dict[str, Any]:
+    """Names, sizes and fingerprints."""
+    return {name: described(text) for name, text in texts.items()}
