@@ -18,7 +18,7 @@ FAST := tests/test_rooms.py tests/stats tests/data tests/ablation/test_mask.py \
 
 .DEFAULT_GOAL := help
 .PHONY: help report install install-hooked test test-fast test-bridge test-hooked lint format docs \
-  fill tutorials bench bench-cuts bench-map bench-heal bench-train bench-kernels engines \
+  fill tutorials bench bench-cuts bench-map bench-heal bench-train bench-kernels engines worth \
   acceptance asan-kernels test-neon test-wheel wheels sdist coverage clean
 
 help:  ## list the targets
@@ -88,6 +88,7 @@ bench: install  ## time and memory of probing and of a surgery point
 
 bench-cuts: install  ## rise of the loss by kind of cut, without training
 	$(PY) benchmarks/surgery.py
+	$(PY) benchmarks/rivals.py
 
 bench-map: install  ## the coordinate map: SmolLM2, planted answers, time
 	$(PY) benchmarks/coordinate_map.py --length 128
@@ -131,6 +132,10 @@ acceptance: engines  ## engines, speed of the slim model, a slim 1B model (long)
 	test -x .engines/transformers4/bin/python || $(PYTHON) -m venv .engines/transformers4
 	.engines/transformers4/bin/python -m pip install -q "transformers==4.57.*" torch==2.13.0
 	touch $@
+
+# Folders of healed models: python benchmarks/slots.py --run universal-50 --steps 400 --save FOLDER.
+worth: install .engines/installed.stamp  ## loss and speed of the same checkpoints, in the engines
+	$(PY) benchmarks/worth.py
 
 asan-kernels: install  ## kernel tests under Address- and UndefinedBehaviourSanitizer
 	kernels/tools/asan.sh $(PY)

@@ -29,6 +29,7 @@ from parts import (
     slots,
     support,
     worth,
+    worth_ledger,
 )
 from parts.markdown import ROOT
 
@@ -37,6 +38,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "findings": claims.findings,
     "cuts": claims.cuts,
     "worth": worth.worth,
+    "worth ledger": worth_ledger.page,
+    "price": claims.price,
+    "rivals": slots.rivals,
     "surgery": claims.surgery,
     "position": claims.position,
     "across texts": claims.across,

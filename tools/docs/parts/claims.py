@@ -276,6 +276,44 @@ def sharing_cost() -> str:
     )
 
 
+def price() -> str:
+    """What one set costs zeroed, refitted and with slots; healed where it is recorded."""
+    facts = recorded(RESULTS / REPORT)
+    found = None if facts is None else facts["reach"].get("price")
+    if not found:
+        return not_yet("the price of one coordinate system", "make report")
+    at = {(r["scope"], r["kind"]): r for r in found["rows"]}
+    kinds = list(dict.fromkeys(r["kind"] for r in found["rows"]))
+    rows = []
+    for scope, shared_by in SHARED_BY.items():
+        cells = []
+        for kind in kinds:
+            row = at.get((scope, kind))
+            cells.append(
+                "–" if row is None else f"{row['rise']:+.3f} [{interval(row['interval'])}]"
+            )
+        run = recorded(RESULTS / f"slots_{scope}-50.json")
+        healed = None if run is None else run["healed"]
+        if healed is None:
+            cells.append("–")
+        else:
+            rises = [v["estimate"] for v in healed["verdicts"].values()]
+            cells.append(f"{min(rises):+.3f} to {max(rises):+.3f}")
+        rows.append((shared_by, *cells))
+    n, plan = found["n_documents"], facts["plan"]
+    return (
+        table(["shared by", *kinds, "healed"], rows)
+        + f"\n\n{found['fraction']:.0%} of every head is cut. The untrained columns are of the "
+        f"report: {n} validation documents of {plan['text']}, {plan['length']} tokens, fitted on "
+        f"{plan['n_docs']} such documents; mean rise in nats per token with 95% intervals. "
+        "The healed column is of `benchmarks/slots.py` (its fit has more text): from the best to the worst "
+        "text.\n\n" + provenance(facts, f"docs/results/{REPORT}")
+    )
+
+
+SHARED_BY = {"head": "each head", "layer": "each layer", "universal": "the whole model"}
+
+
 def _scope(row: dict[str, Any]) -> str:
     """The scope of a row of the sharing cost, and whether it is the control."""
     if "scope" in row:

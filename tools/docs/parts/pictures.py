@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from parts import from_scratch, healing, slots
+from parts import from_scratch, healing, slots, worth_ledger
 from parts.markdown import RESULTS, ROOT, recorded
 
 FOLDER = ROOT / "docs/pictures"
@@ -226,5 +226,6 @@ PICTURES: dict[str, tuple[float, float, Callable[..., None], Callable[[], Any]]]
     "gains": (5.4, 3.6, gains, report),
     "healing": (*healing.PICTURE, healing.runs),
     "slots": (5.4, 5.6, slots.picture, slots.frequencies),
+    "worth": (5.8, 4.2, worth_ledger.picture, worth_ledger.facts),
     "scratch": (*from_scratch.PICTURE, from_scratch.run),
 }

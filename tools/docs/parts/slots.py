@@ -70,6 +70,18 @@ def _reached(facts: dict[str, Any]) -> str:
     return said
 
 
+def rivals() -> str:
+    """Other untrained ways at equal key bytes, on the same text."""
+    facts = recorded(RESULTS / "rivals.json")
+    if facts is None:
+        return not_yet("other ways to make keys smaller", "python benchmarks/rivals.py")
+    texts = list(next(iter(facts["rows"].values()))["verdicts"])
+    head = ["way, share of the keys cut", *(f"{name}, 256 tokens" for name in texts)]
+    head += ["worst positions of 2,048", "verdicts at 0.02"]
+    rows = [(name, *_row(row)) for name, row in facts["rows"].items()]
+    return f"{table(head, rows)}\n\n{provenance(facts, 'docs/results/rivals.json')}"
+
+
 def frequencies() -> dict[str, Any]:
     """The recorded slots; empty where there are none."""
     return recorded(RESULTS / "slots_frequencies.json") or {}

@@ -1,0 +1,251 @@
+"""The worth ledger: loss and speed of the same checkpoints, from ``benchmarks/worth.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from parts.markdown import RESULTS, interval, not_yet, provenance, recorded, table
+
+FILE = RESULTS / "worth.json"
+INTACT = "intact"
+CONTEXTS = {"256": "256 tokens", "2048": "2,048 tokens", "8192": "8,192 tokens"}
+
+
+def facts() -> dict[str, Any]:
+    """The record; empty where there is none."""
+    return recorded(FILE) or {}
+
+
+def page() -> str:
+    """Losses, speeds, what was not run."""
+    found = facts()
+    if not found:
+        return not_yet("what the checkpoints cost and how fast they are", "make worth")
+    parts = [answer(found)]
+    if found["losses"]:
+        parts += [losses(found), tasks(found)]
+    if found["speed"]:
+        parts += [speeds(found), limits(found)]
+    parts.append(provenance(found, "docs/results/worth.json"))
+    return "\n\n".join(part for part in parts if part)
+
+
+def worst(found: dict[str, Any], checkpoint: str, cache: str) -> dict[str, Any] | None:
+    """The verdict at the longest context that was judged, by its worst text; None without one."""
+    if checkpoint == INTACT and cache != "q8_0":
+        return {"estimate": 0.0, "status": "is the baseline"}
+    rows = ((found["losses"] or {}).get("rows") or {}).get(checkpoint, {})
+    judged = rows.get("q8_0" if cache == "q8_0" else "f32")
+    if not judged:
+        return None
+    verdicts = [one["verdict"] for one in judged.values()]
+    return max(verdicts, key=lambda v: v["estimate"])
+
+
+def baselines(found: dict[str, Any], engine: str) -> dict[tuple[int, int], float]:
+    """Tokens per second of the intact model by context and batch: its best form in the engine."""
+    best: dict[tuple[int, int], float] = {}
+    for row in found["speed"]["rows"]:
+        # gainlens' engine and transformers run in one process: the best form of either counts.
+        same = (row["engine"] == "llama.cpp") == (engine == "llama.cpp")
+        if row["checkpoint"] == INTACT and same and row["cache"] != "q8_0":
+            at = (row["context"], row["batch"])
+            best[at] = max(best.get(at, 0.0), row.get("tokens_per_second", 0.0))
+    return best
+
+
+def ratios(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every measured speed over that of the intact model in the same engine and cell."""
+    rows = []
+    for row in found["speed"]["rows"]:
+        base = baselines(found, row["engine"]).get((row["context"], row["batch"]))
+        if base and "tokens_per_second" in row:
+            rows.append({**row, "ratio": row["tokens_per_second"] / base})
+    return rows
+
+
+def answer(found: dict[str, Any]) -> str:
+    """Three sentences: the fastest row that holds, and the fastest of all."""
+    if not found["speed"] or not found["losses"]:
+        return ""
+    rows = [row for row in ratios(found) if row["checkpoint"] != INTACT]
+    if not rows:
+        return ""
+    said = []
+    holds = []
+    for row in rows:
+        verdict = worst(found, row["checkpoint"], row["cache"])
+        if verdict is not None and verdict["status"] == "holds":
+            holds.append(row)
+    if holds:
+        best = max(holds, key=lambda row: row["ratio"])
+        said.append(f"The fastest checkpoint whose verdict holds at 0.02 nats is {_named(best)}.")
+    else:
+        said.append("No slim checkpoint holds at 0.02 nats on every text and context.")
+    best = max(rows, key=lambda row: row["ratio"])
+    verdict = worst(found, best["checkpoint"], best["cache"])
+    cost = "" if verdict is None else f", at {verdict['estimate']:+.3f} nats on its worst text"
+    said.append(f"The fastest of all is {_named(best)}{cost}.")
+    quantised = [r for r in ratios(found) if r["checkpoint"] == INTACT and r["cache"] == "q8_0"]
+    if quantised:
+        rival = max(quantised, key=lambda row: row["ratio"])
+        said.append(f"The intact model with its cache in q8_0 is at most {_times(rival)}.")
+    return " ".join(said)
+
+
+def _named(row: dict[str, Any]) -> str:
+    cache = " with its cache in q8_0" if row["cache"] == "q8_0" else ""
+    return f"{row['checkpoint']}{cache} in {row['engine']}: {_times(row)}"
+
+
+def _times(row: dict[str, Any]) -> str:
+    return (
+        f"× {row['ratio']:.2f} the intact model at {row['context']:,} tokens of context and "
+        f"batch {row['batch']}"
+    )
+
+
+def losses(found: dict[str, Any]) -> str:
+    """Rise of the loss by context."""
+    rows = []
+    for checkpoint, judged in found["losses"]["rows"].items():
+        for cache in ("f32", "q8_0"):
+            if cache not in judged:
+                continue
+            cells = []
+            for context in CONTEXTS:
+                one = judged[cache].get(context)
+                if one is None:
+                    cells.append("–")
+                    continue
+                verdict = one["verdict"]
+                cells.append(
+                    f"{verdict['estimate']:+.3f} [{interval(verdict['interval'])}] "
+                    f"{verdict['status']}"
+                )
+            share = found["checkpoints"].get(checkpoint, {})
+            held = share.get("share_in_q8_0" if cache == "q8_0" else "share_of_intact")
+            if checkpoint == INTACT:
+                held = 34 / 32 / 2
+            rows.append((checkpoint, cache, f"{held:.3g}" if held else "–", *cells))
+    head = ["checkpoint", "cache", "cache bytes, share of f16", *CONTEXTS.values()]
+    text = found["losses"]["text"]
+    counts = "; ".join(
+        f"{described['documents']} documents of {' and '.join(described['texts'])} at "
+        f"{int(name):,} tokens"
+        for name, described in text.items()
+    )
+    return (
+        f"{table(head, rows)}\n\nRise of the loss in nats per token over the intact model on the "
+        f"worst text, and its verdict at 0.02: {counts}. A cache in q8_0 is rounded in "
+        "transformers as llama.cpp rounds it."
+    )
+
+
+def tasks(found: dict[str, Any]) -> str:
+    """Tasks on which the intact model is above chance."""
+    rows = []
+    for checkpoint, judged in found["losses"]["rows"].items():
+        shown = [row for row in judged.get("tasks", ()) if row["shows"]]
+        intact = {row["task"]: row for row in shown if row["model"] == INTACT}
+        for row in shown:
+            if row["model"] == INTACT:
+                continue
+            before = intact[row["task"]]
+            rows.append(
+                (
+                    checkpoint,
+                    row["task"],
+                    f"{before['exact']:.0%} → {row['exact']:.0%}",
+                    f"{before['choice']:.0%} → {row['choice']:.0%}",
+                    f"{row['difference']:+.3f} ({interval(row['interval'])})",
+                )
+            )
+    if not rows:
+        return ""
+    about = found["losses"]["tasks"]
+    head = ["checkpoint", "task", "exact", "chosen", "log-probability of the answer"]
+    return (
+        f"{table(head, rows)}\n\n{about['n']} prompts of {about['length']:,} tokens per task, the "
+        "same for both models; tasks on which the intact model is at chance are left out."
+    )
+
+
+def speeds(found: dict[str, Any]) -> str:
+    """Tokens per second over the intact model's, per engine and cell."""
+    rows = ratios(found)
+    cells = sorted({(row["context"], row["batch"]) for row in rows})
+    names = list(dict.fromkeys((r["engine"], r["checkpoint"], r["cache"]) for r in rows))
+    by = {(r["engine"], r["checkpoint"], r["cache"], r["context"], r["batch"]): r for r in rows}
+    lines = []
+    for engine, checkpoint, cache in sorted(names, key=lambda n: n[0]):
+        line = [engine, checkpoint, cache]
+        for cell in cells:
+            row = by.get((engine, checkpoint, cache, *cell))
+            line.append(
+                "–" if row is None else f"{row['tokens_per_second']:.0f} (× {row['ratio']:.2f})"
+            )
+        lines.append(line)
+    head = ["engine", "checkpoint", "cache", *(f"{c:,} × {b}" for c, b in cells)]
+    return (
+        f"{table(head, lines)}\n\nTokens per second while decoding, at context × batch; in "
+        "brackets over the intact model in its best form: that of gainlens' engine or transformers in "
+        f"Python, that with a cache in f16 in llama.cpp. "
+        f"{found['speed']['precision'].capitalize()}."
+    )
+
+
+def limits(found: dict[str, Any]) -> str:
+    """What was not run, and why."""
+    said = [f"{where}: {why}" for where, why in found["speed"]["limits"].items()]
+    said += [
+        f"{row['context']:,} × {row['batch']}: {row['not_run']}"
+        for row in found["speed"]["not_run"]
+    ]
+    for row in found["speed"]["rows"]:
+        if "not_run" in row:
+            said.append(
+                f"{row['checkpoint']} in {row['engine']} ({row['cache']}) at "
+                f"{row['context']:,} × {row['batch']}: {row['not_run']}"
+            )
+    said += [f"{name}: {why}" for name, why in found["not_made"].items()]
+    return "Not run: " + "; ".join(said) + "." if said else ""
+
+
+def picture(figure: Any, found: dict[str, Any]) -> None:
+    """Loss against speed, a point per checkpoint and engine, and the Pareto front."""
+    from gainlens.plots.axes import CYCLE, MARKERS
+
+    axis = figure.subplots()
+    rows = ratios(found)
+    cell = max(
+        {(row["context"], row["batch"]) for row in rows if row["batch"] > 1}
+        or {(row["context"], row["batch"]) for row in rows}
+    )
+    points = []
+    for row in rows:
+        verdict = worst(found, row["checkpoint"], row["cache"])
+        if (row["context"], row["batch"]) == cell and verdict is not None:
+            points.append((row["ratio"], max(verdict["estimate"], 0.0), row))
+    engines = list(dict.fromkeys(row["engine"] for *_, row in points))
+    for x, y, row in points:
+        n = engines.index(row["engine"])
+        filled = row["cache"] != "q8_0"
+        axis.plot(
+            x, y, linestyle="", marker=MARKERS[n], color=CYCLE[n], markersize=7,
+            fillstyle="full" if filled else "none",
+        )  # fmt: skip
+        label = row["checkpoint"] + ("" if filled else ", q8_0")
+        axis.annotate(label, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    for n, engine in enumerate(engines):
+        axis.plot([], [], linestyle="", marker=MARKERS[n], color=CYCLE[n], label=engine)
+    front: list[tuple[float, float]] = []
+    for x, y, _ in sorted(points, key=lambda p: (-p[0], p[1])):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    axis.plot(*zip(*front, strict=True), color="0.5", linewidth=1, label="Pareto front")
+    axis.axhline(0.02, color="black", linestyle="--", linewidth=0.8, label="margin: 0.02 nats")
+    axis.set_yscale("symlog", linthresh=0.02)
+    axis.set_xlabel(f"speed over the intact model, {cell[0]:,} tokens of context × {cell[1]}")
+    axis.set_ylabel("rise of the loss (nats per token)")
+    axis.legend(fontsize=7)
