@@ -306,8 +306,8 @@ def price() -> str:
         + f"\n\n{found['fraction']:.0%} of every head is cut. The untrained columns are of the "
         f"report: {n} validation documents of {plan['text']}, {plan['length']} tokens, fitted on "
         f"{plan['n_docs']} such documents; mean rise in nats per token with 95% intervals. "
-        "The healed column is of `benchmarks/slots.py` (its fit has more text): from the best to the worst "
-        "text.\n\n" + provenance(facts, f"docs/results/{REPORT}")
+        "The healed column is of `benchmarks/slots.py` (its fit has more text): from the best "
+        "to the worst text.\n\n" + provenance(facts, f"docs/results/{REPORT}")
     )
 
 

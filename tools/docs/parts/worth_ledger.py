@@ -189,8 +189,8 @@ def speeds(found: dict[str, Any]) -> str:
     head = ["engine", "checkpoint", "cache", *(f"{c:,} × {b}" for c, b in cells)]
     return (
         f"{table(head, lines)}\n\nTokens per second while decoding, at context × batch; in "
-        "brackets over the intact model in its best form: that of gainlens' engine or transformers in "
-        f"Python, that with a cache in f16 in llama.cpp. "
+        "brackets over the intact model in its best form: that of gainlens' engine or "
+        "transformers in Python, that with a cache in f16 in llama.cpp. "
         f"{found['speed']['precision'].capitalize()}."
     )
 
