@@ -49,8 +49,9 @@ def export_model(
     the original with the same units ablated, as ``slim`` recorded them (with those of the slim
     model itself if it has been trained or loaded since), and on a longer text with those of the
     slim model. Files in a lower precision are compared with a slim model whose weights are rounded
-    in the same way. Then the folder appears in one step, with the plan in ``slice_plan.json`` and
-    the checksums of its files in ``SHA256SUMS``. If anything fails, nothing is left.
+    in the same way. llama.cpp itself runs its file where ``xllamacpp`` is installed. Then the
+    folder appears in one step, with the plan in ``slice_plan.json`` and the checksums of its files
+    in ``SHA256SUMS``. If anything fails, nothing is left.
 
     Args:
         slim: from ``gainlens.slim`` or ``gainlens.load_slim``.
@@ -169,6 +170,9 @@ def check_parity(engine: Engine, slim: Any, folder: Path, precision: str) -> flo
         whose = f"those of the slim model with weights rounded to {precision}"
     with torch.no_grad():
         wanted = [model(t, use_cache=False).logits for t in texts]
+    fault = engine.fault(folder, model, precision)
+    if fault is not None:
+        raise ParityError(f"engine={engine.name!r}: {fault}; nothing was written")
     del model
     if parity is not None and precision == "f32" and slim.dtype == torch.float32:
         changed = float((wanted[1] - parity.logits).abs().max())

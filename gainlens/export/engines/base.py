@@ -96,6 +96,19 @@ class Engine(ABC):
     def read_back(self, folder: Path) -> Any:
         """Load the written files as a float32 transformers model, independently of ``slim``."""
 
+    def fault(self, folder: Path, model: Any, precision: str) -> str | None:
+        """What is wrong with the files when the engine itself runs them, in one line.
+
+        Args:
+            folder: the written files.
+            model: a transformers model of the same, rounded weights.
+            precision: of the files.
+
+        Returns:
+            None if nothing is wrong, or where the engine is not installed.
+        """
+        return None
+
     def logits(
         self, folder: Path, batches: list[Int[torch.Tensor, "_ _"]]
     ) -> list[Float[torch.Tensor, "_ _ _"]]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gainlens.errors import InputError
-from gainlens.export.engines import gguf_llama, gguf_step35
+from gainlens.export.engines import gguf_llama, gguf_step35, llama_cpp_itself
 from gainlens.export.engines.base import Engine
 from gainlens.export.engines.gguf_file import (
     FILE,
@@ -87,6 +87,15 @@ class LlamaCppEngine(Engine):
     def query_fold(self, slim: Any) -> float:
         """The softmax scale of the full head."""
         return query_fold(slim)
+
+    def fault(self, folder: Path, model: Any, precision: str) -> str | None:
+        """See ``Engine.fault``; a file without a vocabulary can't be served."""
+        file = folder / FILE
+        if not llama_cpp_itself.installed():
+            return None
+        if not any(name == "tokenizer.ggml.tokens" for name, *_ in vocabulary(file)):
+            return None
+        return llama_cpp_itself.fault(file, model, precision)
 
     def read_back(self, folder: Path) -> Any:
         """Read with gguf into a transformers Llama that takes its frequencies from the file."""
