@@ -86,7 +86,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     lines = [
         f"{claim['status']:>9}  {claim['quote']}: {claim['number']}" for claim in result["claims"]
     ]
-    lines += [f"open {out / 'index.html'}", next_line(options, "slim", score=None, n_docs=None)]
+    step = result["next"]
+    given = {"score": None} if step["verb"] != "report" else {}
+    lines += [
+        f"open {out / 'index.html'}",
+        next_line(options, step["verb"], n_docs=step["n_docs"], **given),
+    ]
     return {**result, "lines": lines}
 
 
