@@ -7,7 +7,7 @@ from typing import Any
 
 from gainlens.environment import environment
 from gainlens.export.engines import Engine
-from gainlens.export.modeling import family_of, plan_of, plan_rotary_dim
+from gainlens.export.modeling import family_of, plan_of, plan_pairs
 from gainlens.stats.verdicts import Verdict
 
 CARD = "README.md"
@@ -62,7 +62,7 @@ def write_card(
     config, plan = slim.config, plan_of(slim.config)
     family = family_of(config)
     n_layers, n_kv_heads, d_head = plan.shape
-    widths = plan.key_widths(plan_rotary_dim(family, config, plan))
+    widths = plan.key_widths(plan_pairs(family, config, plan))
     values = plan.value_widths or (d_head,) * n_layers
     before = 2 * n_layers * n_kv_heads * d_head * 2
     after = (sum(widths) + sum(values)) * n_kv_heads * 2

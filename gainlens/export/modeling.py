@@ -21,9 +21,10 @@ from gainlens.errors import InputError
 from gainlens.export.attention import ATTENTION, eager_forward, register
 from gainlens.export.cache import prepare_layer
 from gainlens.export.families import FAMILIES, SlimFamily
-from gainlens.export.layout import HeadLayout
+from gainlens.export.layout import HeadLayout, KeyPairs
+from gainlens.export.masks import own_mask
 from gainlens.export.plan import SlicePlan
-from gainlens.export.slot_rotation import SlotRotary
+from gainlens.export.slot_rotation import SlotRotary, usual_frequencies
 
 PREFIX = "gainlens_"
 CODE = "modeling_gainlens"
@@ -44,6 +45,10 @@ class SlimAttention(nn.Module):
     """
 
     rope_index: Int[torch.Tensor, "kv_head slot"] | None
+    q_norm: nn.Parameter
+    k_norm: nn.Parameter
+    q_norm_bias: nn.Parameter | None
+    k_norm_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -61,23 +66,35 @@ class SlimAttention(nn.Module):
         self.num_key_value_groups = self.n_heads // self.n_kv_heads
         self.head_dim, self.value_dim = layout.width, value_width
         self.scaling = family.scaling(config, layer_idx)
+        self.softcap, self.clip = family.softcap(config), family.clip(config)
         self.sliding_window = family.window(config, layer_idx)
+        self.own_window = family.own_window(config, layer_idx)
         self.attention_dropout = family.dropout(config)
-        self.eps = float(getattr(config, "rms_norm_eps", 0.0))
+        self.norm, self.norm_offset = family.key_norm(config), family.norm_offset
+        self.alibi, self.whole_masks = family.alibi, family.whole_masks
         d_model, full = int(config.hidden_size), family.d_head(config)
         # A norm's statistic runs over the full width, so with one the projections stay whole.
-        projected = full if family.norm else layout.width
+        projected = full if self.norm else layout.width
         self.q_proj = nn.Linear(d_model, self.n_heads * projected, bias="q" in biases)
         self.k_proj = nn.Linear(d_model, self.n_kv_heads * projected, bias="k" in biases)
         self.v_proj = nn.Linear(d_model, self.n_kv_heads * value_width, bias="v" in biases)
         self.o_proj = nn.Linear(self.n_heads * value_width, d_model, bias="o" in biases)
-        if family.norm:
-            self.q_norm = nn.Parameter(torch.ones(self.n_kv_heads, layout.width))
-            self.k_norm = nn.Parameter(torch.ones(self.n_kv_heads, layout.width))
-        self.normed, self.norm_offset = family.norm, family.norm_offset
-        self.resid_dropout = nn.Dropout(config.resid_pdrop if family.resid_dropout else 0.0)
+        if self.norm is not None:
+            self.eps = float(getattr(config, self.norm.eps))
+            shapes = {"q": (self.n_heads if self.norm.own else self.n_kv_heads, layout.width)}
+            shapes["k"] = (self.n_kv_heads, layout.width)
+            for letter, shape in shapes.items():
+                self.register_parameter(f"{letter}_norm", nn.Parameter(torch.ones(shape)))
+                bias = nn.Parameter(torch.zeros(shape)) if self.norm.bias else None
+                self.register_parameter(f"{letter}_norm_bias", bias)
+        share = getattr(config, family.output_dropout) if family.output_dropout else 0.0
+        self.resid_dropout = nn.Dropout(float(share))
         self.rotates = layout.frequency is not None
-        self.still = layout.still
+        self.still, self.columns = layout.still, family.angles
+        self.angles: nn.Module | None = None
+        if self.rotates and family.angles == "positions":
+            frequencies = usual_frequencies(family.rotary_dim(config))
+            self.angles = SlotRotary(nn.Identity(), frequencies)
         index = rope_rows(layout)
         self.register_buffer("rope_index", index)
 
@@ -96,9 +113,13 @@ class SlimAttention(nn.Module):
         q = self.q_proj(hidden_states).view(batch, pos, self.n_heads, -1)
         k = self.k_proj(hidden_states).view(batch, pos, self.n_kv_heads, -1)
         v = self.v_proj(hidden_states).view(batch, pos, self.n_kv_heads, -1)
-        if self.normed:
-            q = self._norm(q, self.q_norm.repeat_interleave(self.num_key_value_groups, 0))
-            k = self._norm(k, self.k_norm)
+        if self.clip is not None:
+            q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))
+        if self.norm is not None:
+            q = self._norm(q, self.q_norm, self.q_norm_bias)
+            k = self._norm(k, self.k_norm, self.k_norm_bias)
+        if self.angles is not None:
+            position_embeddings = self.angles(q, kwargs["position_ids"])
         if self.rotates and position_embeddings is not None:
             q, k = self._rotate(q, k, *position_embeddings)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -108,6 +129,9 @@ class SlimAttention(nn.Module):
             prepare_layer(cache, self.layer_idx, k, v)
             k, v = cache.update(k, v, self.layer_idx)
             k, v = k.to(q.dtype), v.to(q.dtype)  # a cache filled outside autocast, or inside
+        attention_mask = own_mask(self, attention_mask, q, k, kwargs)
+        if self.softcap is not None:
+            kwargs["softcap"] = self.softcap
         attend = _INTERFACE.get_interface(self.config._attn_implementation, eager_forward)
         out, weights = attend(
             self,
@@ -126,13 +150,17 @@ class SlimAttention(nn.Module):
     def _norm(
         self,
         x: Float[torch.Tensor, "batch pos head d_head"],
-        factor: Float[torch.Tensor, "head width"],
+        factor: Float[torch.Tensor, "norm_head width"],
+        bias: Float[torch.Tensor, "norm_head width"] | None,
     ) -> Float[torch.Tensor, "batch pos head width"]:
-        """Norm with the statistic over the full width, in float32; returns only the kept slots."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        factor = factor.float() + self.norm_offset
-        return (wide[..., : self.head_dim] * scale * factor).to(x.dtype)
+        """Norm with the statistic over the full width; returns only the kept slots."""
+        assert self.norm is not None
+        group = x.shape[2] // len(factor)
+        plain = self.norm(x, self.eps)[..., : self.head_dim]
+        out = plain * (factor.to(plain.dtype) + self.norm_offset).repeat_interleave(group, 0)
+        if bias is not None:
+            out = out + bias.to(plain.dtype).repeat_interleave(group, 0)
+        return out.to(x.dtype)
 
     def _rotate(
         self,
@@ -144,8 +172,11 @@ class SlimAttention(nn.Module):
         Float[torch.Tensor, "batch pos head width"], Float[torch.Tensor, "batch pos kv_head width"]
     ]:
         """Rotate each slot pair by the angle of its original rotary pair."""
-        half = cos.shape[-1] // 2
-        cos, sin = cos[..., :half], sin[..., :half]
+        if self.columns == "neighbours":
+            cos, sin = cos[..., ::2], sin[..., ::2]
+        else:
+            half = cos.shape[-1] // 2
+            cos, sin = cos[..., :half], sin[..., :half]
         if self.rope_index is None:
             cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         else:
@@ -210,9 +241,9 @@ def plan_of(config: Any) -> SlicePlan:
     return SlicePlan.from_json(stored["plan"], "config.gainlens['plan']")
 
 
-def plan_rotary_dim(family: SlimFamily, config: Any, plan: SlicePlan) -> int:
-    """Rotary width in the basis of the plan."""
-    return family.rotary_dim(config) if plan.basis == "own" else 0
+def plan_pairs(family: SlimFamily, config: Any, plan: SlicePlan) -> KeyPairs:
+    """Which dimensions rotate together, in the basis of the plan."""
+    return family.pairs(config) if plan.basis == "own" else KeyPairs(0)
 
 
 def family_of(config: Any) -> SlimFamily:
@@ -234,8 +265,8 @@ def install_attention(model: nn.Module, config: Any, family: SlimFamily) -> None
     """Replace every attention module of ``model`` by a ``SlimAttention``."""
     with torch.device("cpu"):  # from_pretrained makes models where tensors hold no numbers
         plan = plan_of(config)
-        layouts, table = plan.turning(plan_rotary_dim(family, config, plan))
-        if table is not None:
+        layouts, table = plan.turning(plan_pairs(family, config, plan))
+        if table is not None and family.angles != "positions":
             base: Any = model.base_model
             base.rotary_emb = SlotRotary(base.rotary_emb, table)
     n_layers, _, d_head = plan.shape
@@ -244,6 +275,9 @@ def install_attention(model: nn.Module, config: Any, family: SlimFamily) -> None
     for layer, (layout, width) in enumerate(zip(layouts, values, strict=True)):
         path, _, name = family.attention.format(layer).rpartition(".")
         thin = ATTENTION_CLASSES[family.name](config, family, layer, layout, width, biases)
+        if table is not None:
+            thin.columns = "halves"
+            thin.angles = SlotRotary(thin.angles, table) if thin.angles is not None else None
         setattr(model.get_submodule(path), name, thin)
 
 
@@ -259,6 +293,7 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
             "__module__": __name__,
             "__doc__": f"{family.config_class} with a slice plan in ``gainlens``.",
             "model_type": model_type_of(family),
+            "whole_masks": family.whole_masks,
             "base_model_tp_plan": None,
             "base_model_pp_plan": None,
             "register_for_auto_class": classmethod(_stay_in_gainlens),
@@ -266,9 +301,11 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
     )
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        if config._attn_implementation is None:
-            config._attn_implementation = ATTENTION
+        chosen = config._attn_implementation or ATTENTION
+        # Some families pick a class of their own by this name; it is replaced anyway.
+        config._attn_implementation = "eager" if _picks_a_class(base_model) else chosen
         base_model.__init__(self, config, *args, **kwargs)
+        config._attn_implementation = chosen
         install_attention(self, config, family)
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -294,6 +331,12 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
     return config_class, model_class
 
 
+def _picks_a_class(model_class: Any) -> bool:
+    """Whether the family has a class of attention for each implementation."""
+    home = vars(sys.modules[model_class.__module__])
+    return any(name.endswith("_ATTENTION_CLASSES") for name in home)
+
+
 def _stay_in_gainlens(cls: Any, auto_class: str = "") -> None:
     """Classes that were found through a folder's code are not copied into the next folder."""
 
@@ -308,18 +351,34 @@ def _code(family: SlimFamily) -> str:
     )
 
 
+class AddsResidual(nn.Module):
+    """An attention that returns its output with the residual added."""
+
+    def forward(
+        self,
+        hidden_states: Float[torch.Tensor, "batch pos d_model"],
+        residual: Float[torch.Tensor, "batch pos d_model"],
+        **kwargs: Any,
+    ) -> tuple[Float[torch.Tensor, "batch pos d_model"], torch.Tensor | None]:
+        """Called by the decoder layer of the family."""
+        out, weights = super().forward(hidden_states, **kwargs)
+        return out + residual, weights
+
+
 def _attention_class(family: SlimFamily) -> type[SlimAttention]:
     """A ``SlimAttention`` that transformers treats as the attention class of the family.
 
     ``output_attentions`` records only modules of the class that each backbone names in a table of
     the whole process. A subclass is recorded without a change to that shared table.
     """
-    home = sys.modules[getattr(transformers, family.model_class).__module__]
-    own: Any = getattr(home, f"{family.name}Attention")
+    recorded = getattr(getattr(transformers, family.model_class), "_can_record_outputs", None) or {}
+    own: Any = recorded.get("attentions")
+    own = getattr(own, "target_class", own)
+    bases = (*((AddsResidual,) if family.adds_residual else ()), SlimAttention)
     return type(
         f"Slim{family.name}Attention",
-        (SlimAttention, own),
-        {"__module__": __name__, "__doc__": f"``SlimAttention`` in the place of {own.__name__}."},
+        bases if own is None else (*bases, own),
+        {"__module__": __name__, "__doc__": f"``SlimAttention`` for {family.model_class}."},
     )
 
 

@@ -12,6 +12,7 @@ from gainlens.ablation.recipe import best_cut
 from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.export.families import FAMILIES
 from gainlens.export.plan import SlicePlan
+from gainlens.export.sources import open_source
 from gainlens.model.finding_sites import key_sites
 
 BEHIND_NORM = "a norm sits between its projections and the rotation"
@@ -19,8 +20,10 @@ BEHIND_NORM = "a norm sits between its projections and the rotation"
 
 def folds(model: Any) -> bool:
     """Whether the maps of a cut of this model fold into its projections."""
-    family = FAMILIES.get(key_sites(model).architecture)
-    return family is None or not family.norm
+    if FAMILIES.get(key_sites(model).architecture) is None:
+        return True
+    source = open_source(model)
+    return source.family.before_maps(source.config) is None
 
 
 def slim_cut(model: Any, tokens: Any, *args: Any, rounds: int = 2, **kwargs: Any) -> Cut:

@@ -14,12 +14,13 @@ from gainlens.data.batches import Tokens, batches
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
 from gainlens.export.building import put, without_weights
 from gainlens.export.canonical import canonical_maps, check_no_rotation, to_canonical
+from gainlens.export.layout import KeyPairs
 from gainlens.export.modeling import (
     CLASSES,
     SlimAttention,
     family_of,
     plan_of,
-    plan_rotary_dim,
+    plan_pairs,
     rope_rows,
     slim_config,
 )
@@ -29,6 +30,7 @@ from gainlens.export.sources.base import ProjectionMaps
 from gainlens.export.values import ValuePath, value_paths
 from gainlens.files import check_sums
 from gainlens.model.config_limits import check_config
+from gainlens.model.context import context_of
 from gainlens.model.wrapping import first_line
 
 CHECK_POSITIONS = 12
@@ -85,8 +87,7 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     if plan.basis == "canonical":
         check_no_rotation(source)
     plan = replace(plan, fingerprint=source.fingerprint)
-    rotary_dim = plan_rotary_dim(source.family, source.config, plan)
-    layouts = plan.layouts(rotary_dim)
+    layouts = plan.layouts(plan_pairs(source.family, source.config, plan))
     biases = biases_of(source, plan)
     config = slim_config(source.config, source.family, plan, biases)
     config.dtype = source.dtype
@@ -163,17 +164,17 @@ def load_slim(folder: str | Path, **kwargs: Any) -> Any:
         ) from None
     if missing := sorted(info["missing_keys"]):
         raise FileFormatError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]!r}")
-    _check_weights(model, plan, plan_rotary_dim(family, config, plan), folder)
+    _check_weights(model, plan, plan_pairs(family, config, plan), folder)
     return model.eval()
 
 
-def _check_weights(model: Any, plan: SlicePlan, rotary_dim: int, folder: str | Path) -> None:
+def _check_weights(model: Any, plan: SlicePlan, pairs: KeyPairs, folder: str | Path) -> None:
     """Raise ``FileFormatError`` if weights are not finite or were cut by another plan."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FileFormatError(f"{folder}: weight {name!r} holds NaN or infinity")
     thin = [m for m in model.modules() if isinstance(m, SlimAttention)]
-    layouts, _ = plan.turning(rotary_dim)
+    layouts, _ = plan.turning(pairs)
     for layer, (module, layout) in enumerate(zip(thin, layouts, strict=True)):
         wanted = rope_rows(layout)
         stored = module.rope_index
@@ -202,10 +203,10 @@ def check_maps(plan: SlicePlan, source: Source) -> None:
     """
     if plan.maps is None and plan.frequencies is None:
         return
-    if source.family.norm:
+    if between := source.family.before_maps(source.config):
         raise UnsupportedModelError(
-            f"{source.architecture} has a norm between its projections and the rotation, and the "
-            "maps of a refitted cut come after it, so they fold into no weight: pass its mask"
+            f"{source.architecture} has {between} between its projections and the rotation, and "
+            "the maps of a refitted cut come after it, so they fold into no weight: pass its mask"
         )
     if plan.basis != "own":
         raise InputError("plan has maps in the canonical basis: expected basis='own'")
@@ -240,7 +241,7 @@ def _maps_of(source: Source, plan: SlicePlan) -> ProjectionMaps:
     turns = None
     if plan.frequencies is not None:
         turns = plan.frequencies - source.rotary_frequencies()
-    return ProjectionMaps(keys, queries, turns)
+    return ProjectionMaps(keys, queries, turns, source.family.pairs(source.config).pairing)
 
 
 def _paths(
@@ -249,6 +250,11 @@ def _paths(
     full = (source.shape[2],) * source.n_layers
     if plan.value_widths is None or plan.value_widths == full:
         return [None] * source.n_layers
+    if source.family.clip(source.config) is not None:
+        raise UnsupportedModelError(
+            f"{source.architecture} bounds each of its values, which holds in its own basis alone: "
+            "expected a plan that leaves values alone (plan.with_values(None))"
+        )
     if tokens is None:
         raise InputError(
             f"plan cuts values to {min(plan.value_widths)} dimensions: expected tokens, for the "
@@ -278,7 +284,7 @@ def _check(source: Source, thin: Any, cut: ProjectionMaps, paths: list[ValuePath
         UnsupportedModelError: the logits differ.
     """
     vocabulary = int(source.config.vocab_size)
-    length = min(CHECK_POSITIONS, int(getattr(source.config, "max_position_embeddings", 12)))
+    length = min(CHECK_POSITIONS, context_of(source) or CHECK_POSITIONS)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocabulary, (2, length), generator=generator)
     values = None

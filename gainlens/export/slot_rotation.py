@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from gainlens.errors import InputError
+from gainlens.model.families import Pairing
 
 
 class SlotRotary(nn.Module):
@@ -53,6 +54,12 @@ class SlotRotary(nn.Module):
             cos, sin = (f(angle) * self.attention_scaling for f in (torch.cos, torch.sin))
         cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
         return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def usual_frequencies(rotary_dim: int, base: float = 1e4) -> Float[torch.Tensor, " column"]:
+    """``base ** (-2 i / rotary_dim)`` radians per token of pair i, float64."""
+    pairs = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu")
+    return base ** (-pairs / rotary_dim)
 
 
 def frequency_table(
@@ -121,11 +128,14 @@ def expanded(values: Any) -> Float[torch.Tensor, "..."] | None:
 def turned_by(
     x: Float[torch.Tensor, "batch pos head d_head"],
     frequencies: Float[torch.Tensor, "kv_head pair"],
+    pairing: Pairing = "half",
 ) -> Float[torch.Tensor, "batch pos head d_head"]:
-    """Half-split pairs of each head turned by its frequencies at positions 0, 1, …, in float64."""
+    """Pairs of each head turned by its frequencies at positions 0, 1, …, in float64."""
     wide = frequencies.to(x.device).repeat_interleave(x.shape[2] // len(frequencies), 0)
     positions = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
     angle = positions[:, None, None] * wide
     cos, sin = angle.cos(), angle.sin()
-    a, b = x.double().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    axis, half = (-1, (-1, 2)) if pairing == "adjacent" else (-2, (2, -1))
+    a, b = x.double().reshape(*x.shape[:-1], *half).unbind(axis)
+    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], axis)
+    return turned.flatten(-2).to(x.dtype)

@@ -72,8 +72,9 @@ def find_slices(
             by_parameter.setdefault(id(part.parameter), []).append((layer, part))
         outputs |= _outputs(root, kind, family, layer)
     slices: list[Slice] = []
+    norm = family.key_norm(config) is not None
     for key, parts in by_parameter.items():
-        slices += _attention_slices(parts, plan, train, family.norm, names[key], places[key])
+        slices += _attention_slices(parts, plan, train, norm, names[key], places[key])
     done |= set(by_parameter)
     for name, parameter in root.named_parameters():
         if id(parameter) in done or "qkv." in name:  # unused copy of a joint matrix in a bridge

@@ -20,6 +20,7 @@ from gainlens.export.adapters import check_no_adapters
 from gainlens.export.plan import SlicePlan
 from gainlens.export.slim_model import check_maps
 from gainlens.export.sources import open_source
+from gainlens.model.context import context_of
 from gainlens.model.fast_copy import FastCopy, build_fast_copy
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.forward import cross_entropy, hooked_head
@@ -86,7 +87,7 @@ class Student:
         source = open_source(model)
         check_plan(plan)
         plan.check_model(source.shape, source.fingerprint, source.architecture)
-        plan.check_pairs(source.family.rotary_dim(source.config))
+        plan.check_pairs(source.family.pairs(source.config))
         check_maps(plan, source)
         self.model, self.plan, self.precision = model, plan, precision
         self.train = tuple(train)
@@ -101,7 +102,7 @@ class Student:
         if lens and not bridge:
             self._longest = int(model.cfg.n_ctx)
         elif not self.family.rotary_dim(self.config):
-            self._longest = int(self.config.max_position_embeddings)
+            self._longest = context_of(source)
         # A bridge trains separate parts of a joint matrix, which a fast copy does not use.
         joint = bridge and source.family.layout.joint
         self.fast_copy = (
@@ -119,10 +120,14 @@ class Student:
         self.slices: list[Slice] = find_slices(
             root, kind, self.family, self.config, plan, tuple(train)
         )
-        self._mask = KeyMask(plan.keep) if self.family.norm else None
+        self._mask = KeyMask(plan.keep) if self.family.key_norm(self.config) else None
         self._slots: SlotTurns | None = None
         if plan.frequencies is not None:
-            self._slots = SlotTurns(plan.frequencies, source.rotary_frequencies())
+            self._slots = SlotTurns(
+                plan.frequencies,
+                source.rotary_frequencies(),
+                source.family.pairs(self.config).pairing,
+            )
         self._hooks: list[Hook] = []
         if self.fast_copy is None and self._mask is not None:
             self._hooks = list(ablation_hooks(model, self._mask))
@@ -138,7 +143,7 @@ class Student:
         if fast_copy is None:
             return None
         generator = torch.Generator().manual_seed(0)
-        length = min(12, int(getattr(self.config, "max_position_embeddings", 12)))
+        length = min(12, context_of(self) or 12)
         tokens = torch.randint(0, self.vocabulary, (2, length), generator=generator)
         tokens = tokens.to(self.device)
         try:

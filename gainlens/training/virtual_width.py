@@ -123,7 +123,7 @@ def train_virtual_width(
     for later in plans[1:]:
         check_plan(later)
         later.check_model(plans[0].shape, student.fingerprint, student.architecture)
-        later.check_pairs(student.family.rotary_dim(student.config))
+        later.check_pairs(student.family.pairs(student.config))
     both = row_digests(documents) & row_digests([row for batch in watched for row in batch])
     if both:
         raise InputError(

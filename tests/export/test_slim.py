@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from slim_families import CONFIGS, random_keep, shape_of
+from slim_families import CONFIGS, NO_BRIDGE, random_keep, shape_of
 
 import gainlens as gl
 from gainlens.errors import GainlensError, InputError, UnsupportedModelError
@@ -52,6 +52,10 @@ def test_slim_is_the_masked_original(originals, name):
     )
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in hf.modules())
     whole = logits(hf)
+    if name in NO_BRIDGE:
+        with pytest.raises(UnsupportedModelError, match=NO_BRIDGE[name]):
+            slim(to_bridge(hf, name, None), SlicePlan(keep))
+        return
     bridge = to_bridge(hf, name, None)
     wanted = masked(bridge, keep)
     from_bridge = slim(bridge, SlicePlan(keep))
@@ -70,10 +74,11 @@ def test_identity_changes_nothing(originals, name):
     assert (logits(thin) - logits(hf)).abs().max() <= 1e-5
     exact = copy.deepcopy(hf).double()
     thin = slim(exact, SlicePlan.identity(exact))
-    # Norms work in float32 whatever the type of the weights.
-    assert (logits(thin) - logits(exact)).abs().max() <= (
-        1e-6 if hasattr(hf.config, "rms_norm_eps") else 1e-12
-    )
+    # Norms, and the softmax of families with their own, work in float32 whatever the weights' type.
+    allowed = 1e-6 if hasattr(hf.config, "rms_norm_eps") or "cohere" in name else 1e-12
+    if hf.config._attn_implementation == "eager":
+        allowed = 1e-5
+    assert (logits(thin) - logits(exact)).abs().max() <= allowed
 
 
 def random_refit(hf, rotary_dim):
@@ -382,12 +387,12 @@ def test_half_a_pair(originals):
 
 
 def test_models_that_can_not_be_slim(unchecked, originals):
-    config = transformers.Phi3Config(
+    config = transformers.OlmoConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=4, pad_token_id=0,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UnsupportedModelError, match=r"Phi3ForCausalLM .* known are Llama"):
+    with pytest.raises(UnsupportedModelError, match=r"OlmoForCausalLM .* known are Llama"):
         slim(model, SlicePlan(torch.ones(1, 4, 8, dtype=torch.bool)))
     with pytest.raises(InputError, match="expected a TransformerBridge"):
         slim(torch.nn.Linear(2, 2), SlicePlan(torch.ones(1, 4, 8, dtype=torch.bool)))

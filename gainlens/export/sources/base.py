@@ -15,7 +15,9 @@ from jaxtyping import Float, Int, Shaped
 from gainlens.errors import UnsupportedModelError
 from gainlens.export.building import without_weights
 from gainlens.export.families import FAMILIES, SlimFamily
+from gainlens.export.slot_rotation import usual_frequencies
 from gainlens.model.attention_weights import AttentionWeights
+from gainlens.model.families import Pairing
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.running import model_device
 
@@ -36,13 +38,15 @@ class ProjectionMaps:
     Attributes:
         keys: per key head.
         queries: per query head, or None if queries do not change.
-        turns: added to the frequencies of the half-split pairs after the maps, in radians per
+        turns: added to the frequencies of the pairs after the maps, in radians per
             token, or None.
+        pairing: how the dimensions of the pairs lie.
     """
 
     keys: KeyMap
     queries: QueryMap | None = None
     turns: Float[torch.Tensor, "layer kv_head pair"] | None = None
+    pairing: Pairing = "half"
 
     def turn(self, layer: int) -> Float[torch.Tensor, "kv_head pair"] | None:
         """``turns`` of one layer."""
@@ -102,6 +106,8 @@ class Source(ABC):
 
     def rotary_frequencies(self) -> Float[torch.Tensor, " rotary_pair"]:
         """Radians per token of each rotary pair, by the family's own code; float64."""
+        if self.family.angles == "positions":
+            return usual_frequencies(self.family.rotary_dim(self.config))
         whole = without_weights(lambda: getattr(transformers, self.family.model_class)(self.config))
         found: torch.Tensor = whole.base_model.rotary_emb.inv_freq
         return found.double().cpu()

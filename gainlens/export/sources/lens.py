@@ -12,6 +12,7 @@ from gainlens.ablation import KeyMask, ablation_hooks
 from gainlens.export.slot_rotation import turned_by
 from gainlens.export.sources.base import Flows, ProjectionMaps, Source, ValueMap
 from gainlens.export.sources.huggingface import at_least_float, second_moment
+from gainlens.model.families import Pairing
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.running import evaluating
 
@@ -65,7 +66,12 @@ class LensSource(Source):
         return [
             (
                 f"blocks.{layer}.attn.hook_{kind}",
-                partial(_project, maps=maps[layer].to(self.device), turn=cut.turn(layer)),
+                partial(
+                    _project,
+                    maps=maps[layer].to(self.device),
+                    turn=cut.turn(layer),
+                    pairing=cut.pairing,
+                ),
             )
             for kind, maps in (("k", cut.keys), ("q", cut.queries))
             if maps is not None
@@ -79,7 +85,8 @@ def _project(
     *,
     maps: Float[torch.Tensor, "kv_head d d"],
     turn: Float[torch.Tensor, "_ pair"] | None = None,
+    pairing: Pairing = "half",
 ) -> Float[torch.Tensor, "batch pos head d"]:
     wide = maps.to(x.dtype).repeat_interleave(x.shape[2] // len(maps), 0)
     new = torch.einsum("bphd,hde->bphe", x, wide)
-    return new if turn is None else turned_by(new, turn)
+    return new if turn is None else turned_by(new, turn, pairing)
