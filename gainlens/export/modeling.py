@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from gainlens.errors import InputError
+from gainlens.export.after_norm import MAPS, mapped, maps_after_norm, maps_follow
 from gainlens.export.attention import ATTENTION, eager_forward, register
 from gainlens.export.cache import prepare_layer
 from gainlens.export.families import FAMILIES, SlimFamily
@@ -65,15 +66,20 @@ class SlimAttention(nn.Module):
         self.attention_dropout = family.dropout(config)
         self.eps = float(getattr(config, "rms_norm_eps", 0.0))
         d_model, full = int(config.hidden_size), family.d_head(config)
+        self.mapped = maps_after_norm(config)
         # A norm's statistic runs over the full width, so with one the projections stay whole.
-        projected = full if family.norm else layout.width
+        projected = full if family.norm or self.mapped else layout.width
         self.q_proj = nn.Linear(d_model, self.n_heads * projected, bias="q" in biases)
         self.k_proj = nn.Linear(d_model, self.n_kv_heads * projected, bias="k" in biases)
         self.v_proj = nn.Linear(d_model, self.n_kv_heads * value_width, bias="v" in biases)
         self.o_proj = nn.Linear(self.n_heads * value_width, d_model, bias="o" in biases)
         if family.norm:
-            self.q_norm = nn.Parameter(torch.ones(self.n_kv_heads, layout.width))
-            self.k_norm = nn.Parameter(torch.ones(self.n_kv_heads, layout.width))
+            normed = full if self.mapped else layout.width
+            self.q_norm = nn.Parameter(torch.ones(self.n_kv_heads, normed))
+            self.k_norm = nn.Parameter(torch.ones(self.n_kv_heads, normed))
+        if self.mapped:
+            self.q_map = nn.Parameter(torch.zeros(self.n_heads, layout.width, full))
+            self.k_map = nn.Parameter(torch.zeros(self.n_kv_heads, layout.width, full))
         self.normed, self.norm_offset = family.norm, family.norm_offset
         self.resid_dropout = nn.Dropout(config.resid_pdrop if family.resid_dropout else 0.0)
         self.rotates = layout.frequency is not None
@@ -99,6 +105,8 @@ class SlimAttention(nn.Module):
         if self.normed:
             q = self._norm(q, self.q_norm.repeat_interleave(self.num_key_value_groups, 0))
             k = self._norm(k, self.k_norm)
+        if self.mapped:
+            q, k = mapped(q, self.q_map), mapped(k, self.k_map)
         if self.rotates and position_embeddings is not None:
             q, k = self._rotate(q, k, *position_embeddings)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -128,11 +136,12 @@ class SlimAttention(nn.Module):
         x: Float[torch.Tensor, "batch pos head d_head"],
         factor: Float[torch.Tensor, "head width"],
     ) -> Float[torch.Tensor, "batch pos head width"]:
-        """Norm with the statistic over the full width, in float32; returns only the kept slots."""
+        """Norm with the statistic over the full width, in float32; returns what ``factor`` has:
+        the kept slots, or everything where a map follows."""
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         factor = factor.float() + self.norm_offset
-        return (wide[..., : self.head_dim] * scale * factor).to(x.dtype)
+        return (wide[..., : factor.shape[-1]] * scale * factor).to(x.dtype)
 
     def _rotate(
         self,
@@ -180,6 +189,9 @@ def _turn(
 
 def slim_config(config: Any, family: SlimFamily, plan: SlicePlan, biases: str) -> Any:
     """The configuration of the slim version of a model with ``config``."""
+    stored: dict[str, Any] = {"plan": plan.to_json(), "biases": biases}
+    if maps_follow(family, config, plan.maps):
+        stored[MAPS] = True
     settings = config.to_dict()
     own = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
     for name in own:
@@ -187,7 +199,7 @@ def slim_config(config: Any, family: SlimFamily, plan: SlicePlan, biases: str) -
     cls, _ = CLASSES[family.name]
     return cls(
         **settings,
-        gainlens={"plan": plan.to_json(), "biases": biases},
+        gainlens=stored,
         architectures=[f"Slim{family.name}ForCausalLM"],
         auto_map={
             "AutoConfig": f"{CODE}.Slim{family.name}Config",

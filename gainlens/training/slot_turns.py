@@ -20,15 +20,15 @@ class SlotTurns:
 
     Args:
         frequencies: of the plan, float64 radians per token ``[layer, kv_head, rotary_pair]``.
-        own: the model's, ``[rotary_pair]``.
+        own: the model's, ``[layer, rotary_pair]``.
     """
 
     def __init__(
         self,
         frequencies: Float[torch.Tensor, "layer kv_head rotary_pair"],
-        own: Float[torch.Tensor, " rotary_pair"],
+        own: Float[torch.Tensor, "layer rotary_pair"],
     ) -> None:
-        self._added = frequencies - own.detach().cpu().double()
+        self._added = frequencies - own.detach().cpu().double()[:, None]
         d_head = 2 * self._added.shape[-1]
         self._partner = pair_partners(d_head, d_head, "half")
         self._turns: list[Turn] = []

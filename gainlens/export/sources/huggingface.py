@@ -139,10 +139,10 @@ def _map_hook(
         return x if turn is None else turned_by(x, turn)
 
     def by_head(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bhpd,hde->bhpe", out, maps)
+        return by_pos(module, args, out.transpose(1, 2)).transpose(1, 2)
 
     def by_pos(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
-        return torch.einsum(spec, out, maps)
+        return turned(torch.einsum(spec, out, maps))
 
     def flat(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
         heads = out.reshape(*out.shape[:-1], n_heads, d_head)
