@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from gainlens.errors import InputError
+from gainlens.export.after_norm import MAPS, mapped, maps_after_norm, maps_follow
 from gainlens.export.attention import ATTENTION, eager_forward, register
 from gainlens.export.cache import prepare_layer
 from gainlens.export.families import FAMILIES, SlimFamily
@@ -73,20 +74,25 @@ class SlimAttention(nn.Module):
         self.norm, self.norm_offset = family.key_norm(config), family.norm_offset
         self.alibi, self.whole_masks = family.alibi, family.whole_masks
         d_model, full = int(config.hidden_size), family.d_head(config)
+        self.mapped = maps_after_norm(config)
         # A norm's statistic runs over the full width, so with one the projections stay whole.
-        projected = full if self.norm else layout.width
+        projected = full if self.norm or self.mapped else layout.width
         self.q_proj = nn.Linear(d_model, self.n_heads * projected, bias="q" in biases)
         self.k_proj = nn.Linear(d_model, self.n_kv_heads * projected, bias="k" in biases)
         self.v_proj = nn.Linear(d_model, self.n_kv_heads * value_width, bias="v" in biases)
         self.o_proj = nn.Linear(self.n_heads * value_width, d_model, bias="o" in biases)
         if self.norm is not None:
             self.eps = float(getattr(config, self.norm.eps))
-            shapes = {"q": (self.n_heads if self.norm.own else self.n_kv_heads, layout.width)}
-            shapes["k"] = (self.n_kv_heads, layout.width)
+            normed = full if self.mapped else layout.width
+            shapes = {"q": (self.n_heads if self.norm.own else self.n_kv_heads, normed)}
+            shapes["k"] = (self.n_kv_heads, normed)
             for letter, shape in shapes.items():
                 self.register_parameter(f"{letter}_norm", nn.Parameter(torch.ones(shape)))
                 bias = nn.Parameter(torch.zeros(shape)) if self.norm.bias else None
                 self.register_parameter(f"{letter}_norm_bias", bias)
+        if self.mapped:
+            self.q_map = nn.Parameter(torch.zeros(self.n_heads, layout.width, full))
+            self.k_map = nn.Parameter(torch.zeros(self.n_kv_heads, layout.width, full))
         share = getattr(config, family.output_dropout) if family.output_dropout else 0.0
         self.resid_dropout = nn.Dropout(float(share))
         self.rotates = layout.frequency is not None
@@ -118,6 +124,8 @@ class SlimAttention(nn.Module):
         if self.norm is not None:
             q = self._norm(q, self.q_norm, self.q_norm_bias)
             k = self._norm(k, self.k_norm, self.k_norm_bias)
+        if self.mapped:
+            q, k = mapped(q, self.q_map), mapped(k, self.k_map)
         if self.angles is not None:
             position_embeddings = self.angles(q, kwargs["position_ids"])
         if self.rotates and position_embeddings is not None:
@@ -153,10 +161,11 @@ class SlimAttention(nn.Module):
         factor: Float[torch.Tensor, "norm_head width"],
         bias: Float[torch.Tensor, "norm_head width"] | None,
     ) -> Float[torch.Tensor, "batch pos head width"]:
-        """Norm with the statistic over the full width; returns only the kept slots."""
+        """Norm with the statistic over the full width; returns what ``factor`` has: the kept
+        slots, or everything where a map follows."""
         assert self.norm is not None
         group = x.shape[2] // len(factor)
-        plain = self.norm(x, self.eps)[..., : self.head_dim]
+        plain = self.norm(x, self.eps)[..., : factor.shape[-1]]
         out = plain * (factor.to(plain.dtype) + self.norm_offset).repeat_interleave(group, 0)
         if bias is not None:
             out = out + bias.to(plain.dtype).repeat_interleave(group, 0)
@@ -211,6 +220,9 @@ def _turn(
 
 def slim_config(config: Any, family: SlimFamily, plan: SlicePlan, biases: str) -> Any:
     """The configuration of the slim version of a model with ``config``."""
+    stored: dict[str, Any] = {"plan": plan.to_json(), "biases": biases}
+    if maps_follow(family, config, plan.maps):
+        stored[MAPS] = True
     settings = config.to_dict()
     own = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
     for name in own:
@@ -218,7 +230,7 @@ def slim_config(config: Any, family: SlimFamily, plan: SlicePlan, biases: str) -
     cls, _ = CLASSES[family.name]
     return cls(
         **settings,
-        gainlens={"plan": plan.to_json(), "biases": biases},
+        gainlens=stored,
         architectures=[f"Slim{family.name}ForCausalLM"],
         auto_map={
             "AutoConfig": f"{CODE}.Slim{family.name}Config",

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from gainlens.ablation.cut import Cut
 from gainlens.data.batches import Tokens, batches
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
+from gainlens.export.after_norm import maps_follow
 from gainlens.export.building import put, without_weights
 from gainlens.export.canonical import canonical_maps, check_no_rotation, to_canonical
 from gainlens.export.layout import KeyPairs
@@ -25,6 +26,7 @@ from gainlens.export.modeling import (
     slim_config,
 )
 from gainlens.export.plan import SlicePlan, as_plan
+from gainlens.export.plan_files import CUT_FILE
 from gainlens.export.sources import Source, open_source
 from gainlens.export.sources.base import ProjectionMaps
 from gainlens.export.values import ValuePath, value_paths
@@ -59,13 +61,15 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     The cut rows of the query and key projections are removed, and with them their share of the key
     cache. The softmax scale stays that of the full head. If a norm acts on the keys (Qwen3,
     Gemma3), its statistic needs the full width: there the projections stay whole, and only the
-    cached and attended key is thin. With ``plan.value_widths`` the value path is cut as well, by
-    the best low-rank approximation for the calibration text.
+    cached and attended key is thin. The maps of a cut fold into the projections; behind a norm they
+    can't, and each head keeps a small matrix ``[kept, d_head]`` that acts after the norm. With
+    ``plan.value_widths`` the value path is cut as well, by the best low-rank approximation for the
+    calibration text.
 
     Args:
         model: a TransformerBridge, a HookedTransformer or a transformers model; not changed.
         plan: a cut of this model (``KeyMask``, ``gainlens.best_cut``), or a ``SlicePlan``, which
-            can also set the width of values. Linear maps of a cut fold into the projections.
+            can also set the width of values.
         tokens: calibration text, needed only for value widths; ``[document, position]`` or
             documents.
 
@@ -93,19 +97,25 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     config.dtype = source.dtype
     thin = without_weights(lambda: CLASSES[source.family.name][1](config))
     cut = _maps_of(source, plan)
+    behind = maps_follow(source.family, source.config, plan.maps)
     paths = _paths(source, plan, cut, tokens)
     attention = [f"{source.family.attention.format(n)}." for n in range(source.n_layers)]
     for layer, prefix in enumerate(attention):
         weights = source.attention(layer)
         if plan.basis == "canonical":
             weights, _ = to_canonical(weights)
-        if plan.maps is not None:
+        if plan.maps is not None and not behind:
             weights = weights.mapped(plan.maps.queries[layer], plan.maps.keys[layer])
         path = paths[layer]
         if path is not None:
             device = weights.v.device
             weights = weights.thin_values(path.down.to(device), path.up.to(device))
-        for name, tensor in weights.thin_keys(layouts[layer]).projections().items():
+        if plan.maps is not None and behind:
+            maps = plan.maps.queries[layer], plan.maps.keys[layer]
+            weights = weights.with_maps(*maps, layouts[layer])
+        else:
+            weights = weights.thin_keys(layouts[layer])
+        for name, tensor in weights.projections().items():
             if name.endswith("_norm"):
                 tensor = tensor - source.family.norm_offset
             put(thin, prefix + name, tensor.to(source.dtype))
@@ -198,16 +208,15 @@ def check_maps(plan: SlicePlan, source: Source) -> None:
     """Raise ``InputError`` unless the maps of a plan, if it has any, fit this model.
 
     Raises:
-        InputError: maps of another shape, or in another basis.
-        UnsupportedModelError: a norm sits between the projections and the maps.
+        InputError: maps of another shape, in another basis, or missing.
     """
+    if plan.maps is None and CUT_FILE in plan.facts:
+        raise InputError(
+            f"plan has lost its maps, which act after a norm: pass gainlens.load_cut of the "
+            f"{plan.facts[CUT_FILE]} that lies beside its file"
+        )
     if plan.maps is None and plan.frequencies is None:
         return
-    if between := source.family.before_maps(source.config):
-        raise UnsupportedModelError(
-            f"{source.architecture} has {between} between its projections and the rotation, and "
-            "the maps of a refitted cut come after it, so they fold into no weight: pass its mask"
-        )
     if plan.basis != "own":
         raise InputError("plan has maps in the canonical basis: expected basis='own'")
     if plan.maps is None:
@@ -240,7 +249,7 @@ def _maps_of(source: Source, plan: SlicePlan) -> ProjectionMaps:
         keys, queries = (m.double().transpose(2, 3) for m in (plan.maps.keys, plan.maps.queries))
     turns = None
     if plan.frequencies is not None:
-        turns = plan.frequencies - source.rotary_frequencies()
+        turns = plan.frequencies - source.rotary_frequencies()[:, None]
     return ProjectionMaps(keys, queries, turns, source.family.pairs(source.config).pairing)
 
 
@@ -299,7 +308,9 @@ def _check(source: Source, thin: Any, cut: ProjectionMaps, paths: list[ValuePath
         )
     with torch.no_grad():
         got = thin(tokens.to(source.device), use_cache=False).logits.cpu().to(wanted.dtype)
-    difference, allowed = check_tolerance(got, wanted, source.dtype)
+    # Slots turn by angles that the model computes in float32, whatever the type of its weights.
+    dtype = source.dtype if cut.turns is None or source.dtype != torch.float64 else torch.float32
+    difference, allowed = check_tolerance(got, wanted, dtype)
     if not difference <= allowed:
         raise UnsupportedModelError(
             f"{source.architecture}: the slim model's logits differ from the masked original's "

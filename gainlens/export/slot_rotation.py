@@ -21,7 +21,7 @@ class SlotRotary(nn.Module):
     """Cosines and sines of a table of frequencies, called as a family's own rotary embedding.
 
     Args:
-        own: the family's; its scale of cosines and sines stays.
+        own: the family's; its scales of cosines and sines stay.
         frequencies: radians per token.
 
     Attributes:
@@ -31,6 +31,12 @@ class SlotRotary(nn.Module):
     def __init__(self, own: nn.Module, frequencies: Float[torch.Tensor, " column"]) -> None:
         super().__init__()
         self.attention_scaling = float(getattr(own, "attention_scaling", 1.0))
+        ending = "_attention_scaling"  # of the layers of a kind, where kinds rotate differently
+        self._scalings = {
+            name.removesuffix(ending): float(value)
+            for name, value in vars(own).items()
+            if name.endswith(ending)
+        }
         # Numbers and no buffer: a cast of the model must not round them.
         self._frequencies = [float(f) for f in frequencies]
 
@@ -44,14 +50,14 @@ class SlotRotary(nn.Module):
         self,
         x: Float[torch.Tensor, "*rest"],
         position_ids: Int[torch.Tensor, "batch pos"],
-        *args: Any,
-        **kwargs: Any,
+        layer_type: str | None = None,
     ) -> tuple[Float[torch.Tensor, "batch pos _"], Float[torch.Tensor, "batch pos _"]]:
         """Each column twice, as in the half-split layout."""
         table = torch.tensor(self._frequencies, dtype=torch.float32, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             angle = position_ids[..., None].float() * table
-            cos, sin = (f(angle) * self.attention_scaling for f in (torch.cos, torch.sin))
+            scale = self._scalings.get(layer_type or "", self.attention_scaling)
+            cos, sin = (f(angle) * scale for f in (torch.cos, torch.sin))
         cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
         return cos.to(x.dtype), sin.to(x.dtype)
 

@@ -39,6 +39,8 @@ class AttentionWeights:
         q_norm, k_norm: weights of the norm before the rotation, ``[kv_head, kept]`` (including
             the family's offset), or None; ``[head, kept]`` for queries whose heads differ.
         q_norm_bias, k_norm_bias: what the norm adds at last, or None.
+        q_map, k_map: maps of queries and keys after the norm into the slots of a thin head,
+            ``[head, slot, d_head]``, or None.
     """
 
     q: Float[torch.Tensor, "head d_head d_model"]
@@ -53,6 +55,8 @@ class AttentionWeights:
     k_norm: Float[torch.Tensor, "kv_head kept"] | None = None
     q_norm_bias: Float[torch.Tensor, "norm_head kept"] | None = None
     k_norm_bias: Float[torch.Tensor, "kv_head kept"] | None = None
+    q_map: Float[torch.Tensor, "head slot d_head"] | None = None
+    k_map: Float[torch.Tensor, "kv_head slot d_head"] | None = None
 
     def thin_keys(self, layout: Slots) -> AttentionWeights:
         """Queries and keys reduced to the layout's slots; empty slots are zero rows.
@@ -105,6 +109,22 @@ class AttentionWeights:
             self, q=q, k=k, q_bias=after(queries, self.q_bias), k_bias=after(keys, self.k_bias)
         )
 
+    def with_maps(
+        self,
+        queries: Float[torch.Tensor, "head d_head d_head2"],
+        keys: Float[torch.Tensor, "kv_head d_head d_head2"],
+        layout: Slots,
+    ) -> AttentionWeights:
+        """Whole projections and norms, with maps of their outputs into the layout's slots."""
+        group = self.q.shape[0] // self.k.shape[0]
+        dtype, device = self.q.dtype, self.q.device
+        by_query = np.repeat(layout.order, group, 0)
+        return replace(
+            self,
+            q_map=take_rows(queries.to(device), by_query).to(dtype),
+            k_map=take_rows(keys.to(device), layout.order).to(dtype),
+        )
+
     def thin_values(
         self,
         down: Float[torch.Tensor, "kv_head width d_value"],
@@ -137,6 +157,8 @@ class AttentionWeights:
             found["q_norm"], found["k_norm"] = self.q_norm, self.k_norm
         if self.q_norm_bias is not None and self.k_norm_bias is not None:
             found["q_norm_bias"], found["k_norm_bias"] = self.q_norm_bias, self.k_norm_bias
+        if self.q_map is not None and self.k_map is not None:
+            found["q_map"], found["k_map"] = self.q_map, self.k_map
         return {name: tensor.clone().contiguous() for name, tensor in found.items()}
 
 

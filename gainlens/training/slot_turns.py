@@ -21,17 +21,17 @@ class SlotTurns:
 
     Args:
         frequencies: of the plan, float64 radians per token ``[layer, kv_head, rotary_pair]``.
-        own: the model's, ``[rotary_pair]``.
+        own: the model's, ``[layer, rotary_pair]``.
         pairing: how the pairs lie.
     """
 
     def __init__(
         self,
         frequencies: Float[torch.Tensor, "layer kv_head rotary_pair"],
-        own: Float[torch.Tensor, " rotary_pair"],
+        own: Float[torch.Tensor, "layer rotary_pair"],
         pairing: Pairing = "half",
     ) -> None:
-        self._added = frequencies - own.detach().cpu().double()
+        self._added = frequencies - own.detach().cpu().double()[:, None]
         d_head = 2 * self._added.shape[-1]
         self._partner = pair_partners(d_head, d_head, pairing)
         self._turns: list[Turn] = []

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from parts import (
     api,
+    behind_norm,
     claims,
     docstrings,
     from_scratch,
@@ -49,6 +50,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "similarity": claims.similarity,
     "sharing cost": claims.sharing_cost,
     "planted": claims.planted,
+    "behind norm": behind_norm.page,
     "support": support.support,
     "scores": support.scores,
     "modes": support.modes,

@@ -104,13 +104,20 @@ class Source(ABC):
         first: torch.Tensor = next(self.model.parameters())
         return first.dtype
 
-    def rotary_frequencies(self) -> Float[torch.Tensor, " rotary_pair"]:
+    def rotary_frequencies(self) -> Float[torch.Tensor, "layer rotary_pair"]:
         """Radians per token of each rotary pair, by the family's own code; float64."""
         if self.family.angles == "positions":
-            return usual_frequencies(self.family.rotary_dim(self.config))
+            own = usual_frequencies(self.family.rotary_dim(self.config))
+            return own.expand(self.n_layers, -1)
         whole = without_weights(lambda: getattr(transformers, self.family.model_class)(self.config))
-        found: torch.Tensor = whole.base_model.rotary_emb.inv_freq
-        return found.double().cpu()
+        rotary = whole.base_model.rotary_emb
+        kinds = getattr(self.config, "layer_types", None) or [""] * self.n_layers
+        # Where layers of different kinds rotate differently, each kind has a table of its own.
+        rows = [
+            getattr(rotary, f"{kind}_inv_freq", None) if kind else None
+            for kind in kinds[: self.n_layers]
+        ]
+        return torch.stack([rotary.inv_freq if row is None else row for row in rows]).double().cpu()
 
     @abstractmethod
     def attention(self, layer: int) -> AttentionWeights:
