@@ -43,10 +43,12 @@ def interval_figure(quote: str, reports: Named) -> IntervalFigure | None:
         if claim is None:
             continue
         verdict = claim["verdict"]
-        mean, (first, last) = verdict.get("estimate"), verdict.get("interval") or (None, None)
-        if any(value is None or not math.isfinite(value) for value in (mean, first, last)):
+        values = [verdict.get("estimate"), *(verdict.get("interval") or (None, None))]
+        numbers = [float(v) for v in values if v is not None and math.isfinite(v)]
+        if len(numbers) < 3:
             continue
-        found.append((label, str(claim["status"]), float(mean), float(first), float(last)))
+        mean, first, last = numbers
+        found.append((label, str(claim["status"]), mean, first, last))
         if verdict.get("margin") is not None:
             margins.add(float(verdict["margin"]))
     if not found:
