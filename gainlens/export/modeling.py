@@ -23,6 +23,7 @@ from gainlens.export.cache import prepare_layer
 from gainlens.export.families import FAMILIES, SlimFamily
 from gainlens.export.layout import HeadLayout
 from gainlens.export.plan import SlicePlan
+from gainlens.export.savings import savings_line
 from gainlens.export.slot_rotation import SlotRotary
 
 PREFIX = "gainlens_"
@@ -283,6 +284,7 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
             "__doc__": f"{family.model_class} with thin keys; made by ``gainlens.slim``.",
             "__init__": __init__,
             "save_pretrained": save_pretrained,
+            "extra_repr": savings_line,
             "register_for_auto_class": classmethod(_stay_in_gainlens),
             "config_class": config_class,
             "_tp_plan": {},
