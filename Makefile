@@ -19,7 +19,8 @@ FAST := tests/test_rooms.py tests/stats tests/data tests/ablation/test_mask.py \
 .DEFAULT_GOAL := help
 .PHONY: help report install install-hooked test test-fast test-bridge test-hooked lint format docs \
   fill tutorials bench bench-cuts bench-map bench-heal bench-train bench-kernels engines \
-  acceptance asan-kernels test-neon test-wheel test-browser wheels sdist coverage clean
+  acceptance asan-kernels test-neon test-wheel test-browser lint-workflows release-draft wheels \
+  sdist coverage clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +45,10 @@ lint: install  ## ruff, mypy, import-linter
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m mypy
 	.venv/bin/lint-imports
+
+lint-workflows: install  ## zizmor: permissions, pins and injections of the workflows
+	$(PY) -m pip install -q zizmor
+	.venv/bin/zizmor --offline --quiet .github
 
 format: install  ## format the code and apply ruff's safe fixes
 	$(PY) -m ruff format $(SOURCES)
@@ -157,6 +162,9 @@ wheels:  ## wheels for this platform in dist/ (cibuildwheel; on Linux needs dock
 sdist:  ## source distribution in dist/
 	$(PY) -m pip install -q build
 	$(PY) -m build --sdist
+
+release-draft:  ## draft a release of tag TAG with the files in dist/ (needs the gh command)
+	gh release create "$(TAG)" dist/* --draft --verify-tag --generate-notes
 
 coverage: install  ## all tests on transformer-lens 4 with the share of lines that they run
 	$(PY) -m pip install -q pytest-cov
