@@ -21,7 +21,8 @@ FAST := tests/test_rooms.py tests/stats tests/data tests/ablation/test_mask.py \
 .DEFAULT_GOAL := help
 .PHONY: help report gemma install install-hooked test test-fast test-bridge test-hooked lint format \
   docs fill tutorials bench bench-cuts bench-map bench-heal bench-train bench-kernels engines worth \
-  acceptance asan-kernels test-neon test-wheel wheels sdist coverage clean
+  acceptance asan-kernels test-neon test-wheel test-browser lint-workflows release-draft wheels \
+  sdist coverage clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +47,10 @@ lint: install  ## ruff, mypy, import-linter
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m mypy
 	.venv/bin/lint-imports
+
+lint-workflows: install  ## zizmor: permissions, pins and injections of the workflows
+	$(PY) -m pip install -q zizmor
+	.venv/bin/zizmor --offline --quiet .github
 
 format: install  ## format the code and apply ruff's safe fixes
 	$(PY) -m ruff format $(SOURCES)
@@ -158,6 +163,15 @@ test-neon:  ## kernel self-test for ARM in an emulator
 test-wheel: install  ## build and install the wheel and the source distribution
 	kernels/tools/wheel.sh $(PY)
 
+# The browser comes from the system's packages, axe-core from npm, playwright from PyPI.
+test-browser: install  ## the report page in Chromium: pointing, keyboard, phone, dark, print, axe
+	command -v chromium-headless-shell chromium google-chrome >/dev/null || \
+	  apt-get install -y -q chromium-headless-shell
+	$(PY) -m pip install -q playwright
+	test -f .engines/browser/node_modules/axe-core/axe.min.js || \
+	  npm install --silent --no-save --prefix .engines/browser axe-core@4
+	AXE=.engines/browser/node_modules/axe-core/axe.min.js $(TEST) $(PY) -m pytest tests/report/test_browser.py
+
 wheels:  ## wheels for this platform in dist/ (cibuildwheel; on Linux needs docker or podman)
 	$(PY) -m pip install -q cibuildwheel
 	$(PY) -m cibuildwheel --output-dir dist
@@ -165,6 +179,9 @@ wheels:  ## wheels for this platform in dist/ (cibuildwheel; on Linux needs dock
 sdist:  ## source distribution in dist/
 	$(PY) -m pip install -q build
 	$(PY) -m build --sdist
+
+release-draft:  ## draft a release of tag TAG with the files in dist/ (needs the gh command)
+	gh release create "$(TAG)" dist/* --draft --verify-tag --generate-notes
 
 coverage: install  ## all tests on transformer-lens 4 with the share of lines that they run
 	$(PY) -m pip install -q pytest-cov

@@ -25,6 +25,7 @@ from gainlens.export.families import FAMILIES, SlimFamily
 from gainlens.export.layout import HeadLayout, KeyPairs
 from gainlens.export.masks import own_mask
 from gainlens.export.plan import SlicePlan
+from gainlens.export.savings import savings_line
 from gainlens.export.slot_rotation import SlotRotary, usual_frequencies
 
 PREFIX = "gainlens_"
@@ -332,6 +333,7 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
             "__doc__": f"{family.model_class} with thin keys; made by ``gainlens.slim``.",
             "__init__": __init__,
             "save_pretrained": save_pretrained,
+            "extra_repr": savings_line,
             "register_for_auto_class": classmethod(_stay_in_gainlens),
             "config_class": config_class,
             "_tp_plan": {},

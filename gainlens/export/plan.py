@@ -47,6 +47,11 @@ class SlicePlan(Kept):
 
     Raises:
         InputError: a head keeps nothing, or a shape or value width is impossible.
+
+    Example:
+        >>> plan = gl.SlicePlan.from_mask(mask, values=0.5)
+        >>> plan.value_widths
+        (16, 16, 16, 16)
     """
 
     keep: Bool[torch.Tensor, "layer kv_head d_head"]

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.ablation.cut import Cut
+from gainlens.brief import brief
 from gainlens.data.batches import Tokens, batches
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
 from gainlens.export.after_norm import maps_follow
@@ -54,6 +55,8 @@ class Parity:
     logits: Float[torch.Tensor, "document pos vocab"]
     difference: float
 
+    __repr__ = brief
+
 
 def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any:
     """A transformers model with thin keys that computes what the masked original computes.
@@ -83,6 +86,14 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
             tokens; the maps are of another model.
         UnsupportedModelError: this family or option cannot be made slim (the message gives the
             reason), or the logits differ from those of the masked original.
+
+    Example:
+        >>> slim = gl.slim(model, mask)
+        >>> slim.config.model_type
+        'gainlens_llama'
+        >>> text = slim.generate(calibration[:1, :8], max_new_tokens=4, do_sample=False)
+        >>> text.shape[1]
+        12
     """
     plan = as_plan(plan)
     source = open_source(model)
@@ -152,6 +163,12 @@ def load_slim(folder: str | Path, **kwargs: Any) -> Any:
         InputError: there is no such folder.
         FileFormatError: it is no slim checkpoint, its weights are not finite or not its plan's, or
             a file is not what was written.
+
+    Example:
+        >>> folder = gl.export_model(gl.slim(model, mask), "slim")
+        >>> slim = gl.load_slim(folder)
+        >>> slim(calibration[:1]).logits.shape[-1]
+        1024
     """
     from transformers import AutoConfig
 

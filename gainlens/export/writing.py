@@ -76,6 +76,12 @@ def export_model(
         EngineLimitError: the engine does not support the plan; the message names the limit, and
             ``.nearest`` is the nearest plan that fits.
         ParityError: the files do not compute what they should.
+
+    Example:
+        >>> slim = gl.slim(model, mask)
+        >>> folder = gl.export_model(slim, "out", engine="gainlens")
+        >>> (folder / "config.json").exists()
+        True
     """
     row = get_engine(engine)
     slim = getattr(slim, "_orig_mod", slim)  # what torch.compile wrapped

@@ -56,6 +56,11 @@ def load_model(
             of an unknown architecture, weights are missing, NaN or infinite, the cache folder
             can't be written, or the hub is needed but there is no network.
         UnsupportedModelError: TransformerLens has no such kind, or doesn't know the architecture.
+
+    Example:
+        >>> model = gl.load_model("tiny")
+        >>> model.cfg.n_layers, model.cfg.n_heads, model.cfg.n_key_value_heads, model.cfg.d_head
+        (4, 4, 2, 32)
     """
     wanted = "bridge" if kind is None else kind
     if wanted not in ("bridge", "hooked"):

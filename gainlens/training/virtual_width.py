@@ -103,6 +103,10 @@ def train_virtual_width(
             written by another process; a folder is not writable.
         UnsupportedModelError: this family cannot be made slim.
         TrainingError: the loss or a gradient is not finite; the message names the step.
+
+    Example:
+        >>> run = gl.train_virtual_width(model, mask, calibration, steps=2)
+        >>> verdict = run.judge(validation, margin=0.02)
     """
     plans = as_rounds(plan)
     try:
