@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gainlens.export.after_norm import map_weights
+
 
 def savings_line(model: Any) -> str:
     """Widths of keys and values, bytes of the cache per token, weights of attention; one line.
@@ -13,7 +15,8 @@ def savings_line(model: Any) -> str:
     Args:
         model: a slim model.
     """
-    from gainlens.export.modeling import SlimAttention, family_of
+    from gainlens.export.modeling import family_of
+    from gainlens.export.slim_attention import SlimAttention
 
     layers = [m for m in model.modules() if isinstance(m, SlimAttention)]
     if not layers:
@@ -23,7 +26,7 @@ def savings_line(model: Any) -> str:
     now = size * sum(a.n_kv_heads * (a.head_dim + a.value_dim) for a in layers)
     before = size * sum(a.n_kv_heads * 2 * full for a in layers)
     projections = [(a.q_proj, a.k_proj, a.v_proj, a.o_proj) for a in layers]
-    weights = sum(p.weight.numel() for four in projections for p in four)
+    weights = sum(p.weight.numel() for four in projections for p in four) + map_weights(model)
     whole = sum(full * a.q_proj.in_features * 2 * (a.n_heads + a.n_kv_heads) for a in layers)
     keys = _span([a.head_dim for a in layers])
     values = _span([a.value_dim for a in layers])

@@ -19,15 +19,14 @@ from gainlens.export.canonical import canonical_maps, check_no_rotation, to_cano
 from gainlens.export.layout import KeyPairs
 from gainlens.export.modeling import (
     CLASSES,
-    SlimAttention,
     family_of,
     plan_of,
     plan_pairs,
-    rope_rows,
     slim_config,
 )
 from gainlens.export.plan import SlicePlan, as_plan
 from gainlens.export.plan_files import CUT_FILE
+from gainlens.export.slim_attention import SlimAttention, rope_rows
 from gainlens.export.sources import Source, open_source
 from gainlens.export.sources.base import ProjectionMaps
 from gainlens.export.values import ValuePath, value_paths

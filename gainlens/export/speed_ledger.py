@@ -16,7 +16,8 @@ from gainlens.errors import InputError
 from gainlens.export import timing
 from gainlens.export.after_norm import map_weights, norm_first
 from gainlens.export.attention import ATTENTION
-from gainlens.export.modeling import SlimAttention, family_of, plan_of
+from gainlens.export.modeling import family_of, plan_of
+from gainlens.export.slim_attention import SlimAttention
 from gainlens.export.timing import Contender
 
 CONTEXTS = (512, 4096, 16384)

@@ -16,7 +16,7 @@ from slim_families import CONFIGS, NO_BRIDGE, random_keep, shape_of
 import gainlens as gl
 from gainlens.errors import GainlensError, InputError, UnsupportedModelError
 from gainlens.export import SlicePlan, load_slim, plan_of, slim
-from gainlens.export.modeling import SlimAttention
+from gainlens.export.slim_attention import SlimAttention
 from gainlens.model.wrapping import hooked_class, to_bridge, to_hooked
 
 TOKENS = torch.randint(3, 96, (3, 14), generator=torch.Generator().manual_seed(5))

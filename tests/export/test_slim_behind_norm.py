@@ -20,8 +20,8 @@ from gainlens.export import ENGINES, EngineLimitError, SlicePlan, export_model, 
 from gainlens.export.after_norm import map_weights
 from gainlens.export.card import CARD
 from gainlens.export.judging import document_losses, judge_slim
-from gainlens.export.modeling import SlimAttention
 from gainlens.export.plan_files import CUT_FILE
+from gainlens.export.slim_attention import SlimAttention
 from gainlens.export.speed_ledger import ledger, sizes
 from gainlens.model.wrapping import to_bridge
 
