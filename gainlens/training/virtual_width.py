@@ -56,8 +56,8 @@ def train_virtual_width(
     intact model, so the model does not learn the domain of the text. ``objective="next_token"``
     trains on the text itself, for models from scratch.
 
-    If a norm acts on the keys (Qwen3, Gemma3), its statistic is over the full width. There the
-    ghosts are masked after the norm and still count in it, as in the slim model.
+    If a norm acts on the keys (Qwen3, Gemma3, OLMo2), its statistic is over the full width. There
+    the ghosts are masked after the norm and still count in it, as in the slim model.
 
     Args:
         model: a TransformerBridge, a HookedTransformer or a transformers model; changed in place.

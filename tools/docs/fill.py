@@ -46,6 +46,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "sharing cost": claims.sharing_cost,
     "planted": claims.planted,
     "support": support.support,
+    "slim families": support.parity,
     "scores": support.scores,
     "modes": support.modes,
     "engines": support.engines,
