@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import torch
 import transformers
 
@@ -207,6 +209,12 @@ NO_BRIDGE = {
     "falcon-alibi": "logits of the TransformerBridge differ",
 }
 """What TransformerLens can't wrap, and what it says; transformers' model can be made slim."""
+if version("transformer-lens") < "4":
+    NO_BRIDGE |= {
+        "cohere": "logits of the TransformerBridge differ",
+        "cohere2": "logits of the TransformerBridge differ",
+        "cohere-normed": "adapter did not declare 'q_norm'",
+    }
 
 
 def random_model(name: str):
