@@ -8,6 +8,7 @@ from typing import Any
 from gainlens.environment import environment
 from gainlens.export.after_norm import map_weights, norm_first
 from gainlens.export.engines import Engine
+from gainlens.export.family import WHOLE
 from gainlens.export.modeling import family_of, plan_of, plan_pairs
 from gainlens.stats.verdicts import Verdict
 
@@ -84,6 +85,8 @@ def write_card(
         ("weights", precision),
         ("tokenizer", "beside" if tokenizer else "none: take the original's"),
     ]
+    alone = family.saves(config) == "cache alone"
+    rows.append(("thin keys save", f"the cache alone: {WHOLE}" if alone else "weights and cache"))
     language, code = LOADING[engine.name]
     call = command or f'gainlens.export_model(slim, "{name}", engine="{engine.name}")'
     facts = [f"- {key}: {_plain(value)}" for key, value in sorted(plan.facts.items())]

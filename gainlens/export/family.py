@@ -51,6 +51,13 @@ class KeyNorm:
         return wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + eps)
 
 
+WHOLE = (
+    "a norm acts on queries and keys, and its statistic runs over the full width, so the "
+    "projections stay whole"
+)
+"""Why thin keys save the cache alone in such a family."""
+
+
 def usual_scale(config: Any, layer: int, d_head: int) -> float:
     """One over the root of the width of a head."""
     scale: float = float(d_head) ** -0.5
@@ -198,5 +205,6 @@ class SlimFamily:
         return None if self.clip(config) is None else "a bound on queries, keys and values"
 
     def saves(self, config: Any) -> Literal["weights and cache", "cache alone"]:
-        """What thin keys save: a norm's statistic needs every row of the projections."""
+        """What thin keys save. A norm's statistic runs over every row of the projections, and no
+        smaller matrix has it: ‖Ax‖ = ‖Wx‖ for all x takes as many rows as W has rank."""
         return "weights and cache" if self.key_norm(config) is None else "cache alone"

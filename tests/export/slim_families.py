@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import torch
 import transformers
 
@@ -205,9 +207,14 @@ NO_BRIDGE = {
     "phi-normed": "adapter did not declare 'q_norm'",
     "falcon-groups": "split_with_sizes expects split_sizes to sum",
     "falcon-alibi": "logits of the TransformerBridge differ",
-    "mpt-bounded": "normalises its keys after hook_k",
 }
-"""What can't be made slim as a TransformerBridge, and why; as transformers' model it can."""
+"""What TransformerLens can't wrap, and what it says; transformers' model can be made slim."""
+if version("transformer-lens") < "4":
+    NO_BRIDGE |= {
+        "cohere": "logits of the TransformerBridge differ",
+        "cohere2": "logits of the TransformerBridge differ",
+        "cohere-normed": "adapter did not declare 'q_norm'",
+    }
 
 
 def random_model(name: str):
@@ -221,6 +228,23 @@ def random_model(name: str):
             if norm and parameter_name.endswith("weight"):
                 parameter.add_(1.0)
     return model
+
+
+class MaskedCache(transformers.DynamicCache):
+    """Masks the keys of an unmodified model, as an oracle that is not gainlens'.
+
+    In every family keys pass through ``Cache.update`` after all norms and rotations. Falcon repeats
+    them there for every query head.
+    """
+
+    def __init__(self, keep, config):
+        super().__init__(config=config)
+        self.keep = keep
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        keep = self.keep[layer_idx]
+        keep = keep.repeat_interleave(key_states.shape[1] // len(keep), 0)
+        return super().update(key_states * keep[:, None], value_states, layer_idx, *args, **kwargs)
 
 
 def random_keep(shape, rotary, seed=0, ragged=True):

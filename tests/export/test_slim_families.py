@@ -7,37 +7,26 @@ that zeroes what is cut masks the unmodified original. It serves generation as w
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
-from slim_families import CONFIGS, SMALL, random_keep, random_model, shape_of
+from slim_families import CONFIGS, SMALL, MaskedCache, random_keep, random_model, shape_of
 
 from gainlens.errors import InputError, UnsupportedModelError
-from gainlens.export import SlicePlan, canonical_plan, load_slim, modeling, slim
+from gainlens.export import SlicePlan, canonical_plan, export_model, load_slim, modeling, slim
 from gainlens.export.families import FAMILIES
 from gainlens.export.family import usual_scale
 from gainlens.export.layout import KeyPairs
+from gainlens.export.speed_ledger import ledger
 from gainlens.model.wrapping import to_bridge
 
 pytestmark = pytest.mark.one_env
 TOKENS = torch.randint(3, 96, (2, 14), generator=torch.Generator().manual_seed(5))
 EVERY = pytest.mark.parametrize("name", list(CONFIGS))
 SETTINGS = {"do_sample": False, "max_new_tokens": 10, "min_new_tokens": 10, "pad_token_id": 0}
-
-
-class Masked(transformers.DynamicCache):
-    """Keys of cut dimensions are zero."""
-
-    def __init__(self, keep, config):
-        super().__init__(config=config)
-        self.keep = keep
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        keep = self.keep[layer_idx]
-        keep = keep.repeat_interleave(key_states.shape[1] // len(keep), 0)  # Falcon repeats keys
-        return super().update(key_states * keep[:, None], value_states, layer_idx, *args, **kwargs)
 
 
 def logits(model, **kwargs):
@@ -60,7 +49,7 @@ def padded():
 def test_logits(originals, name):
     hf, keep = originals[name], cut_of(name, originals[name])
     thin = slim(hf, SlicePlan(keep))
-    wanted = logits(hf, past_key_values=Masked(keep, hf.config), use_cache=True)
+    wanted = logits(hf, past_key_values=MaskedCache(keep, hf.config), use_cache=True)
     assert (logits(hf) - wanted).abs().max() > 0.05
     for use_cache in (False, True):
         got = logits(thin, use_cache=use_cache)
@@ -79,7 +68,7 @@ def test_generation(originals, name):
                 TOKENS, attention_mask=mask, use_cache=True, past_key_values=cache,
                 output_logits=True, return_dict_in_generate=True, **SETTINGS,
             )
-            for model, cache in ((hf, Masked(keep, hf.config)), (thin, None))
+            for model, cache in ((hf, MaskedCache(keep, hf.config)), (thin, None))
         )  # fmt: skip
     assert torch.equal(got.sequences, wanted.sequences)
     assert got.sequences.shape == (2, 24)
@@ -125,7 +114,7 @@ def test_single_dimensions_where_nothing_rotates(originals, name):
     keep[1] = False
     keep[1, 0, [0, 3, 4]] = keep[1, 1, [1]] = True
     thin = slim(hf, SlicePlan(keep))
-    wanted = logits(hf, past_key_values=Masked(keep, hf.config), use_cache=True)
+    wanted = logits(hf, past_key_values=MaskedCache(keep, hf.config), use_cache=True)
     torch.testing.assert_close(logits(thin), wanted, atol=1e-4, rtol=0)
     assert SlicePlan(keep).key_widths(CONFIGS[name][1])[1] == 3
     keep[2, 0, 0] = ~keep[2, 0, 0]
@@ -169,7 +158,40 @@ def test_a_norm_keeps_the_projections_whole(originals, name):
     thin = slim(hf, SlicePlan(cut_of(name, hf)))
     for before, after in zip(hf.model.layers, thin.model.layers, strict=True):
         assert after.self_attn.k_proj.weight.shape == before.self_attn.k_proj.weight.shape
-    assert FAMILIES[type(hf).__name__].saves(hf.config) == "cache alone"
+    found = ledger(slim(hf, SlicePlan.identity(hf)), thin, measure=False)
+    assert found["saves"] == "cache alone"
+    assert "projections stay whole" in found["why"]
+    assert found["saved"]["key_cache"] > 0.2
+    of_the_norms = sum(
+        p.numel() for n, p in hf.named_parameters() if "q_norm" in n or "k_norm" in n
+    )
+    of_the_norms += sum(p.numel() for n, p in hf.named_parameters() if "_layernorm.norms" in n)
+    assert hf.num_parameters() - thin.num_parameters() <= of_the_norms
+
+
+def test_the_card_says_what_is_saved(originals, tmp_path):
+    for name, text in (
+        ("olmo2", "| thin keys save | the cache alone: a norm acts on queries and keys"),
+        ("granite", "| thin keys save | weights and cache |"),
+    ):
+        hf = originals[name]
+        thin = slim(hf, SlicePlan(cut_of(name, hf)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no tokenizer
+            folder = export_model(thin, tmp_path / name)
+        assert text in (folder / "README.md").read_text(encoding="utf-8")
+
+
+@EVERY
+def test_export_through_the_gate(originals, name, tmp_path):
+    """Written, run from the files alone, and compared before it is put in place."""
+    hf = originals[name]
+    thin = slim(hf, SlicePlan(cut_of(name, hf)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = export_model(thin, tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(again), logits(thin), atol=1e-5, rtol=0)
 
 
 def test_configurations_that_are_refused():
@@ -217,7 +239,7 @@ def test_slots_of_adjacent_pairs(originals, tmp_path):
     thin = slim(hf, plan)
     other = copy.deepcopy(hf)
     other.model.rotary_emb.inv_freq.mul_(1.1)
-    wanted = logits(other, past_key_values=Masked(plan.keep, hf.config), use_cache=True)
+    wanted = logits(other, past_key_values=MaskedCache(plan.keep, hf.config), use_cache=True)
     torch.testing.assert_close(logits(thin), wanted, atol=1e-4, rtol=0)
     thin.save_pretrained(tmp_path)
     assert torch.equal(logits(load_slim(tmp_path)), logits(thin))

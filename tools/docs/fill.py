@@ -57,6 +57,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "models cuts": models.cuts,
     "prediction": models.prediction,
     "support": support.support,
+    "slim families": support.parity,
     "scores": support.scores,
     "modes": support.modes,
     "engines": support.engines,

@@ -61,7 +61,9 @@ class LensSource(Source):
     def _cut_hooks(self, cut: ProjectionMaps | None) -> list[Hook]:
         if cut is None:
             return []
-        if cut.queries is None:
+        # Sites are verified where nothing changes keys after the hook. A bound does, but not zeros.
+        bounded = self.family.clip(self.config) is not None
+        if cut.queries is None and not bounded:
             diagonal = torch.diagonal(cut.keys, dim1=-2, dim2=-1)
             if torch.equal(torch.diag_embed(diagonal), cut.keys):
                 return list(ablation_hooks(self.model, KeyMask(diagonal > 0.5), "zero"))
