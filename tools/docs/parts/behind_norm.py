@@ -19,6 +19,7 @@ def page() -> str:
     rows = [
         (said, *(_cell(facts[state]["verdicts"][name]) for name in texts))
         for state, said in STATES.items()
+        if facts[state] is not None
     ]
     counts = [f"{v['n_documents']} of {n}" for n, v in facts["fitted"]["verdicts"].items()]
     calibration = facts["text"]["calibration"]
