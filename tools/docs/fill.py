@@ -50,6 +50,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "models numbers": models.numbers,
     "models cuts": models.cuts,
     "prediction": models.prediction,
+    "mapped weights": models.mapped,
     "support": support.support,
     "scores": support.scores,
     "modes": support.modes,

@@ -116,6 +116,22 @@ def prediction() -> str:
     )
 
 
+def mapped() -> str:
+    """Private memory of probing a model whose weights stay in their files."""
+    facts = recorded(RESULTS / "mapped_weights.json")
+    if facts is None:
+        return not_yet("the memory", "python benchmarks/mapped_weights.py")
+    steps = facts["steps"]
+    start = steps[0]["private_mb"]
+    rows = [(s["stage"], f"{s['peak_mb'] - start:,} MB") for s in steps[1:]]
+    return (
+        table(["step", "private memory at its peak, beyond the imports"], rows)
+        + f"\n\n{facts['model']}: {facts['n_weights'] / 1e9:.2f} billion weights, "
+        f"{facts['weights_mb']:,} MB; {facts['documents']} documents of {facts['length']} tokens. "
+        "Source: `docs/results/mapped_weights.json`, `python benchmarks/mapped_weights.py`."
+    )
+
+
 def _ceiling(entry: dict[str, Any]) -> str:
     noise = entry["results"]["noise"]
     if noise["ceiling"] is None:
