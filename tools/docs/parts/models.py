@@ -101,7 +101,7 @@ def prediction() -> str:
     for name in models:
         head += [f"{NAMES.get(name, name)}: rise", "within layers", "size"]
     measured = " ".join(
-        f"{NAMES.get(name, name)}: {len(e['units'])} of {e['of_units']:,} {e['unit']}s, "
+        f"{NAMES.get(name, name)}: {len(e['units'])} of {e['all_units']:,} {e['unit']}s, "
         f"{e['documents']} documents of {e['length']} tokens of {e['text']} "
         f"({e['calibration_documents']} others gave the scores); rises from "
         f"{e['results']['rise_quantiles'][0]:+.4f} to {e['results']['rise_quantiles'][-1]:+.4f} "
