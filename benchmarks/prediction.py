@@ -1,7 +1,7 @@
 """Does a score predict what cutting one unit costs?
 
     python benchmarks/prediction.py --model tiny [--documents 16] [--minutes 15]
-    python benchmarks/prediction.py --model tiny --again    # the recorded cuts, new scores
+    python benchmarks/prediction.py --model tiny --again    # recorded cuts, missing scores
 
 A unit is a rotary pair of one key head (a dimension where keys do not rotate). A seeded sample of
 units is cut one at a time, on validation documents that chose nothing, and the rise of the loss is
@@ -42,6 +42,7 @@ from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.environment import environment
 from gainlens.files import write_json
 from gainlens.model import key_sites
+from gainlens.model.fingerprint import model_fingerprint
 
 FIRST_ORDER = "first order"
 SCORES = ("rms", "std", "qk", "logit_std", "fisher")
@@ -60,7 +61,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--minutes", type=float, default=15, help="of cutting, at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--again", action="store_true", help="keep the cuts of the record")
+    parser.add_argument(
+        "--again", action="store_true", help="keep the cuts and scores of the record"
+    )
     parser.add_argument("--out", default="docs/results/prediction.json")
     args = parser.parse_args()
     path = Path(args.out)
@@ -75,34 +78,30 @@ def main() -> None:
         gl.load_tokens(args.text, model, n_docs=n, length=length, split=split)
         for n, split in ((args.calibration, "calibration"), (args.documents, "validation"))
     )
-    gains = gl.probe_gains(model, calibration, SCORES, progress=False)
-    estimate = first_order(model, calibration)
-    probing = time.monotonic() - started
-    print(f"{probing:6.0f} s  scores", flush=True)
     found = units(model)
     chosen = np.random.default_rng(args.seed).permutation(len(found))[: args.units]
     sample = [found[i] for i in sorted(chosen)]
-    scores = {
-        name: [float(gains.score(name, unit="pair")[u[0], u[1], u[2]]) for u in sample]
-        for name in SCORES
-    }
-    scores[FIRST_ORDER] = [estimate[tuple(unit)] for unit in sample]
-    if args.again:
-        old = kept[args.model]
-        if old["model"] != gains.model.fingerprint or old["units"] != [list(u) for u in sample]:
-            raise SystemExit(f"{path} holds cuts of other weights or other units")
+    fingerprint = model_fingerprint(model)
+    old = kept[args.model] if args.again else None
+    if old and (old["model"] != fingerprint or old["units"] != [list(u) for u in sample]):
+        raise SystemExit(f"{path} holds cuts of other weights or other units")
+    scores = scored(model, calibration, sample, old["scores"] if old else {})
+    probing = time.monotonic() - started
+    print(f"{probing:6.0f} s  scores", flush=True)
+    if old:
         rises, spent = np.array(old["rise_by_document"]), old["seconds"]["cuts"]
+        probing += old["seconds"]["scores"]
     else:
         rises, spent = measured(model, validation, sample, args.minutes)
     entry = {
-        "model": gains.model.fingerprint,
-        "architecture": gains.model.architecture,
+        "model": fingerprint,
+        "architecture": key_sites(model).architecture,
         "unit": "pair" if len(sample[0]) > 3 else "dimension",
         "text": args.text,
         "length": length,
         "calibration_documents": len(calibration),
         "documents": len(rises),
-        "of_units": len(found),
+        "all_units": len(found),
         "seed": args.seed,
         "seconds": {"scores": round(probing, 1), "cuts": round(spent, 1)},
         "results": correlations(scores, rises, [unit[0] for unit in sample], args.seed),
@@ -120,6 +119,25 @@ def main() -> None:
         },
     )
     print(json.dumps(entry["results"], indent=1))
+
+
+def scored(
+    model: Any,
+    tokens: torch.Tensor,
+    sample: Sequence[tuple[int, ...]],
+    known: dict[str, list[float]],
+) -> dict[str, list[float]]:
+    """Every score of every unit of the sample; those that are known are not computed again."""
+    scores = dict(known)
+    if missing := [name for name in SCORES if name not in known]:
+        gains = gl.probe_gains(model, tokens, missing, progress=False)
+        for name in missing:
+            values = gains.score(name, unit="pair")
+            scores[name] = [float(values[unit[0], unit[1], unit[2]]) for unit in sample]
+    if FIRST_ORDER not in scores:
+        estimate = first_order(model, tokens)
+        scores[FIRST_ORDER] = [estimate[tuple(unit)] for unit in sample]
+    return scores
 
 
 def units(model: Any) -> list[tuple[int, ...]]:

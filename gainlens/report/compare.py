@@ -64,8 +64,7 @@ def compare_reports(sources: Sequence[str | Path], out: str | Path) -> dict[str,
         InputError: fewer than two reports, one of them twice, no report at a place, or ``out``
             contains something else.
 
-    Example:
-        >>> compare_reports(["smollm2/", "gemma3/"], "comparison")  # doctest: +SKIP
+    For the folders of two reports: ``compare_reports(["smollm2/", "gemma3/"], "comparison")``.
     """
     out = check_comparison_folder(out)
     reports = read_reports(sources)

@@ -242,6 +242,38 @@ def test_dtype_and_kind(unchecked):
         load_hf("tiny", device="no-device")
 
 
+def file_backed(tensor) -> bool:
+    """Whether a tensor's memory is a page of a safetensors file, by the system's own table."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(".safetensors"):
+            first, last = (int(end, 16) for end in line.split()[0].split("-"))
+            if first <= tensor.data_ptr() < last:
+                return True
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="the table is that of Linux")
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_weights_of_the_stored_type_stay_in_their_files(folders, tmp_path, stored):
+    """Through loading, the fingerprint and a probe; so a model may be larger than memory."""
+    import gainlens as gl
+
+    load_hf(folders["llama"], dtype=stored).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model = load_model(tmp_path, dtype=stored)
+    gains = gl.probe_gains(model, torch.randint(0, 96, (2, 24)), progress=False)
+    assert gains.n_tokens == 48
+    named = list(model.original_model.named_parameters())
+    named = [
+        (n, p) for n, p in named if not n.endswith("bias")
+    ]  # 3.9 adds one; the files have none
+    assert len(named) > 15
+    assert [name for name, parameter in named if not file_backed(parameter)] == []
+    other = torch.float32 if stored == torch.bfloat16 else torch.bfloat16
+    copied = load_model(tmp_path, dtype=other)
+    assert not any(file_backed(p) for p in copied.original_model.parameters())
+
+
 def test_load_hf_is_fresh_each_time(folders):
     tokens = torch.randint(0, 96, (1, 8))
     before = load_hf(folders["llama"])

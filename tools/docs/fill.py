@@ -56,6 +56,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "models numbers": models.numbers,
     "models cuts": models.cuts,
     "prediction": models.prediction,
+    "mapped weights": models.mapped,
     "support": support.support,
     "slim families": support.parity,
     "scores": support.scores,

@@ -101,7 +101,7 @@ def prediction() -> str:
     for name in models:
         head += [f"{NAMES.get(name, name)}: rise", "within layers", "size"]
     measured = " ".join(
-        f"{NAMES.get(name, name)}: {len(e['units'])} of {e['of_units']:,} {e['unit']}s, "
+        f"{NAMES.get(name, name)}: {len(e['units'])} of {e['all_units']:,} {e['unit']}s, "
         f"{e['documents']} documents of {e['length']} tokens of {e['text']} "
         f"({e['calibration_documents']} others gave the scores); rises from "
         f"{e['results']['rise_quantiles'][0]:+.4f} to {e['results']['rise_quantiles'][-1]:+.4f} "
@@ -113,6 +113,22 @@ def prediction() -> str:
         table(head, rows)
         + f"\n\n{measured} Source: `docs/results/prediction.json`, "
         + "`python benchmarks/prediction.py --model NAME`."
+    )
+
+
+def mapped() -> str:
+    """Private memory of probing a model whose weights stay in their files."""
+    facts = recorded(RESULTS / "mapped_weights.json")
+    if facts is None:
+        return not_yet("the memory", "python benchmarks/mapped_weights.py")
+    steps = facts["steps"]
+    start = steps[0]["private_mb"]
+    rows = [(s["stage"], f"{s['peak_mb'] - start:,} MB") for s in steps[1:]]
+    return (
+        table(["step", "private memory at its peak, beyond the imports"], rows)
+        + f"\n\n{facts['model']}: {facts['n_weights'] / 1e9:.2f} billion weights, "
+        f"{facts['weights_mb']:,} MB; {facts['documents']} documents of {facts['length']} tokens. "
+        "Source: `docs/results/mapped_weights.json`, `python benchmarks/mapped_weights.py`."
     )
 
 
