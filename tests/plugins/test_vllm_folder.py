@@ -16,6 +16,7 @@ from gainlens_vllm.configs import CLASSES, check_folder, family_of, model_type_o
 from gainlens_vllm.errors import SlimFolderError
 from gainlens_vllm.families import FAMILIES, REFUSED
 from gainlens_vllm.plan import read_plan
+from gainlens_vllm.rotation import slot_frequencies
 from gainlens_vllm.version import ANYWAY, TESTED, check_version
 from safetensors.torch import load_file, save_file
 
@@ -96,6 +97,18 @@ def test_slots_are_read(slots):
     for layer, found in zip(slim.model.layers, plan.layers, strict=True):
         assert torch.equal(found.columns, layer.self_attn.rope_index.expand(2, -1))
     assert torch.equal(plan.table.float(), slim.model.rotary_emb.inv_freq)
+
+
+def test_plans_are_read_on_the_cpu_where_models_are_built_elsewhere(served):
+    _, _, folder = served
+    config = read(folder)
+    family = family_of(config)
+    with torch.device("meta"):
+        plan = read_plan(config.gainlens, family.shape(config), family.rotary_dim(config))
+        for layer, found in enumerate(plan.layers):
+            turning = slot_frequencies(plan, config, family.rotary_dim(config), layer)
+            assert (turning is None) == (found.columns is None)
+            assert turning is None or not turning[0].is_meta
 
 
 @pytest.mark.one_env

@@ -30,6 +30,7 @@ from parts import (
     slim,
     slots,
     support,
+    vllm_plugin,
     worth,
     worth_ledger,
 )
@@ -64,6 +65,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "engines": support.engines,
     "kernel ledger": ledgers.kernels,
     "engine ledger": ledgers.engines,
+    "vllm plugin": vllm_plugin.page,
     "slim ledger": slim.page,
     "healing ledger": healing.page,
     "scratch ledger": from_scratch.page,

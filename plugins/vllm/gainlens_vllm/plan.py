@@ -78,7 +78,8 @@ def read_plan(
     if hashlib.sha256(text.encode()).hexdigest() != plan.get("checksum"):
         raise SlimFolderError(f"{where}: its slice plan is damaged (the checksum does not match)")
     try:
-        return _plan(plan, stored.get("biases"), shape, rotary_dim, where)
+        with torch.device("cpu"):  # vLLM builds models where tensors are made on the GPU
+            return _plan(plan, stored.get("biases"), shape, rotary_dim, where)
     except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise SlimFolderError(f"{where}: its slice plan can't be read ({error!r})") from None
 

@@ -35,7 +35,7 @@ def model_frequencies(config: Any, rotary_dim: int, layer: int) -> tuple[torch.T
             f"{', '.join(STATIC)}"
         )
     if kind == "default":
-        steps = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu").float()
+        steps = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float()
         return 1.0 / (float(rope["rope_theta"]) ** (steps / rotary_dim)), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -49,17 +49,18 @@ def slot_frequencies(
 ) -> tuple[torch.Tensor, float] | None:
     """Frequencies of a layer's slots, float32 ``[kv_head, slot]``, and the factor of cos and sin.
 
-    One row serves all heads. None if nothing turns. Arguments and errors as for
+    On the CPU. One row serves all heads. None if nothing turns. Arguments and errors as for
     ``model_frequencies``.
     """
     columns = plan.layers[layer].columns
     if columns is None:
         return None
-    own, factor = model_frequencies(config, rotary_dim, layer)
-    table = own if plan.table is None else plan.table.float()
-    if plan.layers[layer].still:
-        table = torch.cat([table, torch.zeros(1)])
-    return table[one_row(columns)], factor
+    with torch.device("cpu"):  # vLLM builds models where tensors are made on the GPU
+        own, factor = model_frequencies(config, rotary_dim, layer)
+        table = own if plan.table is None else plan.table.float()
+        if plan.layers[layer].still:
+            table = torch.cat([table, torch.zeros(1)])
+        return table[one_row(columns)], factor
 
 
 def rotate(
