@@ -204,3 +204,15 @@ def test_next_step(status, n, more, verb, docs):
     command = step.command("tiny", "a text,b")
     assert command.startswith(f"gainlens {verb} --model tiny --text 'a text,b'")
     assert ("--n-docs" in command) == (docs is not None)
+
+
+def test_panels_of_one_figure_have_one_axis(made):
+    """Where zero is, and what a step is worth, is the same for every text."""
+    view = re.search('class="panels">(.*?)</div>', made[0]["rise_by_position"].text, re.DOTALL)[1]
+    panels = view.split("<svg")[1:]
+    assert len(panels) == 2
+    axes = [
+        re.findall(r'<path class="grid" d="M58 ([\d.]+)H430"/><text[^>]*>([^<]+)', p)
+        for p in panels
+    ]
+    assert axes[0] == axes[1] != []

@@ -130,10 +130,8 @@ def all_values(series: Sequence[Series]) -> list[float]:
 
 def _up(series: Sequence[Series], frame: Frame, *, zero: bool) -> Axis:
     """The value axis, wide enough for all values, intervals, zero and the margin."""
-    ends = [v for s in series for v in s.values] + [
-        e for s in series for i in s.intervals for e in i
-    ]
-    ends = [e for e in ends if math.isfinite(e)] + [0.0] + ([frame.margin] if frame.margin else [])
+    ends = [0.0, frame.margin or 0.0, *frame.reach, *all_values(series)]
+    ends = [end for end in ends if math.isfinite(end)]
     low, high = min(ends), max(ends)
     room = 0.06 * ((high - low) or 1.0)
     return Axis(
@@ -171,7 +169,11 @@ def _frame(frame: Frame, across: Axis, up: Axis, places: dict[float, int]) -> li
     for i in some(len(places), most):
         place = sorted(places)[i]
         label = frame.labels[places[place]]
-        parts.append(text(across.at(place), bottom + 16, label, "mid"))
+        x = across.at(place)
+        if x + 4 * len(label) > WIDTH:  # it would run off the drawing
+            parts.append(text(WIDTH - 1, bottom + 16, label, "end"))
+        else:
+            parts.append(text(x, bottom + 16, label, "mid"))
     parts.append(text(LEFT + inner / 2, bottom + 36, frame.across, "mid name"))
     middle = (up.start + up.end) / 2
     turned = f' transform="rotate(-90 12 {middle:g})"'
