@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gainlens.environment import environment
-from gainlens.export.after_norm import map_weights, norm_first
+from gainlens.export.after_norm import map_weights
 from gainlens.export.engines import Engine
 from gainlens.export.family import WHOLE
 from gainlens.export.modeling import family_of, plan_of, plan_pairs
@@ -77,16 +77,13 @@ def write_card(
             "cache in half precision",
             f"{before:,} to {after:,} bytes per token ({after / before:.3g})",
         ),
-        *(
-            [("projections of queries and keys", _whole(slim))]
-            if norm_first(family, config)
-            else []
-        ),
         ("weights", precision),
         ("tokenizer", "beside" if tokenizer else "none: take the original's"),
     ]
     alone = family.saves(config) == "cache alone"
     rows.append(("thin keys save", f"the cache alone: {WHOLE}" if alone else "weights and cache"))
+    if added := map_weights(slim):
+        rows.append(("maps of queries and keys", f"{added:,} weights, after the norm"))
     language, code = LOADING[engine.name]
     call = command or f'gainlens.export_model(slim, "{name}", engine="{engine.name}")'
     facts = [f"- {key}: {_plain(value)}" for key, value in sorted(plan.facts.items())]
@@ -116,13 +113,6 @@ def _verdict(verdict: Verdict) -> str:
         f"[{low:.4g}, {high:.4g}] against a margin of {verdict.margin:.4g}, on "
         f"{verdict.n_documents} documents.{note}"
     )
-
-
-def _whole(slim: Any) -> str:
-    """Why the weights of a model with a norm on its keys do not shrink with them."""
-    added = map_weights(slim)
-    more = f"; the maps after it add {added:,} weights" if added else ""
-    return f"whole: the norm's statistic needs all rows, so the key cache alone shrinks{more}"
 
 
 def _span(widths: tuple[int, ...]) -> str:

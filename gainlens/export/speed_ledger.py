@@ -14,7 +14,7 @@ from typing import Any
 from gainlens.environment import environment
 from gainlens.errors import InputError
 from gainlens.export import timing
-from gainlens.export.after_norm import map_weights, norm_first
+from gainlens.export.after_norm import map_weights
 from gainlens.export.attention import ATTENTION
 from gainlens.export.family import WHOLE
 from gainlens.export.modeling import family_of, plan_of
@@ -204,13 +204,7 @@ def ledger(
             "kv_cache": 1
             - (after.key_bytes + after.value_bytes) / (before.key_bytes + before.value_bytes),
         },
-        "projections": {
-            "whole": norm_first(family, slim.config),
-            "map_weights": map_weights(slim),
-            "why": "a norm's statistic needs all rows: the key cache alone shrinks"
-            if norm_first(family, slim.config)
-            else "",
-        },
+        "map_weights": map_weights(slim),
         "contexts": rows,
         "twice_as_fast": verdict_on_doubling(before, after, batch),
         **environment(),

@@ -292,15 +292,15 @@ def test_a_written_folder(originals, name, tmp_path):
     again = gl.load_slim(tmp_path / "out")
     torch.testing.assert_close(logits(again), logits(thin), atol=1e-6, rtol=0)
     card = (tmp_path / "out" / CARD).read_text()
-    assert "the key cache alone shrinks" in card
-    assert f"the maps after it add {map_weights(thin):,} weights" in card
+    assert "the cache alone: a norm acts on queries and keys" in card
+    assert f"{map_weights(thin):,} weights, after the norm" in card
     full = gl.slim(hf, SlicePlan.identity(hf))
     found = ledger(full, thin, contexts=(64,), measure=False)
-    assert found["projections"]["map_weights"] == map_weights(thin)
-    assert found["projections"]["whole"]
+    assert found["map_weights"] == map_weights(thin)
+    assert found["saves"] == "cache alone"
     assert found["saved"]["parameters"] < 0 < found["saved"]["key_cache"]
     plain = ledger(full, gl.slim(hf, cut.mask), contexts=(64,), measure=False)
-    assert plain["projections"]["map_weights"] == 0
+    assert plain["map_weights"] == 0
 
 
 @EVERY
