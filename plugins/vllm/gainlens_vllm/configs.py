@@ -38,6 +38,11 @@ def family_of(config: Any) -> Family:
 def plan_of(config: Any) -> Plan:
     """The plan of a slim configuration; errors as for ``read_plan``."""
     family = family_of(config)
+    if config.gainlens and config.gainlens.get("maps_after_norm"):
+        raise SlimFolderError(
+            f"{_where(config)} keeps the maps of its cut after the norm on its keys, which "
+            "gainlens-vllm does not serve (cut it by its mask alone)"
+        )
     stored, shape, rotary = config.gainlens, family.shape(config), family.rotary_dim(config)
     key = (json.dumps(stored, sort_keys=True, default=str), shape, rotary)
     if key not in _plans:  # each layer asks
@@ -109,7 +114,11 @@ def slim_config_class(config_class: str, refusal: str | None = None) -> Any:
 
 CLASSES = {
     **{family.config_class: slim_config_class(family.config_class) for family in FAMILIES},
-    **{name: slim_config_class(name, reason) for name, reason in REFUSED.values()},
+    **{
+        name: slim_config_class(name, reason)
+        for name, reason in REFUSED.values()
+        if hasattr(transformers, name)  # vLLM may hold an older one
+    },
 }
 for _class in CLASSES.values():
     globals()[_class.__name__] = _class  # a configuration is pickled by the name of its class

@@ -87,5 +87,16 @@ FAMILIES = (
     ),
     Family("GPT2", "GPT2Config", "gpt2:SlimGPT2ForCausalLM", attention="transformer.h.{}.attn"),
 )  # fmt: skip
-REFUSED = {"GPTNeoX": ("GPTNeoXConfig", "vLLM 0.32 has no GPT-NeoX")}
+NO_ROW = "it has no row for this family yet"
+REFUSED = {
+    "GPTNeoX": ("GPTNeoXConfig", "vLLM 0.32 has no GPT-NeoX"),
+    **{
+        name: (f"{name}Config", NO_ROW)
+        for name in (
+            "Gemma", "Gemma2", "Granite", "Starcoder2", "SmolLM3", "StableLm", "Phi", "Phi3",
+            "Olmo2", "Ernie4_5", "Glm", "Glm4", "Cohere", "Cohere2", "GPTJ", "Falcon", "OPT",
+            "GPTNeo", "Bloom", "Mpt",
+        )
+    },
+}  # fmt: skip
 """Families that gainlens writes and this plug-in doesn't serve: configuration and reason."""
