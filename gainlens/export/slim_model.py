@@ -61,9 +61,9 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     """A transformers model with thin keys that computes what the masked original computes.
 
     The cut rows of the query and key projections are removed, and with them their share of the key
-    cache. The softmax scale stays that of the full head. If a norm acts on the keys (Qwen3,
-    Gemma3, OLMo2), its statistic needs the full width: there the projections stay whole, and only
-    the cached and attended key is thin. The maps of a cut fold into the projections; behind a norm they
+    cache. The softmax scale stays that of the full head. If a norm acts on the keys (Qwen3, Gemma3,
+    OLMo2), its statistic needs the full width: there the projections stay whole, and only the
+    cached and attended key is thin. The maps of a cut fold into the projections; behind a norm they
     can't, and each head keeps a small matrix ``[kept, d_head]`` that acts after the norm. With
     ``plan.value_widths`` the value path is cut as well, by the best low-rank approximation for the
     calibration text.
