@@ -90,14 +90,17 @@ def _row(name: str, found: dict[str, Any]) -> tuple[Any, ...]:
 
 def _triton(found: dict[str, Any]) -> str:
     pairs = ", ".join(f"{row['keys']}/{row['values']}" for row in found["compiled"])
-    engine = found["engine"]
+    served = "; ".join(
+        f"{name}: {row['largest_logprob_difference']:.1e}, other tokens in "
+        f"{len(row['different_rows'])} of {row['prompts']} prompts"
+        for name, row in found["engines"].items()
+    )
     return (
         "The GPU attention without a GPU: in Triton's interpreter, over pages, ragged batches, "
         f"prefill, decode and a window, it is within {found['largest_error']:.1e} of float64 "
-        "attention. An engine that serves two layers with keys of different width through it "
-        f"differs by {engine['largest_logprob_difference']:.1e} and in "
-        f"{len(engine['different_rows'])} of {engine['prompts']} prompts. It compiles for "
-        f"{found['compiled'][0]['target']} with keys and values of {pairs}."
+        "attention. Engines that serve three layers with keys of different width through it "
+        f"differ by little ({served}). It compiles for {found['compiled'][0]['target']} with keys "
+        f"and values of {pairs}."
     )
 
 
