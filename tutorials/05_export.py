@@ -228,3 +228,5 @@ else:
 # 3. Export the healed model of [tutorial 4](04_healing.md): heal a *universal* plan, make it slim and
 #    export it.
 # 4. Which head sizes can vLLM run? Which fraction gives one of them for your model?
+#
+# Next: [from a question to a paper figure](06_paper_figure.md).

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from gainlens.ablation.counted_hooks import AblationHooks
 from gainlens.ablation.kept import Kept
+from gainlens.brief import brief
 from gainlens.data.document_identity import tensor_digest
 from gainlens.errors import InputError
 from gainlens.files import load_tensors, save_tensors
@@ -51,6 +52,8 @@ class HeadMaps:
     facts: Mapping[str, Any]
     frequencies: Float[torch.Tensor, "layer kv_head rotary_pair"] | None = None
 
+    __repr__ = brief
+
 
 class Cut(Kept, ABC):
     """Which key dimensions are removed, and what replaces them.
@@ -58,6 +61,11 @@ class Cut(Kept, ABC):
     Attributes:
         kind: kind of the file that ``save`` writes; empty if the cut cannot be saved.
         facts: how the cut was made, as plain values for a file.
+
+    Example:
+        >>> gl.best_cut(model, calibration).save("cut.safetensors")
+        >>> cut = gl.load_cut("cut.safetensors")
+        >>> cut.kind, tuple(cut.keep.shape), round(cut.fraction_kept, 2)
     """
 
     kind: ClassVar[str] = ""

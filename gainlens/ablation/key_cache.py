@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
+from gainlens.brief import brief
 from gainlens.data.batches import Tokens, as_documents
 from gainlens.errors import InputError, SilentSiteError
 from gainlens.model.finding_sites import key_sites
@@ -28,6 +29,8 @@ class KeyCache:
 
     keys: list[Float[torch.Tensor, "document pos kv_head d_head"]]
     stage: Stage = "rotated"
+
+    __repr__ = brief
 
     @property
     def n_documents(self) -> int:

@@ -34,6 +34,12 @@ class KeyMask(Cut):
 
     Raises:
         InputError: ``keep`` is not three-dimensional or not boolean (0 and 1 are accepted).
+
+    Example:
+        >>> mask = gl.KeyMask.quietest(gains, fraction=0.5, score="qk", scope="layer")
+        >>> mask.fraction_kept
+        0.5
+        >>> by_hand = gl.KeyMask(gains.score("qk") > gains.score("qk").median())
     """
 
     kind = "mask"

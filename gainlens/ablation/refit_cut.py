@@ -203,7 +203,7 @@ def mapped(
     after: Step | None,
 ) -> Float[torch.Tensor, "batch pos head d_head"]:
     """One map per head, between two steps on ``[batch, head, pos, d_head]``."""
-    by_head = x.transpose(1, 2).float()
+    by_head = x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))
     if before is not None:
         by_head = before(by_head)
     new = torch.einsum("bhpi,hri->bhpr", by_head, maps.to(by_head))

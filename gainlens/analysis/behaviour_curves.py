@@ -172,6 +172,10 @@ def behaviours(
     Raises:
         InputError: fractions or sizes out of range, prompts beyond the context, gains of another
             model, text that was also used to choose the cut, or has too few distinct tokens.
+
+    Example:
+        >>> found = gl.behaviours(model, validation, gains, (0.5,), n_sequences=4, distances=(4,))
+        >>> sorted({row.behaviour for row in found.rows})
     """
     check_fractions(tuple(fractions))
     check_intact(model, "behaviours")

@@ -76,6 +76,15 @@ def patch_keys(
     Raises:
         InputError: prompts of different shape, an unknown unit or layer, or a metric that does not
             return one finite number.
+
+    Example:
+        >>> answer, other = 5, 7  # token ids
+        >>> effects = gl.patch_keys(
+        ...     model, calibration[:1, :16], validation[:1, :16], layers=[1],
+        ...     metric=lambda logits: logits[0, -1, answer] - logits[0, -1, other],
+        ... )
+        >>> effects.effect.shape  # layer, key head, pair
+        (4, 2, 16)
     """
     sites = key_sites(model)
     groups = unit_dims(sites, unit)

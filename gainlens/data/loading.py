@@ -78,6 +78,11 @@ def load_tokens(
     Raises:
         InputError: an argument is out of range, the text does not exist, or too few documents
             qualify; the message says how many do.
+
+    Example:
+        >>> tokens = gl.load_tokens("sotu", model, n_docs=4, length=64, split="validation")
+        >>> tuple(tokens.shape)
+        (4, 64)
     """
     found = load_texts(
         source, model, n_docs=n_docs, length=length, longest=longest, split=split, windows=windows,

@@ -55,11 +55,11 @@ def sliced_attention(
         return out
     mask = None
     if lengths is not None or starts is not None:
-        mask = _seen(q.shape[2], k.shape[2], causal, lengths, starts, q.device)
+        mask = seen_keys(q.shape[2], k.shape[2], causal, lengths, starts, q.device)
     return plain_attention(q, k, v, scale=scale, causal=causal, mask=mask)
 
 
-def _seen(
+def seen_keys(
     tq: int,
     tk: int,
     causal: bool,
@@ -67,7 +67,7 @@ def _seen(
     starts: Int[torch.Tensor, " batch"] | None,
     device: torch.device,
 ) -> Bool[torch.Tensor, "batch 1 tq tk"]:
-    """True where a query may see a key."""
+    """True where a query may see a key; arguments as for ``sliced_attention``."""
     key = torch.arange(tk, device=device)
     end = torch.tensor([tk], device=device) if lengths is None else lengths
     begin = torch.zeros_like(end) if starts is None else starts
@@ -87,6 +87,7 @@ def plain_attention(
     scale: float,
     causal: bool = True,
     mask: Shaped[torch.Tensor, "_ _ tq tk"] | None = None,
+    softcap: float | None = None,
 ) -> Float[torch.Tensor, "batch head tq d_v"]:
     """The same from PyTorch's own operators, in their fastest formulation for thin keys.
 
@@ -94,6 +95,7 @@ def plain_attention(
         q, k, v, scale, causal: as for ``sliced_attention``.
         mask: True where a query may see a key, or numbers that are added to the scaled products;
             takes the place of ``causal``.
+        softcap: bound of the scaled products; no fused operator of PyTorch has one.
     """
     batch, heads, tq, _ = q.shape
     kv_heads, tk = k.shape[1], k.shape[2]
@@ -101,9 +103,10 @@ def plain_attention(
     if mask is None and causal and tq > 1 and tq != tk:
         ones = torch.ones(tq, tk, dtype=torch.bool, device=q.device)
         mask = ones.tril(diagonal=tk - tq)[None, None]
-    if tq <= FEW_QUERIES and q.device.type == "cpu" and not torch.compiler.is_compiling():
+    few = tq <= FEW_QUERIES and q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if few or softcap is not None:
         grouped = q.reshape(batch, kv_heads, -1, q.shape[3])
-        logits = torch.matmul(grouped, k.transpose(2, 3)) * scale
+        logits = _capped(torch.matmul(grouped, k.transpose(2, 3)) * scale, softcap)
         if mask is None and causal and tq > 1:
             mask = torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq)[None, None]
         if mask is not None:
@@ -133,6 +136,10 @@ def plain_attention(
     return out[..., :d_v]
 
 
+def _capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def _wide(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
@@ -145,16 +152,19 @@ def attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float = 1.0,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[torch.Tensor, "batch tq head d_v"], None]:
     """What transformers calls: ``[batch, pos, head, d_v]`` and no attention weights."""
+    if (dropout or softcap is not None) and attention_mask is not None and attention_mask.ndim == 1:
+        tq, tk = query.shape[2], key.shape[2]
+        attention_mask = seen_keys(tq, tk, True, None, attention_mask, query.device)
     if dropout:
-        if attention_mask is not None and attention_mask.ndim == 1:
-            tq, tk = query.shape[2], key.shape[2]
-            attention_mask = _seen(tq, tk, True, None, attention_mask, query.device)
-        out = eager_forward(module, query, key, value, attention_mask, scaling, dropout)[0]
+        out = eager_forward(module, query, key, value, attention_mask, scaling, dropout, softcap)[0]
         return out, None
-    if attention_mask is None:
+    if softcap is not None and attention_mask is None:
+        out = plain_attention(query, key, value, scale=scaling, softcap=softcap)
+    elif attention_mask is None:
         out = sliced_attention(query, key, value, scale=scaling)
     elif attention_mask.ndim == 1:  # see sliced_mask
         out = sliced_attention(query, key, value, scale=scaling, starts=attention_mask)
@@ -162,7 +172,7 @@ def attention_forward(
         shown = attention_mask[..., : key.shape[2]]
         if shown.is_floating_point():  # a caller's own: it may hold any bias, not 0 and -inf alone
             shown = shown.to(query.dtype)
-        out = plain_attention(query, key, value, scale=scaling, mask=shown)
+        out = plain_attention(query, key, value, scale=scaling, mask=shown, softcap=softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -174,12 +184,13 @@ def eager_forward(
     attention_mask: torch.Tensor | None,
     scaling: float = 1.0,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[torch.Tensor, "batch tq head d_v"], Float[torch.Tensor, "batch head tq tk"]]:
     """Every attention weight in memory; for ``output_attentions`` and for dropout."""
     group = query.shape[1] // key.shape[1]
     keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    logits = torch.matmul(query, keys.transpose(2, 3)) * scaling
+    logits = _capped(torch.matmul(query, keys.transpose(2, 3)) * scaling, softcap)
     tq, tk = logits.shape[-2:]
     if attention_mask is None:
         ones = torch.ones(tq, tk, dtype=torch.bool, device=query.device)
@@ -207,9 +218,21 @@ def sliced_mask(
     """None where the causal rule (last query sees all keys) says it all.
 
     Texts padded on the left give ``[batch]``, the first position of each; all else a boolean
-    mask ``[batch, 1, query, key]``.
+    mask ``[batch, 1, query, key]``. A configuration with ``whole_masks`` gets numbers.
     """
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import eager_mask, sdpa_mask
+
+    if getattr(kwargs.get("config"), "whole_masks", False):
+        numbers: torch.Tensor = eager_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        return numbers
 
     plain = (
         allow_is_causal_skip

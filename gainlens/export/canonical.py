@@ -96,11 +96,22 @@ def canonical_plan(model: object, fraction: float = 0.5, scope: str = "head") ->
 
 
 def check_no_rotation(source: Source) -> None:
-    """Raise ``UnsupportedModelError`` for a family that rotates its keys."""
-    if source.family.rotary_dim(source.config) or source.family.norm:
+    """Raise ``UnsupportedModelError`` unless a head's product of queries and keys has a basis."""
+    family, config = source.family, source.config
+    if family.rotary_dim(config):
         raise UnsupportedModelError(
             f"{source.architecture} rotates its keys, so no basis of a head can be changed but "
             "within a rotary pair: a canonical plan needs a model without rotation (GPT-2)"
+        )
+    if between := family.before_maps(config):
+        raise UnsupportedModelError(
+            f"{source.architecture} has {between} after its projections, which holds in the "
+            "model's own basis alone: a canonical plan needs a model without it"
+        )
+    if family.n_kv_heads(config) != int(config.num_attention_heads):
+        raise UnsupportedModelError(
+            f"{source.architecture} has query heads that share a key head: a canonical plan needs "
+            "one key head for each, for it decomposes one product of queries and keys"
         )
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from gainlens.environment import environment
+from gainlens.export.after_norm import map_weights
 from gainlens.export.engines import Engine
-from gainlens.export.modeling import family_of, plan_of, plan_rotary_dim
+from gainlens.export.family import WHOLE
+from gainlens.export.modeling import family_of, plan_of, plan_pairs
 from gainlens.stats.verdicts import Verdict
 
 CARD = "README.md"
@@ -62,7 +64,7 @@ def write_card(
     config, plan = slim.config, plan_of(slim.config)
     family = family_of(config)
     n_layers, n_kv_heads, d_head = plan.shape
-    widths = plan.key_widths(plan_rotary_dim(family, config, plan))
+    widths = plan.key_widths(plan_pairs(family, config, plan))
     values = plan.value_widths or (d_head,) * n_layers
     before = 2 * n_layers * n_kv_heads * d_head * 2
     after = (sum(widths) + sum(values)) * n_kv_heads * 2
@@ -78,6 +80,10 @@ def write_card(
         ("weights", precision),
         ("tokenizer", "beside" if tokenizer else "none: take the original's"),
     ]
+    alone = family.saves(config) == "cache alone"
+    rows.append(("thin keys save", f"the cache alone: {WHOLE}" if alone else "weights and cache"))
+    if added := map_weights(slim):
+        rows.append(("maps of queries and keys", f"{added:,} weights, after the norm"))
     language, code = LOADING[engine.name]
     call = command or f'gainlens.export_model(slim, "{name}", engine="{engine.name}")'
     facts = [f"- {key}: {_plain(value)}" for key, value in sorted(plan.facts.items())]

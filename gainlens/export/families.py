@@ -1,124 +1,29 @@
 """The table of model families that can be made slim. A new family is one row.
 
 A row describes the attention of a transformers model apart from its projections: scale, norms,
-rotary width. ``gainlens.model.attention_layouts`` says where the projections are. Everything else
-(embeddings, norms, MLPs, masks, generation) uses the class of the family unchanged.
+rotary width (see ``SlimFamily``). Everything else (embeddings, norms, MLPs, masks, generation) uses
+the class of the family unchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from gainlens.model.attention_layouts import LAYOUTS, AttentionLayout
+from gainlens.export.family import (
+    KeyNorm,
+    SlimFamily,
+    share_of_head,
+    sliding,
+    usual_scale,
+)
 
-KeySite = Literal["k_proj", "k_norm_by_pos", "k_norm_by_head", "query_key_value", "c_attn"]
-"""Which module's output carries the keys, and how; used to mask the original in parity checks."""
+__all__ = ["FAMILIES", "KeyNorm", "SlimFamily"]
 
-
-@dataclass(frozen=True)
-class SlimFamily:
-    """One row.
-
-    Attributes:
-        name: name of the family in the names of the slim classes.
-        config_class, model_class: the family's classes in transformers.
-        key_site: where the original's keys can be masked.
-        refuse: reason why a configuration cannot be made slim, or None.
-        norm: whether a norm over the head acts on queries and keys.
-        sliding: whether layers may have a sliding window.
-        resid_dropout: whether dropout follows the output projection inside the module.
-        llama: whether the same weights, with biases, make a ``LlamaForCausalLM``.
-    """
-
-    name: str
-    config_class: str
-    model_class: str
-    key_site: KeySite
-    refuse: Callable[[Any], str | None]
-    norm: bool = False
-    sliding: bool = False
-    resid_dropout: bool = False
-    llama: bool = False
-
-    @property
-    def layout(self) -> AttentionLayout:
-        """Where the family keeps its attention weights."""
-        return LAYOUTS[self.model_class]
-
-    @property
-    def attention(self) -> str:
-        """Path of layer ``{}``'s attention module."""
-        return self.layout.attention
-
-    @property
-    def output(self) -> str:
-        """Name of the output projection inside the attention module."""
-        return self.layout.output
-
-    @property
-    def norm_offset(self) -> float:
-        """Offset that is added to the weights of the norms on queries and keys. They are stored
-        without it, as in the original, because half precision would lose small values near one."""
-        return self.layout.norm_offset if self.norm else 0.0
-
-    def d_head(self, config: Any) -> int:
-        """Width of a full head."""
-        return int(
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-
-    def n_kv_heads(self, config: Any) -> int:
-        """Key heads per layer."""
-        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-    def rotary_dim(self, config: Any) -> int:
-        """How many leading dimensions of a head rotate."""
-        rope = getattr(config, "rope_parameters", None)
-        if not rope:
-            return 0
-        share = rope.get("partial_rotary_factor") if self.name == "GPTNeoX" else 1.0
-        width = int(self.d_head(config) * (1.0 if share is None else share))
-        return width + width % 2  # an odd width gets a frequency more than fit its pairs
-
-    def scaling(self, config: Any, layer: int) -> float:
-        """Softmax scale of the full head."""
-        if self.name == "Gemma3":
-            special: float = float(config.query_pre_attn_scalar) ** -0.5
-            return special
-        scale: float = float(self.d_head(config)) ** -0.5
-        if self.name == "GPT2":
-            scale = scale if config.scale_attn_weights else 1.0
-            scale /= float(layer + 1) if config.scale_attn_by_inverse_layer_idx else 1.0
-        return scale
-
-    def window(self, config: Any, layer: int) -> int | None:
-        """Sliding window of the layer, or None for full attention."""
-        if not self.sliding:
-            return None
-        kinds = getattr(config, "layer_types", None)
-        if kinds is not None and kinds[layer] != "sliding_attention":
-            return None
-        window = getattr(config, "sliding_window", None)
-        return None if window is None else int(window)
-
-    def dropout(self, config: Any) -> float:
-        """Dropout on attention weights while training."""
-        share: Any = getattr(config, "attn_pdrop", None)
-        return float(getattr(config, "attention_dropout", 0.0) if share is None else share)
+BIDIRECTIONAL = "its attention is bidirectional, so no key cache can be kept"
 
 
-def _nothing(config: Any) -> str | None:
-    return None
-
-
-def _gemma3(config: Any) -> str | None:
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "its attention logits are soft-capped, which the sliced attention doesn't do"
-    if getattr(config, "use_bidirectional_attention", False):
-        return "its attention is bidirectional"
-    return None
+def _causal(config: Any) -> str | None:
+    return BIDIRECTIONAL if getattr(config, "use_bidirectional_attention", False) else None
 
 
 def _gpt2(config: Any) -> str | None:
@@ -127,29 +32,143 @@ def _gpt2(config: Any) -> str | None:
     return None
 
 
-FAMILIES: dict[str, SlimFamily] = {
-    "LlamaForCausalLM": SlimFamily(
-        "Llama", "LlamaConfig", "LlamaForCausalLM", "k_proj", _nothing, llama=True,
+def _gptj(config: Any) -> str | None:
+    return None if config.rotary_dim else "rotary_dim=0: its own code rotates by the model's width"
+
+
+def _norm(config: Any) -> KeyNorm:
+    return KeyNorm()
+
+
+def _gemma3_norm(config: Any) -> KeyNorm:
+    return KeyNorm(shape="by_head")
+
+
+def _olmo2_norm(config: Any) -> KeyNorm:
+    return KeyNorm(over="heads", own=True, shape="flat")
+
+
+def _cohere_norm(config: Any) -> KeyNorm | None:
+    return KeyNorm(centred=True, own=True, eps="layer_norm_eps") if config.use_qk_norm else None
+
+
+def _stablelm_norm(config: Any) -> KeyNorm | None:
+    found = KeyNorm(centred=True, own=True, eps="layer_norm_eps", shape="by_head")
+    return found if config.qk_layernorm else None
+
+
+def _phi_norm(config: Any) -> KeyNorm | None:
+    found = KeyNorm(centred=True, bias=True, eps="layer_norm_eps", shape="by_head")
+    return found if config.qk_layernorm else None
+
+
+def _query_scalar(config: Any, layer: int, d_head: int) -> float:
+    scale: float = float(config.query_pre_attn_scalar) ** -0.5
+    return scale
+
+
+def _multiplier(config: Any, layer: int, d_head: int) -> float:
+    return float(config.attention_multiplier)
+
+
+def _one(config: Any, layer: int, d_head: int) -> float:
+    return 1.0
+
+
+def _gpt2_scale(config: Any, layer: int, d_head: int) -> float:
+    scale = usual_scale(config, layer, d_head) if config.scale_attn_weights else 1.0
+    return scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
+
+
+def _mpt_scale(config: Any, layer: int, d_head: int) -> float:
+    own = config.attn_config.softmax_scale
+    return usual_scale(config, layer, d_head) if own is None else float(own)
+
+
+def _softcap(config: Any) -> float | None:
+    found = getattr(config, "attn_logit_softcapping", None)
+    return None if found is None else float(found)
+
+
+def _smollm3_turns(config: Any, layer: int) -> bool:
+    return bool(config.no_rope_layers[layer])
+
+
+def _sliding_turns(config: Any, layer: int) -> bool:
+    return sliding(config, layer) is not None
+
+
+def _rotary_dim(config: Any, d_head: int) -> int:
+    return int(config.rotary_dim)
+
+
+def _falcon_rotary(config: Any, d_head: int) -> int:
+    return 0 if config.alibi else d_head
+
+
+def _falcon_dropout(config: Any) -> float:
+    return float(config.attention_dropout) if config.alibi else 0.0  # its own code has it so
+
+
+def _mpt_dropout(config: Any) -> float:
+    return float(config.attn_config.attn_pdrop)
+
+
+def _clip(config: Any) -> float | None:
+    found = config.attn_config.clip_qkv
+    return float(found) if found else None
+
+
+def _local(config: Any, layer: int) -> int | None:
+    return int(config.window_size) if config.attention_layers[layer] == "local" else None
+
+
+def _row(name: str, model: str = "ForCausalLM", config: str = "Config", **axes: Any) -> SlimFamily:
+    return SlimFamily(name, f"{name}{config}", f"{name}{model}", **axes)
+
+
+_ROWS = (
+    _row("Llama", llama=True),
+    _row("Mistral", window=sliding, llama=True),
+    _row("Qwen2", window=sliding, llama=True),
+    _row("Qwen3", key_norm=_norm, window=sliding),
+    _row(
+        "Gemma3", config="TextConfig", refuse=_causal, key_norm=_gemma3_norm, scale=_query_scalar,
+        window=sliding,
     ),
-    "MistralForCausalLM": SlimFamily(
-        "Mistral", "MistralConfig", "MistralForCausalLM", "k_proj", _nothing, sliding=True,
-        llama=True,
+    _row("GPTNeoX", rotary=share_of_head),
+    _row(
+        "GPT2", model="LMHeadModel", refuse=_gpt2, rotary=None, scale=_gpt2_scale,
+        output_dropout="resid_pdrop",
     ),
-    "Qwen2ForCausalLM": SlimFamily(
-        "Qwen2", "Qwen2Config", "Qwen2ForCausalLM", "k_proj", _nothing, sliding=True, llama=True,
+    _row("Gemma", refuse=_causal),
+    _row("Gemma2", refuse=_causal, scale=_query_scalar, softcap=_softcap, window=sliding),
+    _row("Granite", scale=_multiplier),
+    _row("Starcoder2", window=sliding, output_dropout="residual_dropout"),
+    _row("SmolLM3", turns=_smollm3_turns, window=sliding),
+    _row("StableLm", key_norm=_stablelm_norm, rotary=share_of_head),
+    _row("Phi", key_norm=_phi_norm, rotary=share_of_head),
+    _row("Phi3", rotary=share_of_head, window=sliding),
+    _row("Olmo2", key_norm=_olmo2_norm),
+    _row("Ernie4_5"),
+    _row("Glm", rotary=share_of_head),
+    _row("Glm4", rotary=share_of_head),
+    _row("Cohere", key_norm=_cohere_norm, angles="neighbours"),
+    _row("Cohere2", turns=_sliding_turns, angles="neighbours", window=sliding),
+    _row(
+        "GPTJ", refuse=_gptj, rotary=_rotary_dim, angles="positions", output_dropout="resid_pdrop",
     ),
-    "Qwen3ForCausalLM": SlimFamily(
-        "Qwen3", "Qwen3Config", "Qwen3ForCausalLM", "k_norm_by_pos", _nothing, norm=True,
-        sliding=True,
+    _row("Falcon", rotary=_falcon_rotary, dropout=_falcon_dropout),
+    _row("OPT", rotary=None),
+    _row(
+        "GPTNeo", rotary=None, scale=_one, own_window=_local, output_dropout="resid_dropout",
     ),
-    "Gemma3ForCausalLM": SlimFamily(
-        "Gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM", "k_norm_by_head", _gemma3, norm=True,
-        sliding=True,
+    _row(
+        "Bloom", rotary=None, alibi=True, output_dropout="hidden_dropout", adds_residual=True,
     ),
-    "GPTNeoXForCausalLM": SlimFamily(
-        "GPTNeoX", "GPTNeoXConfig", "GPTNeoXForCausalLM", "query_key_value", _nothing,
+    _row(
+        "Mpt", rotary=None, alibi=True, scale=_mpt_scale, dropout=_mpt_dropout, clip=_clip,
+        whole_masks=True,
     ),
-    "GPT2LMHeadModel": SlimFamily(
-        "GPT2", "GPT2Config", "GPT2LMHeadModel", "c_attn", _gpt2, resid_dropout=True,
-    ),
-}  # fmt: skip
+)  # fmt: skip
+FAMILIES: dict[str, SlimFamily] = {row.model_class: row for row in _ROWS}

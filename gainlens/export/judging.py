@@ -148,6 +148,7 @@ def judge_slim(
         InputError: fewer than two documents, a margin not above zero, or a loss not finite.
 
     Example:
+        >>> from gainlens.model.loading import load_hf
         >>> verdict = judge_slim(gl.slim(model, plan), load_hf("tiny"), validation)
         >>> verdict.status, verdict.estimate, verdict.interval
     """

@@ -14,12 +14,11 @@ from gainlens.ablation.cut import Cut, HeadMaps, check_cut
 from gainlens.ablation.kept import Kept
 from gainlens.ablation.key_mask import KeyMask
 from gainlens.errors import InputError
-from gainlens.export.layout import HeadLayout, head_layout, value_widths_of
+from gainlens.export.layout import HeadLayout, KeyPairs, head_layout, value_widths_of
 from gainlens.export.plan_files import KIND, plan_fields
 from gainlens.export.slot_rotation import check_frequencies, collapsed, frequency_table
 from gainlens.files import opened, read_json, sealed, write_json
 from gainlens.files.schema import checking
-from gainlens.model.sites import pair_partners
 
 Basis = Literal["own", "canonical"]
 BASES: tuple[Basis, ...] = ("own", "canonical")
@@ -48,6 +47,11 @@ class SlicePlan(Kept):
 
     Raises:
         InputError: a head keeps nothing, or a shape or value width is impossible.
+
+    Example:
+        >>> plan = gl.SlicePlan.from_mask(mask, values=0.5)
+        >>> plan.value_widths
+        (16, 16, 16, 16)
     """
 
     keep: Bool[torch.Tensor, "layer kv_head d_head"]
@@ -128,21 +132,26 @@ class SlicePlan(Kept):
         widths = self.value_widths or (d_head,) * n_layers
         return [{**row, "value_width": widths[row["layer"]]} for row in super()._rows()]
 
-    def layouts(self, rotary_dim: int) -> list[HeadLayout]:
+    def layouts(self, rotary_dim: int | KeyPairs) -> list[HeadLayout]:
         """Where each kept dimension goes, one layout per layer.
 
         Args:
             rotary_dim: how many leading dimensions of a head rotate (half-split pairs); 0 for
-                models that don't rotate and for plans in the canonical basis.
+                models that don't rotate and for plans in the canonical basis. ``KeyPairs`` for
+                adjacent pairs, and where some layers don't rotate.
 
         Raises:
             InputError: half of a rotary pair is kept.
         """
-        self.check_pairs(rotary_dim)
-        return [head_layout(layer.numpy(), rotary_dim) for layer in self.keep]
+        pairs = KeyPairs.of(rotary_dim)
+        self.check_pairs(pairs)
+        return [
+            head_layout(keep.numpy(), pairs.width(layer), pairs.pairing)
+            for layer, keep in enumerate(self.keep)
+        ]
 
     def turning(
-        self, rotary_dim: int
+        self, rotary_dim: int | KeyPairs
     ) -> tuple[list[HeadLayout], Float[torch.Tensor, " column"] | None]:
         """The layouts with columns of a table of frequencies, and that table; None for the model's.
 
@@ -151,21 +160,26 @@ class SlicePlan(Kept):
         layouts = self.layouts(rotary_dim)
         if self.frequencies is None:
             return layouts, None
-        if rotary_dim != self.shape[2]:
-            raise InputError(f"plan has slots: {rotary_dim} dimensions rotate, expected all")
+        wanted = KeyPairs.of(rotary_dim)
+        if wanted.rotary_dim != self.shape[2]:
+            raise InputError(f"plan has slots: {wanted.rotary_dim} dimensions rotate, expected all")
+        if wanted.still:
+            raise InputError(f"plan has slots: layer {min(wanted.still)} rotates nothing")
         pairs = [layout.frequency for layout in layouts if layout.frequency is not None]
         table, columns = frequency_table(self.frequencies, pairs)
         turned = zip(layouts, columns, strict=True)
         return [replace(x, frequency=c, natural=False) for x, c in turned], table
 
-    def key_widths(self, rotary_dim: int) -> tuple[int, ...]:
+    def key_widths(self, rotary_dim: int | KeyPairs) -> tuple[int, ...]:
         """Physical width of a key head, per layer: the widest head's, even where keys rotate.
 
         ``rotary_dim`` and errors as for ``layouts``.
         """
         return tuple(layout.width for layout in self.layouts(rotary_dim))
 
-    def cache_bytes_per_token(self, rotary_dim: int, bytes_per_number: int = 4) -> tuple[int, int]:
+    def cache_bytes_per_token(
+        self, rotary_dim: int | KeyPairs, bytes_per_number: int = 4
+    ) -> tuple[int, int]:
         """Bytes that one token takes in the key cache and in the value cache, all layers.
 
         Args:
@@ -177,13 +191,16 @@ class SlicePlan(Kept):
         per = n_kv_heads * bytes_per_number
         return sum(self.key_widths(rotary_dim)) * per, sum(values) * per
 
-    def check_pairs(self, rotary_dim: int) -> None:
+    def check_pairs(self, rotary_dim: int | KeyPairs) -> None:
         """Raise ``InputError`` if a plan keeps one dimension of a rotary pair without the other.
 
         ``rotary_dim`` is as for ``layouts``.
         """
-        partner = pair_partners(self.shape[2], rotary_dim, "half" if rotary_dim else "none")
-        split = (self.keep & ~self.keep[..., partner]).nonzero()
+        pairs = KeyPairs.of(rotary_dim)
+        partner = pairs.partner(self.shape[2])
+        halves = self.keep & ~self.keep[..., partner]
+        halves[sorted(pairs.still)] = False
+        split = halves.nonzero()
         if len(split):
             layer, head, dim = (int(i) for i in split[0])
             kept = int(self.keep[layer, head].sum())
@@ -274,7 +291,7 @@ class SlicePlan(Kept):
             facts={"order": "identity"},
         )
 
-    def nearest_shared(self, rotary_dim: int, width: int | None = None) -> SlicePlan:
+    def nearest_shared(self, rotary_dim: int | KeyPairs, width: int | None = None) -> SlicePlan:
         """The most similar plan with one set of dimensions for all heads.
 
         Args:
@@ -283,7 +300,7 @@ class SlicePlan(Kept):
                 pairs.
         """
         d_head = self.shape[2]
-        partner = pair_partners(d_head, rotary_dim, "half" if rotary_dim else "none")
+        partner = KeyPairs.of(rotary_dim).partner(d_head)
         votes = self.keep.float().mean((0, 1))
         votes = votes + votes[partner]
         wanted = max(2, 2 * round(self.fraction_kept * d_head / 2)) if width is None else width

@@ -36,6 +36,15 @@ PLAN = record(
 )
 """What a plan's file holds, besides its seal."""
 
+CUT_FILE = "cut_file"
+"""Entry of the facts of a plan that is nothing without its maps: the file beside it that has them,
+since a plan's own file can't hold them and no projection has taken them in."""
+
+
+def without_cut_file(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of a plan that no longer needs the maps in the file beside it."""
+    return {name: value for name, value in facts.items() if name != CUT_FILE}
+
 
 def plan_fields(content: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a ``SlicePlan`` from its file's content, the seal taken off.

@@ -1,4 +1,4 @@
-"""Cuts that fold into the weights of a slim model: the recipe, or a plan with a refit."""
+"""A refit of the dimensions that a plan keeps."""
 
 from __future__ import annotations
 
@@ -6,36 +6,10 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-from gainlens.ablation.cut import Cut
 from gainlens.ablation.least_squares_refit import refit
-from gainlens.ablation.recipe import best_cut
 from gainlens.errors import InputError, UnsupportedModelError
-from gainlens.export.families import FAMILIES
 from gainlens.export.plan import SlicePlan
-from gainlens.model.finding_sites import key_sites
-
-BEHIND_NORM = "a norm sits between its projections and the rotation"
-
-
-def folds(model: Any) -> bool:
-    """Whether the maps of a cut of this model fold into its projections."""
-    family = FAMILIES.get(key_sites(model).architecture)
-    return family is None or not family.norm
-
-
-def slim_cut(model: Any, tokens: Any, *args: Any, rounds: int = 2, **kwargs: Any) -> Cut:
-    """``gainlens.best_cut``, without a fit and with a warning where its maps would not fold.
-
-    Args:
-        model, tokens, args, rounds, kwargs: as for ``gainlens.best_cut``.
-
-    Raises:
-        InputError: as for ``gainlens.best_cut``.
-    """
-    if rounds and not folds(model):
-        warnings.warn(f"cut without a refit: {BEHIND_NORM}", stacklevel=2)
-        rounds = 0
-    return best_cut(model, tokens, *args, rounds=rounds, **kwargs)
+from gainlens.export.plan_files import without_cut_file
 
 
 def refitted(
@@ -61,11 +35,8 @@ def refitted(
             "gainlens.best_cut returns, which is fitted already"
         )
     try:
-        if not folds(model):
-            raise UnsupportedModelError(BEHIND_NORM)
-        return replace(
-            plan, maps=refit(model, tokens, plan.mask, rounds=rounds, progress=progress).maps
-        )
+        maps = refit(model, tokens, plan.mask, rounds=rounds, progress=progress).maps
     except UnsupportedModelError as error:
         warnings.warn(f"cut without a refit: {error}", stacklevel=2)
         return plan
+    return replace(plan, maps=maps, facts=without_cut_file(plan.facts))

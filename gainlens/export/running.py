@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gainlens.errors import InputError
+from gainlens.model.context import context_of
 from gainlens.model.loading import load_hf, load_tokenizer
 
 GGUF = "model.gguf"
@@ -54,7 +55,7 @@ def generate_text(
         InputError: an empty prompt, or one that fills the model's context.
     """
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-    context = getattr(model.config, "max_position_embeddings", None) or 10**9
+    context = context_of(model) or 10**9
     if not ids.shape[1] or ids.shape[1] >= context:
         raise InputError(
             f"prompt has {ids.shape[1]} tokens: expected at least 1 and fewer than the context of "

@@ -10,25 +10,29 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.ablation.cut import Cut
+from gainlens.brief import brief
 from gainlens.data.batches import Tokens, batches
 from gainlens.errors import FileFormatError, InputError, UnsupportedModelError
+from gainlens.export.after_norm import maps_follow
 from gainlens.export.building import put, without_weights
 from gainlens.export.canonical import canonical_maps, check_no_rotation, to_canonical
+from gainlens.export.layout import KeyPairs
 from gainlens.export.modeling import (
     CLASSES,
-    SlimAttention,
     family_of,
     plan_of,
-    plan_rotary_dim,
-    rope_rows,
+    plan_pairs,
     slim_config,
 )
 from gainlens.export.plan import SlicePlan, as_plan
+from gainlens.export.plan_files import CUT_FILE
+from gainlens.export.slim_attention import SlimAttention, rope_rows
 from gainlens.export.sources import Source, open_source
 from gainlens.export.sources.base import ProjectionMaps
 from gainlens.export.values import ValuePath, value_paths
 from gainlens.files import check_sums
 from gainlens.model.config_limits import check_config
+from gainlens.model.context import context_of
 from gainlens.model.wrapping import first_line
 
 CHECK_POSITIONS = 12
@@ -50,20 +54,24 @@ class Parity:
     logits: Float[torch.Tensor, "document pos vocab"]
     difference: float
 
+    __repr__ = brief
+
 
 def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any:
     """A transformers model with thin keys that computes what the masked original computes.
 
     The cut rows of the query and key projections are removed, and with them their share of the key
-    cache. The softmax scale stays that of the full head. If a norm acts on the keys (Qwen3,
-    Gemma3), its statistic needs the full width: there the projections stay whole, and only the
-    cached and attended key is thin. With ``plan.value_widths`` the value path is cut as well, by
-    the best low-rank approximation for the calibration text.
+    cache. The softmax scale stays that of the full head. If a norm acts on the keys (Qwen3, Gemma3,
+    OLMo2), its statistic needs the full width: there the projections stay whole, and only the
+    cached and attended key is thin. The maps of a cut fold into the projections; behind a norm they
+    can't, and each head keeps a small matrix ``[kept, d_head]`` that acts after the norm. With
+    ``plan.value_widths`` the value path is cut as well, by the best low-rank approximation for the
+    calibration text.
 
     Args:
         model: a TransformerBridge, a HookedTransformer or a transformers model; not changed.
         plan: a cut of this model (``KeyMask``, ``gainlens.best_cut``), or a ``SlicePlan``, which
-            can also set the width of values. Linear maps of a cut fold into the projections.
+            can also set the width of values.
         tokens: calibration text, needed only for value widths; ``[document, position]`` or
             documents.
 
@@ -77,6 +85,14 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
             tokens; the maps are of another model.
         UnsupportedModelError: this family or option cannot be made slim (the message gives the
             reason), or the logits differ from those of the masked original.
+
+    Example:
+        >>> slim = gl.slim(model, mask)
+        >>> slim.config.model_type
+        'gainlens_llama'
+        >>> text = slim.generate(calibration[:1, :8], max_new_tokens=4, do_sample=False)
+        >>> text.shape[1]
+        12
     """
     plan = as_plan(plan)
     source = open_source(model)
@@ -85,26 +101,31 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     if plan.basis == "canonical":
         check_no_rotation(source)
     plan = replace(plan, fingerprint=source.fingerprint)
-    rotary_dim = plan_rotary_dim(source.family, source.config, plan)
-    layouts = plan.layouts(rotary_dim)
+    layouts = plan.layouts(plan_pairs(source.family, source.config, plan))
     biases = biases_of(source, plan)
     config = slim_config(source.config, source.family, plan, biases)
     config.dtype = source.dtype
     thin = without_weights(lambda: CLASSES[source.family.name][1](config))
     cut = _maps_of(source, plan)
+    behind = maps_follow(source.family, source.config, plan.maps)
     paths = _paths(source, plan, cut, tokens)
     attention = [f"{source.family.attention.format(n)}." for n in range(source.n_layers)]
     for layer, prefix in enumerate(attention):
         weights = source.attention(layer)
         if plan.basis == "canonical":
             weights, _ = to_canonical(weights)
-        if plan.maps is not None:
+        if plan.maps is not None and not behind:
             weights = weights.mapped(plan.maps.queries[layer], plan.maps.keys[layer])
         path = paths[layer]
         if path is not None:
             device = weights.v.device
             weights = weights.thin_values(path.down.to(device), path.up.to(device))
-        for name, tensor in weights.thin_keys(layouts[layer]).projections().items():
+        if plan.maps is not None and behind:
+            maps = plan.maps.queries[layer], plan.maps.keys[layer]
+            weights = weights.with_maps(*maps, layouts[layer])
+        else:
+            weights = weights.thin_keys(layouts[layer])
+        for name, tensor in weights.projections().items():
             if name.endswith("_norm"):
                 tensor = tensor - source.family.norm_offset
             put(thin, prefix + name, tensor.to(source.dtype))
@@ -141,6 +162,12 @@ def load_slim(folder: str | Path, **kwargs: Any) -> Any:
         InputError: there is no such folder.
         FileFormatError: it is no slim checkpoint, its weights are not finite or not its plan's, or
             a file is not what was written.
+
+    Example:
+        >>> folder = gl.export_model(gl.slim(model, mask), "slim")
+        >>> slim = gl.load_slim(folder)
+        >>> slim(calibration[:1]).logits.shape[-1]
+        1024
     """
     from transformers import AutoConfig
 
@@ -163,17 +190,17 @@ def load_slim(folder: str | Path, **kwargs: Any) -> Any:
         ) from None
     if missing := sorted(info["missing_keys"]):
         raise FileFormatError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]!r}")
-    _check_weights(model, plan, plan_rotary_dim(family, config, plan), folder)
+    _check_weights(model, plan, plan_pairs(family, config, plan), folder)
     return model.eval()
 
 
-def _check_weights(model: Any, plan: SlicePlan, rotary_dim: int, folder: str | Path) -> None:
+def _check_weights(model: Any, plan: SlicePlan, pairs: KeyPairs, folder: str | Path) -> None:
     """Raise ``FileFormatError`` if weights are not finite or were cut by another plan."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FileFormatError(f"{folder}: weight {name!r} holds NaN or infinity")
     thin = [m for m in model.modules() if isinstance(m, SlimAttention)]
-    layouts, _ = plan.turning(rotary_dim)
+    layouts, _ = plan.turning(pairs)
     for layer, (module, layout) in enumerate(zip(thin, layouts, strict=True)):
         wanted = rope_rows(layout)
         stored = module.rope_index
@@ -197,16 +224,15 @@ def check_maps(plan: SlicePlan, source: Source) -> None:
     """Raise ``InputError`` unless the maps of a plan, if it has any, fit this model.
 
     Raises:
-        InputError: maps of another shape, or in another basis.
-        UnsupportedModelError: a norm sits between the projections and the maps.
+        InputError: maps of another shape, in another basis, or missing.
     """
+    if plan.maps is None and CUT_FILE in plan.facts:
+        raise InputError(
+            f"plan has lost its maps, which act after a norm: pass gainlens.load_cut of the "
+            f"{plan.facts[CUT_FILE]} that lies beside its file"
+        )
     if plan.maps is None and plan.frequencies is None:
         return
-    if source.family.norm:
-        raise UnsupportedModelError(
-            f"{source.architecture} has a norm between its projections and the rotation, and the "
-            "maps of a refitted cut come after it, so they fold into no weight: pass its mask"
-        )
     if plan.basis != "own":
         raise InputError("plan has maps in the canonical basis: expected basis='own'")
     if plan.maps is None:
@@ -239,8 +265,8 @@ def _maps_of(source: Source, plan: SlicePlan) -> ProjectionMaps:
         keys, queries = (m.double().transpose(2, 3) for m in (plan.maps.keys, plan.maps.queries))
     turns = None
     if plan.frequencies is not None:
-        turns = plan.frequencies - source.rotary_frequencies()
-    return ProjectionMaps(keys, queries, turns)
+        turns = plan.frequencies - source.rotary_frequencies()[:, None]
+    return ProjectionMaps(keys, queries, turns, source.family.pairs(source.config).pairing)
 
 
 def _paths(
@@ -249,6 +275,11 @@ def _paths(
     full = (source.shape[2],) * source.n_layers
     if plan.value_widths is None or plan.value_widths == full:
         return [None] * source.n_layers
+    if source.family.clip(source.config) is not None:
+        raise UnsupportedModelError(
+            f"{source.architecture} bounds each of its values, which holds in its own basis alone: "
+            "expected a plan that leaves values alone (plan.with_values(None))"
+        )
     if tokens is None:
         raise InputError(
             f"plan cuts values to {min(plan.value_widths)} dimensions: expected tokens, for the "
@@ -278,7 +309,7 @@ def _check(source: Source, thin: Any, cut: ProjectionMaps, paths: list[ValuePath
         UnsupportedModelError: the logits differ.
     """
     vocabulary = int(source.config.vocab_size)
-    length = min(CHECK_POSITIONS, int(getattr(source.config, "max_position_embeddings", 12)))
+    length = min(CHECK_POSITIONS, context_of(source) or CHECK_POSITIONS)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocabulary, (2, length), generator=generator)
     values = None
@@ -293,7 +324,9 @@ def _check(source: Source, thin: Any, cut: ProjectionMaps, paths: list[ValuePath
         )
     with torch.no_grad():
         got = thin(tokens.to(source.device), use_cache=False).logits.cpu().to(wanted.dtype)
-    difference, allowed = check_tolerance(got, wanted, source.dtype)
+    # Slots turn by angles that the model computes in float32, whatever the type of its weights.
+    dtype = source.dtype if cut.turns is None or source.dtype != torch.float64 else torch.float32
+    difference, allowed = check_tolerance(got, wanted, dtype)
     if not difference <= allowed:
         raise UnsupportedModelError(
             f"{source.architecture}: the slim model's logits differ from the masked original's "

@@ -14,13 +14,14 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from gainlens.errors import InputError
+from gainlens.model.families import Pairing
 
 
 class SlotRotary(nn.Module):
     """Cosines and sines of a table of frequencies, called as a family's own rotary embedding.
 
     Args:
-        own: the family's; its scale of cosines and sines stays.
+        own: the family's; its scales of cosines and sines stay.
         frequencies: radians per token.
 
     Attributes:
@@ -30,6 +31,12 @@ class SlotRotary(nn.Module):
     def __init__(self, own: nn.Module, frequencies: Float[torch.Tensor, " column"]) -> None:
         super().__init__()
         self.attention_scaling = float(getattr(own, "attention_scaling", 1.0))
+        ending = "_attention_scaling"  # of the layers of a kind, where kinds rotate differently
+        self._scalings = {
+            name.removesuffix(ending): float(value)
+            for name, value in vars(own).items()
+            if name.endswith(ending)
+        }
         # Numbers and no buffer: a cast of the model must not round them.
         self._frequencies = [float(f) for f in frequencies]
 
@@ -43,16 +50,22 @@ class SlotRotary(nn.Module):
         self,
         x: Float[torch.Tensor, "*rest"],
         position_ids: Int[torch.Tensor, "batch pos"],
-        *args: Any,
-        **kwargs: Any,
+        layer_type: str | None = None,
     ) -> tuple[Float[torch.Tensor, "batch pos _"], Float[torch.Tensor, "batch pos _"]]:
         """Each column twice, as in the half-split layout."""
         table = torch.tensor(self._frequencies, dtype=torch.float32, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             angle = position_ids[..., None].float() * table
-            cos, sin = (f(angle) * self.attention_scaling for f in (torch.cos, torch.sin))
+            scale = self._scalings.get(layer_type or "", self.attention_scaling)
+            cos, sin = (f(angle) * scale for f in (torch.cos, torch.sin))
         cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
         return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def usual_frequencies(rotary_dim: int, base: float = 1e4) -> Float[torch.Tensor, " column"]:
+    """``base ** (-2 i / rotary_dim)`` radians per token of pair i, float64."""
+    pairs = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu")
+    return base ** (-pairs / rotary_dim)
 
 
 def frequency_table(
@@ -121,11 +134,14 @@ def expanded(values: Any) -> Float[torch.Tensor, "..."] | None:
 def turned_by(
     x: Float[torch.Tensor, "batch pos head d_head"],
     frequencies: Float[torch.Tensor, "kv_head pair"],
+    pairing: Pairing = "half",
 ) -> Float[torch.Tensor, "batch pos head d_head"]:
-    """Half-split pairs of each head turned by its frequencies at positions 0, 1, …, in float64."""
+    """Pairs of each head turned by its frequencies at positions 0, 1, …, in float64."""
     wide = frequencies.to(x.device).repeat_interleave(x.shape[2] // len(frequencies), 0)
     positions = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
     angle = positions[:, None, None] * wide
     cos, sin = angle.cos(), angle.sin()
-    a, b = x.double().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    axis, half = (-1, (-1, 2)) if pairing == "adjacent" else (-2, (2, -1))
+    a, b = x.double().reshape(*x.shape[:-1], *half).unbind(axis)
+    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], axis)
+    return turned.flatten(-2).to(x.dtype)

@@ -14,8 +14,11 @@ from typing import Any
 from gainlens.environment import environment
 from gainlens.errors import InputError
 from gainlens.export import timing
+from gainlens.export.after_norm import map_weights
 from gainlens.export.attention import ATTENTION
-from gainlens.export.modeling import SlimAttention, family_of, plan_of
+from gainlens.export.family import WHOLE
+from gainlens.export.modeling import family_of, plan_of
+from gainlens.export.slim_attention import SlimAttention
 from gainlens.export.timing import Contender
 
 CONTEXTS = (512, 4096, 16384)
@@ -68,7 +71,9 @@ def sizes(slim: Any) -> Sizes:
     tied = slim.get_output_embeddings().weight is embedding
     read = parameters - (0 if tied else embedding.numel())
     positions = sum(
-        m.weight.numel() for n, m in slim.named_modules() if n.endswith("wpe")
+        m.weight.numel()
+        for n, m in slim.named_modules()
+        if n.endswith(("wpe", "embed_positions")) and hasattr(m, "weight")
     )  # learned positions: one row is read
     keys, values, per_position = _per_token(modules, element)
     lengths = sorted({w for m in modules if (w := m.sliding_window) is not None})
@@ -177,8 +182,11 @@ def ledger(
                 )
         rows.append(row)
     family = family_of(slim.config)
+    saves = family.saves(slim.config)
     return {
         "model": family.model_class,
+        "saves": saves,
+        "why": WHOLE if saves == "cache alone" else None,
         "plan": {
             "keys_kept": plan.fraction_kept,
             "value_widths": plan.value_widths,
@@ -196,6 +204,7 @@ def ledger(
             "kv_cache": 1
             - (after.key_bytes + after.value_bytes) / (before.key_bytes + before.value_bytes),
         },
+        "map_weights": map_weights(slim),
         "contexts": rows,
         "twice_as_fast": verdict_on_doubling(before, after, batch),
         **environment(),

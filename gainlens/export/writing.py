@@ -15,11 +15,12 @@ from gainlens.errors import GainlensError, InputError
 from gainlens.export.building import float_copy
 from gainlens.export.card import write_card
 from gainlens.export.engines import Engine, get_engine
-from gainlens.export.modeling import plan_of, plan_rotary_dim, slim_config
+from gainlens.export.modeling import plan_of, plan_pairs, slim_config
 from gainlens.export.plan import SlicePlan
 from gainlens.export.slim_model import biases_of
 from gainlens.export.sources import open_source
 from gainlens.files import check_free, written_folder
+from gainlens.model.context import context_of
 from gainlens.stats.verdicts import Verdict
 
 GATE = 1e-4
@@ -75,6 +76,12 @@ def export_model(
         EngineLimitError: the engine does not support the plan; the message names the limit, and
             ``.nearest`` is the nearest plan that fits.
         ParityError: the files do not compute what they should.
+
+    Example:
+        >>> slim = gl.slim(model, mask)
+        >>> folder = gl.export_model(slim, "out", engine="gainlens")
+        >>> (folder / "config.json").exists()
+        True
     """
     row = get_engine(engine)
     slim = getattr(slim, "_orig_mod", slim)  # what torch.compile wrapped
@@ -130,7 +137,7 @@ def check_plan(model: Any, plan: SlicePlan, engine: str) -> None:
     """
     source = open_source(model)
     plan.check_model(source.shape, source.fingerprint, source.architecture)
-    plan.check_pairs(plan_rotary_dim(source.family, source.config, plan))
+    plan.check_pairs(plan_pairs(source.family, source.config, plan))
     config = slim_config(source.config, source.family, plan, biases_of(source, plan))
     row = get_engine(engine)
     row.check(SimpleNamespace(config=config))
@@ -155,7 +162,7 @@ def check_parity(engine: Engine, slim: Any, folder: Path, precision: str) -> flo
         ParityError: it is above ``GATE``.
     """
     vocabulary = int(slim.config.vocab_size)
-    length = min(LONG, int(slim.config.max_position_embeddings))
+    length = min(LONG, context_of(slim) or LONG)
     generator = torch.Generator().manual_seed(1)
     long = torch.randint(0, vocabulary, (1, length), generator=generator)
     parity = getattr(slim, "gainlens_parity", None)

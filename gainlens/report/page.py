@@ -1,39 +1,80 @@
-"""The page: one HTML file that needs no network."""
+"""The page: one HTML file that needs no network and can be read without its script."""
 
 from __future__ import annotations
 
 import base64
+import html
+import json
 import struct
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+from gainlens.plots.markup import colours
+
+
+@dataclass(frozen=True)
+class View:
+    """One drawing of a figure.
+
+    Attributes:
+        choice: what is chosen, one value per choice of the figure.
+        markup: the drawing, as HTML that is safe to insert.
+    """
+
+    choice: tuple[str, ...]
+    markup: str
 
 
 @dataclass(frozen=True)
 class PageFigure:
-    """A figure with alternative text.
+    """A figure, with its words, its data, and the line that makes it.
 
     Attributes:
-        data: PNG in base64.
+        name: of the file with its data.
         alt: what it shows, in words.
         caption: the line below the figure.
-        width, height: in pixels, so that the layout is stable while the page loads.
+        views: its drawings; the first is shown until another is chosen.
+        choices: names of what can be chosen, with all values.
+        csv: its data, header first.
+        python: the line of Python that makes it in the folder of the report.
+        heat: what the script needs to draw further views of a heat map from ``csv``.
     """
 
-    data: str
+    name: str
     alt: str
     caption: str
-    width: int
-    height: int
+    views: tuple[View, ...]
+    choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    csv: str = ""
+    python: str = ""
+    heat: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, path: Path, alt: str, caption: str) -> PageFigure:
-        """Embed a PNG file."""
+        """A figure that is a PNG file."""
         content = path.read_bytes()
         # A PNG starts with 8 bytes of signature and the header chunk: width and height at 16.
         width, height = struct.unpack(">II", content[16:24])
-        return cls(base64.b64encode(content).decode("ascii"), alt, caption, width, height)
+        data = base64.b64encode(content).decode("ascii")
+        image = (
+            f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" '
+            f'width="{width}" height="{height}">'
+        )
+        return cls(path.stem, alt, caption, (View((), image),))
+
+    @property
+    def data_link(self) -> str:
+        """The data as a link that needs no network."""
+        return "data:text/csv;charset=utf-8," + quote(self.csv, safe=",.:;/()+=-_")
+
+    @property
+    def heat_json(self) -> str:
+        """What the script reads."""
+        return json.dumps(self.heat, ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -64,10 +105,35 @@ class Section:
     tables: list[PageTable] = field(default_factory=list)
 
 
+def csv_of(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Comma-separated values; numbers keep four digits, what is not finite stays empty."""
+    lines: list[list[object]] = [list(head), *(list(row) for row in rows)]
+    return "".join(",".join(map(_cell, line)) + "\r\n" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        shown = f"{value:.4g}"
+        return "" if shown in ("nan", "inf", "-inf") else shown
+    words = str(value)
+    if any(c in words for c in ',"\r\n'):
+        return '"' + words.replace('"', '""') + '"'
+    return words
+
+
 def render_page(**content: Any) -> str:
     """Fill the template; all values are escaped."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    source = files("gainlens.report").joinpath("templates/index.html").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
-    return template.render(**content)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, loader=FunctionLoader(_template)
+    )
+    schemes = {name: colours.variables(name) for name in ("light", "dark")}
+    given = {"next_step": None, "colours": schemes, "colour_rules": colours.rules(), **content}
+    return environment.get_template("index.html").render(**given)
+
+
+def _template(name: str) -> str:
+    return files("gainlens.report").joinpath("templates", name).read_text(encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ def all_sections(
     curve: SurgeryCurve,
     cmap: CoordinateMap,
     similarity: Sequence[dict[str, Any]],
-    figures: dict[str, Path],
+    figures: dict[str, PageFigure],
     score: str,
     without: str = "",
     damage: Damage | None = None,
@@ -51,21 +50,13 @@ def all_sections(
             "gains",
             "Gains",
             ["The gain of each key dimension, by layer."],
-            [
-                PageFigure.of(
-                    figures["key_gains"],
-                    "Heat map of the gain of each key dimension by layer, on a logarithmic scale; "
-                    "the numbers are in gains.safetensors.",
-                    f"Gain ({score}) of each key dimension, mean over key heads, each head scaled "
-                    "to mean 1.",
-                )
-            ],
+            [figures["key_gains"]],
         )
     )
     return sections
 
 
-def surgery_section(curve: SurgeryCurve, figure: Path, score: str, without: str) -> Section:
+def surgery_section(curve: SurgeryCurve, figure: PageFigure, score: str, without: str) -> Section:
     """The cost of cutting, with controls, and the best cut without training."""
     rows = []
     for row in curve.table():
@@ -94,14 +85,7 @@ def surgery_section(curve: SurgeryCurve, figure: Path, score: str, without: str)
             "the calibration text (the maps fold into W_Q and W_K). "
             + (without or "The table lists it as refitted, next to the same cut only zeroed."),
         ],
-        [
-            PageFigure.of(
-                figure,
-                "Rise of the loss against the share of key dimensions cut, for the quietest pairs, "
-                "random pairs and the loudest pairs; the table below has the numbers.",
-                "Rise of the loss against the share of key dimensions cut.",
-            )
-        ],
+        [figure],
         [
             PageTable(
                 "Every cut", ["order", "cut", "loss (nats)", "rise (nats)", "95% interval"], rows
@@ -111,7 +95,7 @@ def surgery_section(curve: SurgeryCurve, figure: Path, score: str, without: str)
 
 
 def damage_section(
-    damage: Damage, curve: SurgeryCurve, figures: dict[str, Path], score: str
+    damage: Damage, curve: SurgeryCurve, figures: dict[str, PageFigure], score: str
 ) -> Section:
     """The damage of the cut, one place at a time."""
     together = curve.find(order="quietest", score=score, fraction=DAMAGE_FRACTION)
@@ -132,18 +116,8 @@ def damage_section(
             f"{damage.length} tokens: a guide to where to look, without intervals." + whole,
         ],
         [
-            PageFigure.of(
-                figures["damage_by_layer"],
-                "Bars: rise of the loss by layer when only that layer is cut; largest in layer "
-                f"{int(damage.by_layer[:, 0].argmax())} ({damage.by_layer.max():+.4f} nats).",
-                "Rise of the loss when only one layer is cut.",
-            ),
-            PageFigure.of(
-                figures["damage_by_head"],
-                "Heat map: rise of the loss by layer and key head when only that head is cut; "
-                "the table below lists the largest.",
-                "Rise of the loss when only one key head is cut.",
-            ),
+            figures["damage_by_layer"],
+            figures["damage_by_head"],
         ],
         [
             PageTable(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from gainlens.analysis.map.coordinates import CoordinateMap
@@ -12,7 +11,7 @@ from gainlens.stats.verdicts import Verdict
 
 
 def map_section(
-    cmap: CoordinateMap, similarity: Sequence[dict[str, Any]], figures: dict[str, Path]
+    cmap: CoordinateMap, similarity: Sequence[dict[str, Any]], figures: dict[str, PageFigure]
 ) -> Section:
     """Is there one coordinate system, and what is the evidence?"""
     shared, by_head = cmap.verdict(), cmap.verdict(claim="shared by heads")
@@ -50,29 +49,9 @@ def map_section(
         "Map: do layers use the same dimensions?",
         paragraphs,
         [
-            PageFigure.of(
-                figures["layer_correlation"],
-                "Heat map, layer by layer: the cosine of gains; its mean is in the table below.",
-                "Cosine of gains between layers.",
-            ),
-            PageFigure.of(
-                figures["layer_correlation_above_null"],
-                "Heat map, layer by layer: the cosine minus the mean of its "
-                "permutation null, with dots where what two layers share beyond frequency is "
-                "significant.",
-                "The cosine minus its null.",
-            ),
-            PageFigure.of(
-                figures["universal_units"],
-                f"Heat map of the gain of each {kind} by layer, relative to the layer's mean.",
-                f"Gain of every {kind} in every layer.",
-            ),
-            PageFigure.of(
-                figures["unit_presence"],
-                f"Bars: each {kind} by how much more often than chance it is among the loudest; "
-                f"{len(cmap.universal_units)} are universal.",
-                f"How present each {kind} is among the loudest.",
-            ),
+            figures["layer_correlation"],
+            figures["universal_units"],
+            figures["unit_presence"],
         ],
         [
             PageTable(
@@ -104,7 +83,7 @@ def _named(cmap: CoordinateMap, units: Sequence[int], what: str) -> str:
     return f"{len(units)} of {len(cmap.units)} {what}" + (f": {names}." if names else ".")
 
 
-def sinks_section(cmap: CoordinateMap, figure: Path | None) -> Section:
+def sinks_section(cmap: CoordinateMap, figure: PageFigure | None) -> Section:
     """Which units carry the attention sink, layer by layer."""
     sinks = cmap.sinks
     assert sinks is not None
@@ -137,14 +116,7 @@ def sinks_section(cmap: CoordinateMap, figure: Path | None) -> Section:
             f"gives {sinks.uniform:.1%}). The table lists the units that carry most of it, the "
             "most persistent first.",
         ],
-        [
-            PageFigure.of(
-                figure,
-                "Heat map of the units that carry the sink in each layer, by the nats that they "
-                "add to the logit of the first position.",
-                "Units that carry the attention sink, by layer.",
-            )
-        ],
+        [figure],
         [
             PageTable(
                 "Units that carry the sink, the most persistent first",
@@ -162,7 +134,7 @@ def sinks_section(cmap: CoordinateMap, figure: Path | None) -> Section:
     )
 
 
-def sharing_cost_section(cmap: CoordinateMap, figure: Path) -> Section:
+def sharing_cost_section(cmap: CoordinateMap, figure: PageFigure) -> Section:
     """The cost of sharing one index set."""
     cost = cmap.sharing_cost
     assert cost is not None
@@ -186,14 +158,7 @@ def sharing_cost_section(cmap: CoordinateMap, figure: Path) -> Section:
             f"({verdict.estimate:+.3f} [{verdict.interval[0]:+.3f}, {verdict.interval[1]:+.3f}] "
             "nats)."
         ],
-        [
-            PageFigure.of(
-                figure,
-                "Bars: rise of the loss for a set per head, per layer, one universal set and a "
-                "random universal set, at each cut.",
-                "Rise of the loss by scope.",
-            )
-        ],
+        [figure],
         [
             PageTable(
                 "One index set per head, per layer, and for all",
@@ -205,7 +170,7 @@ def sharing_cost_section(cmap: CoordinateMap, figure: Path) -> Section:
     )
 
 
-def red_line_section(cmap: CoordinateMap, figure: Path) -> Section:
+def red_line_section(cmap: CoordinateMap, figure: PageFigure) -> Section:
     """The smallest set that keeps the loss within a margin."""
     line = cmap.red_line
     assert line is not None
@@ -224,14 +189,7 @@ def red_line_section(cmap: CoordinateMap, figure: Path) -> Section:
             "unit is set to its calibration mean in every layer and head and all else is intact. "
             "The gain at a position is relative to the unit's own mean over positions.",
         ],
-        [
-            PageFigure.of(
-                figure,
-                "Heat map of how many key heads of each layer use each unit of the universal set; "
-                "the table below names the layers.",
-                "The universal set, loudest first, and the layers that use each unit.",
-            )
-        ],
+        [figure],
         [PageTable("Units of the universal set, loudest first", head, rows, words=(2, 6))],
     )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from gainlens.analysis.task_scores import INTACT
 from gainlens.report.page import PageFigure, PageTable, Section
 from gainlens.report.reach import FRACTION, Reach
@@ -11,21 +9,7 @@ from gainlens.report.sections_controls import controls_section
 from gainlens.report.sections_price import price_section
 
 
-def lead_figure(reach: Reach, figures: dict[str, Path]) -> PageFigure | None:
-    """The figure for the first screen: rise of the loss against position."""
-    if "rise_by_position" not in figures:
-        return None
-    texts = ", ".join(reach.by_position)
-    return PageFigure.of(
-        figures["rise_by_position"],
-        f"Lines: rise of the loss against the position in the text, for {texts}; the table under "
-        "'Position and distance' has the numbers.",
-        f"Rise of the loss against the position in the text with {FRACTION:.0%} of the key "
-        f"dimensions cut ({texts}), nats per token.",
-    )
-
-
-def reach_sections(reach: Reach, figures: dict[str, Path]) -> list[Section]:
+def reach_sections(reach: Reach, figures: dict[str, PageFigure]) -> list[Section]:
     """All sections, in order."""
     found = []
     if reach.by_position:
@@ -43,7 +27,7 @@ def reach_sections(reach: Reach, figures: dict[str, Path]) -> list[Section]:
     return found
 
 
-def position_section(reach: Reach, figures: dict[str, Path]) -> Section:
+def position_section(reach: Reach, figures: dict[str, PageFigure]) -> Section:
     """Rise by position, and change of attention by distance."""
     rows = [
         [
@@ -75,17 +59,9 @@ def position_section(reach: Reach, figures: dict[str, Path]) -> Section:
     if change is not None:
         paragraphs.append(
             "Which distances are hit: in every layer the cut acts on the queries and keys of the "
-            "intact model, and the change of attention is added over the keys at each distance. "
-            "The bars show how many of the rotary pairs with that wavelength are cut."
+            "intact model, and the change of attention is added over the keys at each distance."
         )
-        shown.append(
-            PageFigure.of(
-                figures["change_by_distance"],
-                "Lines: absolute change of attention against the distance between query and key; "
-                "bars: share of the rotary pairs cut at each wavelength.",
-                "Change of attention by distance between query and key.",
-            )
-        )
+        shown += [figures["change_by_distance_mean"], figures["change_by_distance"]]
     return Section("position", "Position and distance", paragraphs, shown, tables)
 
 

@@ -78,8 +78,12 @@ def judge_by_domain(
         InputError: as for ``judge_claims``.
 
     Example:
-        >>> found = judge_by_domain("half can go", rise, 0.02, domains=tokens.domains)
-        >>> gl.stats.worst(found).status
+        >>> rise = np.random.default_rng(0).normal(0.0, 0.01, 144)  # nats, one per document
+        >>> found = judge_by_domain("half can go", rise, 0.02, domains=["code", "prose"] * 72)
+        >>> {name: verdict.status for name, verdict in found.items()}
+        {'code': 'holds', 'prose': 'holds'}
+        >>> worst(found).status
+        'holds'
     """
     asked = {"claim": claim, "differences": differences, "margin": margin, "note": note}
     return judge_claims([asked], **where)[0]

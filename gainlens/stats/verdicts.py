@@ -10,6 +10,7 @@ interval. ``benchmarks/verdict_simulation.py`` records the error rates of this r
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -75,6 +76,11 @@ class Verdict:
             stay the same; 0 if decided, None if unknown.
         domain: names of the texts that it was judged on; empty if not given.
         context: positions and distances that it was judged on; None if not given.
+
+    Example:
+        >>> verdict = curve.verdict(fraction=0.5, margin=0.02)
+        >>> verdict.status in ("holds", "fails", "undecided")
+        True
     """
 
     status: Status
@@ -94,6 +100,22 @@ class Verdict:
             f"Verdict({self.status}: {self.claim}; {self.estimate:.4g} [{low:.4g}, {high:.4g}] "
             f"against {self.margin:.4g}, {self.n_documents} documents{self._where})"
         )
+
+    def __str__(self) -> str:
+        """Three lines: the outcome, the number with its unit and bound, and where it was judged."""
+        low, high = self.interval
+        unit = f" {self.unit}" if self.unit else ""
+        return (
+            f"{self.status}: {self.claim}\n"
+            f"  {self.estimate:+.4g}{unit}, interval {low:+.4g} to {high:+.4g}, "
+            f"margin {self.margin:g}\n"
+            f"  {self.n_documents} documents{self._where}"
+        )
+
+    @property
+    def unit(self) -> str:
+        """The unit of the estimate as the claim has it: ``nats per token``, or none."""
+        return "nats per token" if re.search(r"\bnats\b", self.claim) else ""
 
     @property
     def _where(self) -> str:

@@ -15,10 +15,12 @@ from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.export.building import without_weights
 from gainlens.export.families import SlimFamily
 from gainlens.export.plan import SlicePlan
+from gainlens.training.norm_maps import NormMaps
 from gainlens.training.slices import Layout, Place, Slice, from_rows, module_at, places_of, to_rows
 
 TRAINABLE = ("q", "k", "v", "o", "mlp", "norm", "embedding")
-"""Names accepted by ``train=``. For q and k only the kept units are trained."""
+"""Names accepted by ``train=``. For q and k only the kept units are trained; where a norm acts
+before the maps of the cut, these are the kept rows of the maps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,7 @@ def find_slices(
     config: Any,
     plan: SlicePlan,
     train: tuple[str, ...],
+    maps: NormMaps | None = None,
 ) -> list[Slice]:
     """The slices of a model.
 
@@ -52,8 +55,10 @@ def find_slices(
         root: the module to run.
         kind: ``huggingface`` (also a fast copy), ``bridge`` or ``hooked``.
         family, config: of the model.
-        plan: the active units; its maps are folded into the initial rows.
+        plan: the active units; its maps are folded into the initial rows, unless a norm acts
+            before them.
         train: some of ``TRAINABLE``.
+        maps: those behind a norm, whose rows are trained in the place of the projections'.
 
     Raises:
         InputError: a name in ``train`` is unknown, or the model has no such weights.
@@ -72,8 +77,11 @@ def find_slices(
             by_parameter.setdefault(id(part.parameter), []).append((layer, part))
         outputs |= _outputs(root, kind, family, layer)
     slices: list[Slice] = []
+    norm = family.key_norm(config) is not None
     for key, parts in by_parameter.items():
-        slices += _attention_slices(parts, plan, train, family.norm, names[key], places[key])
+        some = [(n, part) for n, part in parts if maps is None or part.letter == "v"]
+        if some:
+            slices += _attention_slices(some, plan, train, norm, names[key], places[key])
     done |= set(by_parameter)
     for name, parameter in root.named_parameters():
         if id(parameter) in done or "qkv." in name:  # unused copy of a joint matrix in a bridge
@@ -82,6 +90,8 @@ def find_slices(
         if what in train:
             leaf = _leaf(parameter.detach())
             slices.append(Slice(name, "other", parameter, places[id(parameter)], leaf=leaf))
+    if maps is not None:
+        slices += maps.slices(plan.keep, train)
     if not any(part.leaf is not None for part in slices):
         raise InputError(f"train={train!r}: this model has no such weights, so nothing is active")
     return slices

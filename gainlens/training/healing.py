@@ -14,7 +14,7 @@ from typing import Any
 
 from gainlens.ablation.key_mask import Scope
 from gainlens.ablation.kinds import load_cut
-from gainlens.ablation.recipe import ranking
+from gainlens.ablation.recipe import best_cut, ranking
 from gainlens.ablation.refit_cut import RefitCut
 from gainlens.data.loading import Length, load_texts
 from gainlens.data.overlap import document_identities, shares_text
@@ -22,7 +22,7 @@ from gainlens.data.splits import Split
 from gainlens.data.texts import Texts
 from gainlens.errors import GainlensError, InputError
 from gainlens.export.plan import SlicePlan
-from gainlens.export.recipe import refitted, slim_cut
+from gainlens.export.recipe import refitted
 from gainlens.export.sources import open_source
 from gainlens.files import check_free, check_writable, read_json, write_json
 from gainlens.model import load_model
@@ -33,6 +33,7 @@ from gainlens.plots.training_runs import plot_training
 from gainlens.probes import KeyGains
 from gainlens.stats.loss_rise import rise_verdict
 from gainlens.stats.verdicts import MARGIN
+from gainlens.training.folder import fitted_cut, with_maps
 from gainlens.training.processes import Processes, gather_gains
 from gainlens.training.rounds import nested_plans
 from gainlens.training.run import TrainingRun, row_digests
@@ -291,11 +292,11 @@ def _write_cut(
     """Plan and refit; a plan file in the place of gains."""
     given, rounds = healing.plan, healing.refit_rounds
     if given:
-        plan = SlicePlan.load(given)
+        plan = with_maps(SlicePlan.load(given), Path(given).parent)
         source = open_source(model)
         plan.check_model(source.shape, source.fingerprint, source.architecture)
     else:
-        cut = slim_cut(
+        cut = best_cut(
             model,
             tokens,
             healing.fraction,
@@ -307,7 +308,9 @@ def _write_cut(
         plan = SlicePlan.from_cut(cut, fingerprint=model_fingerprint(model))
         if plan.maps is not None:
             cut.save(part / FITTED)
-    if given or healing.rounds > 1:
+    if given and plan.maps is not None and healing.rounds == 1:
+        fitted_cut(model, plan).save(part / FITTED)
+    elif given or healing.rounds > 1:
         way = [plan]
         if healing.rounds > 1:
             assert gains is not None
@@ -330,7 +333,7 @@ def _untrained(
     """What the cut costs before training, on the monitored and on the validation documents."""
     students = {}
     if plan.frequencies is None:  # slots without their maps are no cut of their own
-        students["cut"] = Student(model, replace(plan, maps=None))
+        students["cut"] = Student(model, replace(plan, maps=None, facts={}))
     if plan.maps is not None:
         students["cut and refitted"] = Student(model, plan)
     first = next(iter(students.values()))

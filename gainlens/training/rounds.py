@@ -127,6 +127,14 @@ def round_file(checkpoint: str | Path | None, number: int, rounds: int) -> Path 
 
 def follow(student: Student, plan: SlicePlan) -> Student:
     """A student of the same intact weights with less active, and trained as far as ``student``."""
+    if student.maps is not None:
+        maps = student.maps.present()
+        group = student.n_heads // plan.shape[1]
+        kept = plan.keep[..., None]
+        maps = replace(
+            maps, queries=maps.queries * kept.repeat_interleave(group, 1), keys=maps.keys * kept
+        )
+        plan = replace(plan, maps=maps)
     found = Student(student.model, plan, student.train, student.precision)
     earlier = {part.name: part for part in student.slices}
     for part in found.slices:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
+from gainlens.model.families import Pairing
 from gainlens.model.hooks import Hook
 from gainlens.model.rotation import Turn
 from gainlens.model.sites import pair_partners
@@ -20,23 +21,25 @@ class SlotTurns:
 
     Args:
         frequencies: of the plan, float64 radians per token ``[layer, kv_head, rotary_pair]``.
-        own: the model's, ``[rotary_pair]``.
+        own: the model's, ``[layer, rotary_pair]``.
+        pairing: how the pairs lie.
     """
 
     def __init__(
         self,
         frequencies: Float[torch.Tensor, "layer kv_head rotary_pair"],
-        own: Float[torch.Tensor, " rotary_pair"],
+        own: Float[torch.Tensor, "layer rotary_pair"],
+        pairing: Pairing = "half",
     ) -> None:
-        self._added = frequencies - own.detach().cpu().double()
+        self._added = frequencies - own.detach().cpu().double()[:, None]
         d_head = 2 * self._added.shape[-1]
-        self._partner = pair_partners(d_head, d_head, "half")
+        self._partner = pair_partners(d_head, d_head, pairing)
         self._turns: list[Turn] = []
 
     def __call__(
         self, x: Float[torch.Tensor, "batch pos head d_head"], layer: int
     ) -> Float[torch.Tensor, "batch pos head d_head"]:
-        """Turn half-split pairs at positions 0, 1, …, in float32 or wider; the dtype stays."""
+        """Turn pairs at positions 0, 1, …, in float32 or wider; the dtype stays."""
         turn = self._turn(layer, x.shape[1]).for_heads(x.shape[2])
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return turn(wide.transpose(1, 2)).transpose(1, 2).to(x.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,15 +12,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.ablation.hooks import ablation_hooks
-from gainlens.ablation.key_mask import KeyMask
 from gainlens.data.batches import Tokens, batches
 from gainlens.data.document_identity import tensor_digest
 from gainlens.errors import InputError, SilentSiteError
 from gainlens.export.adapters import check_no_adapters
+from gainlens.export.after_norm import maps_follow
 from gainlens.export.plan import SlicePlan
 from gainlens.export.slim_model import check_maps
 from gainlens.export.sources import open_source
+from gainlens.model.context import context_of
 from gainlens.model.fast_copy import FastCopy, build_fast_copy
 from gainlens.model.finding_sites import key_sites
 from gainlens.model.forward import cross_entropy, hooked_head
@@ -28,6 +29,7 @@ from gainlens.model.recorder import query_key_hooks
 from gainlens.model.running import evaluating
 from gainlens.model.sites import Stage
 from gainlens.training.find import find_slices
+from gainlens.training.norm_maps import NormMaps
 from gainlens.training.processes import Processes
 from gainlens.training.sharding import Shards, check_whole, sharded
 from gainlens.training.slices import (
@@ -55,7 +57,8 @@ class Student:
 
     Args:
         model: a TransformerBridge, a HookedTransformer or a transformers model.
-        plan: the active units; its maps are first folded into the active rows.
+        plan: the active units; its maps are first folded into the active rows, or act after the
+            norm on queries and keys where there is one.
         train: which weights to train; see ``gainlens.training.find.TRAINABLE``.
         precision: ``float32``, or ``bfloat16`` for matrix products in bfloat16 with weights,
             residual stream, gradients and optimiser in float32.
@@ -64,6 +67,7 @@ class Student:
         slices: the active slices of each parameter.
         train: names of the trained weights.
         n_heads: number of query heads.
+        maps: those of the plan that act after a norm; None where there are none, or they fold.
         shards: the parts of the layer weights, if processes divide them.
 
     Raises:
@@ -86,7 +90,7 @@ class Student:
         source = open_source(model)
         check_plan(plan)
         plan.check_model(source.shape, source.fingerprint, source.architecture)
-        plan.check_pairs(source.family.rotary_dim(source.config))
+        plan.check_pairs(source.family.pairs(source.config))
         check_maps(plan, source)
         self.model, self.plan, self.precision = model, plan, precision
         self.train = tuple(train)
@@ -101,7 +105,7 @@ class Student:
         if lens and not bridge:
             self._longest = int(model.cfg.n_ctx)
         elif not self.family.rotary_dim(self.config):
-            self._longest = int(self.config.max_position_embeddings)
+            self._longest = context_of(source)
         # A bridge trains separate parts of a joint matrix, which a fast copy does not use.
         joint = bridge and source.family.layout.joint
         self.fast_copy = (
@@ -116,16 +120,22 @@ class Student:
         kind = "huggingface" if self.fast_copy is not None else "bridge" if bridge else "hooked"
         self.root = root
         self.shards: Shards | None = None
-        self.slices: list[Slice] = find_slices(
-            root, kind, self.family, self.config, plan, tuple(train)
-        )
-        self._mask = KeyMask(plan.keep) if self.family.norm else None
+        pairing = self.family.pairs(self.config).pairing
         self._slots: SlotTurns | None = None
         if plan.frequencies is not None:
-            self._slots = SlotTurns(plan.frequencies, source.rotary_frequencies())
+            self._slots = SlotTurns(plan.frequencies, source.rotary_frequencies(), pairing)
+        self.maps: NormMaps | None = None
+        if plan.maps is not None and maps_follow(self.family, self.config, plan.maps):
+            own = source.rotary_frequencies()
+            self.maps = NormMaps(plan.maps, own, pairing, next(root.parameters()))
+        self.slices: list[Slice] = find_slices(
+            root, kind, self.family, self.config, plan, tuple(train), self.maps
+        )
+        norm = self.family.key_norm(self.config)
+        self._keep = None if norm is None else plan.keep.to(self.device)
         self._hooks: list[Hook] = []
-        if self.fast_copy is None and self._mask is not None:
-            self._hooks = list(ablation_hooks(model, self._mask))
+        if self.fast_copy is None and self._keep is not None:
+            self._hooks = self._rotated_hooks()
         elif self.fast_copy is None and self._slots is not None:
             self._hooks = self._slots.hooks()
 
@@ -138,7 +148,7 @@ class Student:
         if fast_copy is None:
             return None
         generator = torch.Generator().manual_seed(0)
-        length = min(12, int(getattr(self.config, "max_position_embeddings", 12)))
+        length = min(12, context_of(self) or 12)
         tokens = torch.randint(0, self.vocabulary, (2, length), generator=generator)
         tokens = tokens.to(self.device)
         try:
@@ -211,7 +221,7 @@ class Student:
         Args:
             tokens: the text.
             weights: from ``full`` or ``intact``.
-            cut: whether ghosts are masked after a norm on keys, and slots turn.
+            cut: whether ghosts are masked (or maps act) after a norm on keys, and slots turn.
             seen: takes the queries and keys of each layer.
         """
         with swapped(weights), self._autocast():
@@ -293,16 +303,13 @@ class Student:
             yield
 
     def _hidden(self, tokens: torch.Tensor, cut: bool, seen: QueriesKeys | None) -> torch.Tensor:
-        keep = None if self._mask is None or not cut else self._mask.keep.to(self.device)
         if self.fast_copy is not None:
 
             def edit(
                 queries: torch.Tensor, keys: torch.Tensor, layer: int
             ) -> tuple[torch.Tensor, torch.Tensor]:
-                if keep is not None:
-                    keys = keys * keep[layer]
-                if cut and self._slots is not None:
-                    queries, keys = self._slots(queries, layer), self._slots(keys, layer)
+                if cut:
+                    queries, keys = self._cut(queries, "q", layer), self._cut(keys, "k", layer)
                 if seen is not None:
                     seen.append((queries, keys))
                 return queries, keys
@@ -322,6 +329,29 @@ class Student:
             last = int(self.model.cfg.n_layers)
             hidden: torch.Tensor = self.model(tokens, return_type=None, stop_at_layer=last)
             return hidden
+
+    def _cut(
+        self, x: Float[torch.Tensor, "batch pos head d_head"], letter: str, layer: int
+    ) -> Float[torch.Tensor, "batch pos head d_head"]:
+        """What the plan does to rotated queries or keys that no projection has taken in."""
+        if self.maps is not None:
+            x = self.maps(x, letter, layer)
+        elif self._keep is not None and letter == "k":
+            x = x * self._keep[layer]
+        return x if self._slots is None else self._slots(x, layer)
+
+    def _rotated_hooks(self) -> list[Hook]:
+        """The same as hooks, of a model with a norm on its keys."""
+        sites = key_sites(self.model)
+
+        def at(x: torch.Tensor, hook: Any, *, letter: str, layer: int) -> torch.Tensor:
+            return self._cut(x, letter, layer)
+
+        return [
+            (name(layer, "rotated"), partial(at, letter=letter, layer=layer))
+            for letter, name in (("q", sites.query_hook), ("k", sites.key_hook))
+            for layer in range(sites.n_layers)
+        ]
 
     def _recorders(self, seen: QueriesKeys) -> list[Hook]:
         sites = key_sites(self.model)

@@ -57,7 +57,9 @@ def train_virtual_width(
     trains on the text itself, for models from scratch.
 
     If a norm acts on the keys (Qwen3, Gemma3), its statistic is over the full width. There the
-    ghosts are masked after the norm and still count in it, as in the slim model.
+    ghosts are masked after the norm and still count in it, as in the slim model. If the cut has
+    maps, they act after the norm and fold into no projection: ``q`` and ``k`` then train the kept
+    rows of the maps, the projections stay as they are, and the maps go with ``TrainingRun.plan``.
 
     Args:
         model: a TransformerBridge, a HookedTransformer or a transformers model; changed in place.
@@ -101,6 +103,10 @@ def train_virtual_width(
             written by another process; a folder is not writable.
         UnsupportedModelError: this family cannot be made slim.
         TrainingError: the loss or a gradient is not finite; the message names the step.
+
+    Example:
+        >>> run = gl.train_virtual_width(model, mask, calibration, steps=2)
+        >>> verdict = run.judge(validation, margin=0.02)
     """
     plans = as_rounds(plan)
     try:
@@ -123,7 +129,7 @@ def train_virtual_width(
     for later in plans[1:]:
         check_plan(later)
         later.check_model(plans[0].shape, student.fingerprint, student.architecture)
-        later.check_pairs(student.family.rotary_dim(student.config))
+        later.check_pairs(student.family.pairs(student.config))
     both = row_digests(documents) & row_digests([row for batch in watched for row in batch])
     if both:
         raise InputError(
@@ -147,10 +153,14 @@ def train_virtual_width(
         done.append(Round(round_plan, part, trainer.curve, trainer.facts()))
         del trainer  # its optimiser state is not needed while the next round runs
     student.write()
+    fingerprint = model_fingerprint(model)
+    maps = None
+    if student.maps is not None:
+        maps = student.maps.present({"fingerprint": fingerprint, "trained": True})
     trained_plan = replace(
         plans[-1],
-        maps=None,
-        fingerprint=model_fingerprint(model),
+        maps=maps,
+        fingerprint=fingerprint,
         facts={**plans[-1].facts, "trained": chosen.to_json()},
     )
     return TrainingRun(

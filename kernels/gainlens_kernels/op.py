@@ -267,6 +267,12 @@ def sliced_attention(
     Raises:
         SlicedAttentionError: An argument is invalid; the message names it. On a GPU the values
             of ``lengths`` and ``starts`` are not checked but clamped to [0, tk].
+
+    Example:
+        >>> q, k, v = torch.randn(1, 8, 3, 16), torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 64)
+        >>> out = sliced_attention(q, k, v, scale=64**-0.5)
+        >>> tuple(out.shape)
+        (1, 8, 3, 64)
     """
     scale = check_arguments(q, k, v, scale, lengths, starts)
     if torch.compiler.is_compiling():

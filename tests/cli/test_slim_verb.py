@@ -78,16 +78,18 @@ def test_loss_is_the_models_own(tiny, tiny_validation):
     assert abs(document_losses(identity, tiny_validation).mean() - wanted) < 1e-4
 
 
-def test_where_no_refit_is_to_be_had(originals):
+def test_a_refit_behind_a_norm(originals):
     from gainlens.model.wrapping import to_bridge
 
     bridge = to_bridge(copy.deepcopy(originals["qwen3"]), "qwen3", None)
-    tokens = torch.randint(3, 96, (4, 16))
-    plan = SlicePlan.from_cut(gl.best_cut(bridge, tokens, 0.5, "head", rounds=0))
-    with pytest.warns(UserWarning, match="cut without a refit: a norm"):
-        plan = refitted(bridge, tokens, plan, progress=False)
-    assert plan.maps is None
-    slim(bridge, plan)
+    tokens = torch.randint(3, 96, (16, 64))
+    cut = gl.best_cut(bridge, tokens, 0.5, "head", score="qk", rounds=0, progress=False)
+    plan = refitted(bridge, tokens, SlicePlan.from_cut(cut), progress=False)
+    fitted = gl.ablation.refit(bridge, tokens, cut, progress=False)
+    assert torch.equal(plan.maps.queries, fitted.query_maps)
+    with torch.no_grad():
+        wanted = bridge.run_with_hooks(tokens[:2], fwd_hooks=fitted.hooks(bridge))
+        torch.testing.assert_close(slim(bridge, plan)(tokens[:2]).logits, wanted, atol=1e-4, rtol=0)
 
 
 def test_a_healed_checkpoint_and_the_plan_beside_it(tmp_path, capsys, tiny_gains):
@@ -154,7 +156,7 @@ def test_refused_before_a_model_is_probed(tmp_path, capsys, monkeypatch):
     from gainlens.cli.verbs import slim as command
 
     monkeypatch.setattr(command, "ranking_gains", None)
-    monkeypatch.setattr(command, "slim_cut", None)
+    monkeypatch.setattr(command, "best_cut", None)
     out = tmp_path / "deep/er/out"
     assert "--precision: 'q4' is not" in refused(capsys, "--out", out, "--precision", "q4")
     with monkeypatch.context() as patched:
@@ -183,7 +185,7 @@ def test_refused_before_a_model_is_probed(tmp_path, capsys, monkeypatch):
 def test_an_engine_refuses_a_plan_before_it_is_refitted(tmp_path, capsys, monkeypatch):
     from gainlens.cli.verbs import slim as command
 
-    monkeypatch.setattr(command, "slim_cut", None)
+    monkeypatch.setattr(command, "best_cut", None)
     message = refused(
         capsys, "--out", tmp_path / "out", "--engine", "transformers", "--scope", "head"
     )

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +84,23 @@ def test_report_agrees_with_the_plain_script(report):
     assert gl.SurgeryCurve.load(report / "surgery.json").table() == [
         {**row, "interval": tuple(row["interval"])} for row in facts["surgery"]
     ]
+
+
+def test_a_report_is_compared_with_a_recorded_one(report, tmp_path, capsys):
+    recorded = Path(__file__).resolve().parents[2] / "docs/results/report_smollm2.json"
+    words = ["report", "--compare", str(report), str(recorded), "--out", str(tmp_path / "both")]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    facts = json.loads((report / "report.json").read_text())
+    for claim in facts["claims"]:
+        assert f"{claim['status']:>9}  tiny: {claim['quote']}" in printed
+    assert "differs: Documents from each split: tiny 4; smollm2 18." in printed
+    page = (tmp_path / "both/index.html").read_text()
+    assert f"{facts['intact_loss']:.3f}" in page
+    assert main([*words[:2], str(report), str(tmp_path), "--out", str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert "holds no report" in error and error.count("\n") == 1
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_earlier_report_is_replaced_and_anything_else_is_not(report, tmp_path, capsys):

@@ -129,6 +129,8 @@ def test_shell_blocks_are_commands_that_exist(page):
                         known = rf"^{extra[1]} = \[" if extra else re.escape(word)
                         there = re.search(known, pyproject + make, re.MULTILINE)
                         assert word in (".", "--no-deps") or there, line
+                case ["vllm", "serve", *_]:
+                    assert (ROOT / "plugins/vllm/pyproject.toml").is_file(), line
                 case ["python", script, *_]:
                     assert (ROOT / script).is_file(), line
                 case _:

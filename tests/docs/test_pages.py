@@ -139,7 +139,7 @@ def test_engines_of_the_support_table():
     for name in ("Qwen3", "Gemma3", "GPTNeoX"):
         assert set(support.engines_of(f"{name}ForCausalLM")) & every == {"gainlens"}
     assert set(support.engines_of("GPT2LMHeadModel")) & every == {"gainlens"}
-    assert support.engines_of("FalconForCausalLM") == ()
+    assert support.engines_of("NoSuchForCausalLM") == ()
 
 
 def test_navigation_has_every_page_once():

@@ -13,7 +13,7 @@ import gainlens as gl
 from gainlens.ablation import KeyMask
 from gainlens.export import SlicePlan, slim
 from gainlens.export.attention import ATTENTION
-from gainlens.export.modeling import SlimAttention
+from gainlens.export.slim_attention import SlimAttention
 from gainlens.export.speed_ledger import (
     Sizes,
     ledger,

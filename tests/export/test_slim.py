@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from slim_families import CONFIGS, random_keep, shape_of
+from slim_families import CONFIGS, NO_BRIDGE, MaskedCache, random_keep, shape_of
 
 import gainlens as gl
 from gainlens.errors import GainlensError, InputError, UnsupportedModelError
 from gainlens.export import SlicePlan, load_slim, plan_of, slim
-from gainlens.export.modeling import SlimAttention
+from gainlens.export.slim_attention import SlimAttention
 from gainlens.model.wrapping import hooked_class, to_bridge, to_hooked
 
 TOKENS = torch.randint(3, 96, (3, 14), generator=torch.Generator().manual_seed(5))
@@ -52,8 +52,14 @@ def test_slim_is_the_masked_original(originals, name):
     )
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in hf.modules())
     whole = logits(hf)
+    wanted = logits(hf, past_key_values=MaskedCache(keep, hf.config), use_cache=True)
+    if name in NO_BRIDGE:
+        with pytest.raises(UnsupportedModelError, match=NO_BRIDGE[name]):
+            to_bridge(hf, name, None)
+        return
     bridge = to_bridge(hf, name, None)
-    wanted = masked(bridge, keep)
+    if name != "mpt-bounded":  # ablation refuses whatever follows the hook
+        torch.testing.assert_close(masked(bridge, keep), wanted, atol=1e-4, rtol=0)
     from_bridge = slim(bridge, SlicePlan(keep))
     with torch.no_grad():
         assert torch.equal(bridge(TOKENS), bridge(TOKENS, return_type="logits"))
@@ -70,10 +76,11 @@ def test_identity_changes_nothing(originals, name):
     assert (logits(thin) - logits(hf)).abs().max() <= 1e-5
     exact = copy.deepcopy(hf).double()
     thin = slim(exact, SlicePlan.identity(exact))
-    # Norms work in float32 whatever the type of the weights.
-    assert (logits(thin) - logits(exact)).abs().max() <= (
-        1e-6 if hasattr(hf.config, "rms_norm_eps") else 1e-12
-    )
+    # Norms, and the softmax of families with their own, work in float32 whatever the weights' type.
+    allowed = 1e-6 if hasattr(hf.config, "rms_norm_eps") or "cohere" in name else 1e-12
+    if hf.config._attn_implementation == "eager":
+        allowed = 1e-5
+    assert (logits(thin) - logits(exact)).abs().max() <= allowed
 
 
 def random_refit(hf, rotary_dim):
@@ -118,9 +125,6 @@ def test_refits_that_do_not_belong(originals):
         slim(hf, stranger)
     with pytest.raises(InputError, match=r"query maps \(3, 4, 16, 16\): .* takes \(3, 4, 8, 8\)"):
         slim(originals["qwen2"], replace(SlicePlan.identity(originals["qwen2"]), maps=cut.maps))
-    normed = originals["qwen3"]
-    with pytest.raises(UnsupportedModelError, match="norm between its projections"):
-        slim(normed, random_refit(normed, 16))
 
 
 def test_a_fitted_cut_of_a_real_model(tiny, tiny_gains, tiny_calibration, tiny_validation):
@@ -382,12 +386,12 @@ def test_half_a_pair(originals):
 
 
 def test_models_that_can_not_be_slim(unchecked, originals):
-    config = transformers.Phi3Config(
+    config = transformers.OlmoConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=4, pad_token_id=0,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UnsupportedModelError, match=r"Phi3ForCausalLM .* known are Llama"):
+    with pytest.raises(UnsupportedModelError, match=r"OlmoForCausalLM .* known are Llama"):
         slim(model, SlicePlan(torch.ones(1, 4, 8, dtype=torch.bool)))
     with pytest.raises(InputError, match="expected a TransformerBridge"):
         slim(torch.nn.Linear(2, 2), SlicePlan(torch.ones(1, 4, 8, dtype=torch.bool)))

@@ -25,7 +25,7 @@ from gainlens.model import loading
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.loading import load_hf, load_model, load_tokenizer
 from gainlens.model.wrapping import hooked_class
-from gainlens.model.zoo import cache, smollm2, tiny
+from gainlens.model.zoo import cache, gguf_files, smollm2, tiny
 
 try:
     hooked_class()
@@ -242,6 +242,38 @@ def test_dtype_and_kind(unchecked):
         load_hf("tiny", device="no-device")
 
 
+def file_backed(tensor) -> bool:
+    """Whether a tensor's memory is a page of a safetensors file, by the system's own table."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(".safetensors"):
+            first, last = (int(end, 16) for end in line.split()[0].split("-"))
+            if first <= tensor.data_ptr() < last:
+                return True
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="the table is that of Linux")
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_weights_of_the_stored_type_stay_in_their_files(folders, tmp_path, stored):
+    """Through loading, the fingerprint and a probe; so a model may be larger than memory."""
+    import gainlens as gl
+
+    load_hf(folders["llama"], dtype=stored).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model = load_model(tmp_path, dtype=stored)
+    gains = gl.probe_gains(model, torch.randint(0, 96, (2, 24)), progress=False)
+    assert gains.n_tokens == 48
+    named = list(model.original_model.named_parameters())
+    named = [
+        (n, p) for n, p in named if not n.endswith("bias")
+    ]  # 3.9 adds one; the files have none
+    assert len(named) > 15
+    assert [name for name, parameter in named if not file_backed(parameter)] == []
+    other = torch.float32 if stored == torch.bfloat16 else torch.bfloat16
+    copied = load_model(tmp_path, dtype=other)
+    assert not any(file_backed(p) for p in copied.original_model.parameters())
+
+
 def test_load_hf_is_fresh_each_time(folders):
     tokens = torch.randint(0, 96, (1, 8))
     before = load_hf(folders["llama"])
@@ -450,12 +482,12 @@ def test_another_release_of_the_package_gets_another_cache(monkeypatch, tmp_path
     gguf = tmp_path / "model.gguf"
     monkeypatch.setattr(smollm2, "packaged_gguf", lambda: gguf)
     monkeypatch.setattr(
-        smollm2,
-        "_dequantise",
-        lambda source, folder: (folder / "from").write_bytes(source.read_bytes()),
+        gguf_files,
+        "dequantise",
+        lambda source, folder, name: (folder / "from").write_bytes(source.read_bytes()),
     )
     made = []
-    for content in (b"one", b"two", b"one"):
+    for content in (b"GGUF one", b"GGUF two", b"GGUF one"):
         gguf.write_bytes(content)
         folder = Path(smollm2.checkpoint())
         assert (folder / "from").read_bytes() == content
@@ -507,4 +539,4 @@ def test_smollm2_reads_speeches():
 def test_packaged_names_are_listed():
     with pytest.raises(InputError, match="smollm2"):
         load_model("nobody-at-all/no-such-model")
-    assert loading.PACKAGED == ("smollm2", "tiny")
+    assert loading.PACKAGED == ("gemma3-270m", "smollm2", "tiny")

@@ -1,4 +1,7 @@
-"""The page in any browser: words for every figure, no request, phone, dark scheme, print."""
+"""The page as text: words for every figure, no request, phone, dark scheme, print, no script.
+
+``test_browser.py`` opens it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import gainlens as gl
 from gainlens.report.build import Plan, build_report
 from gainlens.report.sections_map import red_line_table, spans
 
-VOID = {"meta", "link", "img", "br", "hr", "input"}
+VOID = {"meta", "link", "img", "br", "hr", "input", "path", "rect"}
 
 
 class Page(HTMLParser):
@@ -31,7 +34,12 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
     def handle_endtag(self, tag):
+        if tag in VOID:  # a shape with words for pointing at it
+            return
         assert self.open.pop() == tag
 
     def handle_data(self, data):
@@ -55,21 +63,30 @@ def page(made):
 
 
 def test_every_figure_has_words_and_a_size(page):
-    images = page.all("img")
-    assert len(images) >= 10
-    for image in images:
-        assert len(image["alt"].split()) >= 6
-        assert int(image["width"]) > 400
-        assert int(image["height"]) > 200
-    assert len({image["alt"] for image in images}) == len(images)
-    assert all(svg.get("role") == "img" and svg.get("aria-label") for svg in page.all("svg"))
-    assert page.text.count("Rise of the loss when only one layer is cut.") == 1
+    assert not page.all("img"), "a picture is white in the dark and says no value"
+    pictures = [svg for svg in page.all("svg") if svg.get("aria-hidden") != "true"]
+    assert len(pictures) >= 12
+    for picture in pictures:
+        assert picture["role"] == "img"
+        assert len(picture["aria-label"].split()) >= 6
+        left, top, width, height = map(float, picture["viewbox"].split())
+        assert (left, top, width) == (0, 0, 440)
+        assert 150 < height < 500
+    assert page.text.count("Rise of the loss when only one layer is cut by 50%.") == 1
 
 
-def test_nothing_is_fetched_and_nothing_runs(made, page):
+def test_nothing_is_fetched(made, page):
     text, _ = made
+    (policy,) = [m["content"] for m in page.all("meta") if "content-security" in str(m).lower()]
+    assert policy.startswith("default-src 'none'")
+    assert "http" not in policy and "*" not in policy
+    assert page.all("script") == [{}], "one script, inline"
+    script = re.search("<script>(.*?)</script>", text, re.DOTALL)[1]
+    for word in ("fetch(", "XMLHttpRequest", "import(", "WebSocket", "sendBeacon", "eval("):
+        assert word not in script
+    assert set(re.findall(r"https?://[^\"'\s]+", text)) == {"http://www.w3.org/2000/svg"}
     for tag, attrs in page.elements:
-        assert tag not in ("script", "iframe", "object", "embed", "form")
+        assert tag not in ("iframe", "object", "embed", "form")
         for name, value in attrs.items():
             assert not name.startswith("on")
             if name in ("src", "href", "srcset", "poster", "action"):
@@ -84,7 +101,8 @@ def test_phone_dark_and_print(made, page):
     metas = {m.get("name"): m.get("content") for m in page.all("meta")}
     assert metas["viewport"] == "width=device-width, initial-scale=1"
     assert "dark" in metas["color-scheme"]
-    assert "@media (prefers-color-scheme: dark)" in text
+    assert "@media screen and (prefers-color-scheme: dark)" in text
+    assert ':root[data-scheme="dark"]' in text
     assert "@media print" in text
     assert page.all("html")[0]["lang"] == "en"
     # A wide table scrolls in a box of its own that the keyboard reaches, not the page.
@@ -108,18 +126,43 @@ def contrast(a, b):
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_words_can_be_read_on_their_ground(made, scheme):
-    rules = re.findall(r":root \{(.*?)\}", made[0], re.DOTALL)
-    colours = dict(re.findall(r"--(\w+): #(\w+)", rules[scheme]))
+    rules = re.findall(r":root(?:\S*) \{(.*?)\}", made[0], re.DOTALL)
+    colours = dict(re.findall(r"--(\w+): ?#(\w+)", rules[scheme]))
     for name in ("ink", "quiet", "link", "holds", "fails", "undecided"):
         for ground in ("paper", "card"):
             assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
+    for series in (f"s{i}" for i in range(6)):
+        assert contrast(colours[series], colours["paper"]) >= 3, series
 
 
 def test_links_within_the_page_lead_somewhere(page):
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
     assert len(ids) == len(set(ids))
     for link in page.all("a"):
-        assert link["href"].removeprefix("#") in ids
+        assert link["href"].startswith("data:text/csv") or link["href"].removeprefix("#") in ids
+
+
+def test_first_paint_is_small_and_needs_no_script(made, page):
+    text, _ = made
+    assert len(text[: text.index("<figure")].encode()) < 100_000
+    assert len(text.encode()) < 3_000_000
+    plain = Page(re.sub("<script>.*?</script>", "", text, flags=re.DOTALL))
+    for claim in made[1]["claims"]:
+        assert claim["number"] in plain.text
+    # Controls that need the script are hidden until it shows them.
+    for _, attrs in plain.elements:
+        if attrs.get("class") in ("choices", "copy", "tools"):
+            assert "hidden" in attrs
+    shown = [a for a in plain.all("div") if a.get("class") == "view" and "hidden" not in a]
+    assert len(shown) == len(plain.all("figure")), "one drawing of each figure"
+
+
+def test_the_next_step_is_on_the_first_screen(made, page):
+    text, facts = made
+    step = facts["next"]
+    assert text.index(html.escape(step["why"])) < text.index('class="claim')
+    assert facts["best_cut"]["status"] == "undecided"
+    assert (step["verb"], step["n_docs"]) == ("report", 72)
 
 
 def test_damage_is_on_the_page_and_in_the_facts(made, page):

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
+from gainlens.brief import brief
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.errors import InputError, SilentSiteError, UnsupportedModelError
 from gainlens.model.attention_layouts import lens_biases, lens_weights
@@ -57,6 +58,8 @@ class CanonicalGains:
     singular_values: Float[torch.Tensor, "layer head direction"]
     n_tokens: int
     n_documents: int
+
+    __repr__ = brief
 
     @property
     def shape(self) -> tuple[int, int, int]:

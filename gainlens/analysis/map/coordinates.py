@@ -77,6 +77,11 @@ class CoordinateMap:
             the dimensions left after the profile is removed.
         sinks, red_line, sharing_cost, stability: None until measured on a model, by
             ``with_evidence`` or their own function; they cannot be derived from gains.
+
+    Example:
+        >>> cmap.save("map.safetensors")
+        >>> gl.CoordinateMap.load("map.safetensors").answer == cmap.answer
+        True
     """
 
     units: Units

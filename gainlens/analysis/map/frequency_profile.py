@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from gainlens.analysis.map.nulls import Orders, in_chunks, shuffle
+from gainlens.brief import brief
 
 DEGREE = 3
 FLOOR = 0.01
@@ -44,6 +45,8 @@ class FrequencyProfile:
     off: Float[np.ndarray, "layer unit unit2"]
     groups: Int[np.ndarray, "layer unit"]
     freedom: int
+
+    __repr__ = brief
 
     @property
     def rotates(self) -> bool:

@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from gainlens.analysis.map.frequency_profile import FrequencyProfile
 from gainlens.analysis.map.nulls import TOLERANCE, Orders
 from gainlens.analysis.map.similarity import unit_length
+from gainlens.brief import brief
 
 BLOCK_ROWS = 128
 """Heads per matrix product: large enough to be efficient, small enough for the CPU cache."""
@@ -59,6 +60,8 @@ class HeadSimilarity:
     matched_permutations: int
     order: Int[np.ndarray, "layer head"]
     reference: int
+
+    __repr__ = brief
 
     def summary(self) -> dict[str, float]:
         """Means over pairs of heads of different layers, and over matched pairs."""

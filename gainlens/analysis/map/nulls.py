@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gainlens.analysis.map.similarity import centred_rows, loudest, rank_rows, unit_length
+from gainlens.brief import brief
 
 Orders = Int[np.ndarray, "permutation layer unit"]
 TOLERANCE = 1e-5
@@ -87,6 +88,8 @@ class PairTest:
     p_corrected: Float[np.ndarray, "layer layer2"]
     p_mean: float
     excess: float
+
+    __repr__ = brief
 
 
 def pair_test(

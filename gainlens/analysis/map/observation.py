@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from gainlens.analysis.map.units import Units
+from gainlens.brief import brief
 from gainlens.data.batches import TOKENS_PER_BATCH, Tokens
 from gainlens.data.document_identity import TextHasher
 from gainlens.errors import SilentSiteError, UnsupportedModelError
@@ -69,6 +70,8 @@ class KeyObservation:
     n_documents: int
     n_tokens: int
     text: str
+
+    __repr__ = brief
 
 
 def observe_keys(

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 
 from gainlens.analysis.map.canonical import CanonicalGains
+from gainlens.brief import brief
 from gainlens.errors import InputError
 from gainlens.probes.gains import UNITS, KeyGains
 
@@ -31,6 +32,8 @@ class Units:
     kind: str
     dims: tuple[tuple[int, ...], ...]
     layer_frequency: Float[np.ndarray, "layer unit"]
+
+    __repr__ = brief
 
     def __len__(self) -> int:
         return len(self.dims)

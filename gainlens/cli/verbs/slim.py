@@ -9,7 +9,7 @@ from typing import Any
 
 from gainlens.ablation import load_cut
 from gainlens.ablation.key_mask import KeyMask, Scope
-from gainlens.ablation.recipe import ranking_gains
+from gainlens.ablation.recipe import best_cut, ranking_gains
 from gainlens.cli.verbs.common import (
     add,
     add_last,
@@ -30,9 +30,11 @@ from gainlens.export import (
     export_model,
     slim,
 )
+from gainlens.export.after_norm import map_weights, norm_first
 from gainlens.export.judging import judge_slim_by_position
+from gainlens.export.modeling import family_of
 from gainlens.export.plan import BASES
-from gainlens.export.recipe import refitted, slim_cut
+from gainlens.export.recipe import refitted
 from gainlens.export.sources import open_source
 from gainlens.export.speed_ledger import CONTEXTS, ledger, sizes
 from gainlens.export.writing import check_plan
@@ -41,7 +43,7 @@ from gainlens.model.context import LONGEST
 from gainlens.model.loading import check_name, load_hf, load_tokenizer
 from gainlens.model.zoo import smollm2
 from gainlens.probes import KeyGains
-from gainlens.training.folder import healed_from
+from gainlens.training.folder import healed_from, with_maps
 
 HELP = "write a physically smaller model and report its costs and savings"
 EXAMPLES = [
@@ -114,6 +116,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "refit": None if plan.maps is None else dict(plan.maps.facts),
         "full": vars(before),
         "slim": vars(after),
+        "map_weights": map_weights(thin),
         "vocabulary": tokenizer is not None,
     }
     keys, values = before.key_bytes, before.value_bytes
@@ -124,6 +127,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         f"{keys + values:,} -> {after.key_bytes + after.value_bytes:,} bytes "
         f"(keys {keys:,} -> {after.key_bytes:,})",
     ]
+    if norm_first(family_of(thin.config), thin.config):
+        added = map_weights(thin)
+        lines.append(
+            "projections stay whole, since the norm on the keys needs all their rows"
+            + (f"; the maps after it add {added:,} weights" if added else "")
+        )
     if judges is not None:
         # The full-width loss of a healed model is meaningless: its cut units are unchanged, but the
         # other weights have learned to work without them.
@@ -192,7 +201,7 @@ def _cut(options: argparse.Namespace, model: Any) -> tuple[SlicePlan, Tokens | N
     gains = KeyGains.load(options.gains) if options.gains else ranking_gains(model, tokens, score)
     outline = KeyMask.quietest(gains, options.fraction, score, scope)
     _check_plan(options, model, SlicePlan.from_cut(outline, values=values))
-    cut = slim_cut(
+    cut = best_cut(
         model,
         tokens,
         options.fraction,
@@ -257,11 +266,12 @@ def _check_plan(options: argparse.Namespace, model: Any, plan: SlicePlan) -> Non
 
 
 def _own_plan(file: str, model: str) -> SlicePlan:
-    """Read a plan file. A plan in the folder of a healed checkpoint belongs to that checkpoint.
+    """Read a plan file, with the maps beside it if it needs them.
 
-    Healing changes the weights, so the fingerprint of the plan no longer matches them.
+    A plan in the folder of a healed checkpoint belongs to that checkpoint. Healing changes the
+    weights, so the fingerprint of the plan no longer matches them.
     """
-    plan = SlicePlan.load(file)
+    plan = with_maps(SlicePlan.load(file), Path(file).parent)
     if Path(model).is_dir() and Path(file).absolute().parent == Path(model).absolute():
         plan = replace(plan, fingerprint=None)
     return plan

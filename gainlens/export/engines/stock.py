@@ -18,6 +18,7 @@ import torch
 import transformers
 from jaxtyping import Float
 
+from gainlens.export.after_norm import maps_after_norm
 from gainlens.export.engines.base import Engine, EngineLimitError
 from gainlens.export.engines.own import save
 from gainlens.export.modeling import family_of, plan_of
@@ -123,6 +124,11 @@ def check_stock(
         wide_values: whether the width of values may differ from that of keys.
     """
     family, config, plan = family_of(slim.config), slim.config, plan_of(slim.config)
+    if maps_after_norm(config):
+        raise EngineLimitError(
+            f"engine={engine!r} has no place for the maps that this {family.model_class} keeps "
+            "between the norm on its keys and the rotation (engine='gainlens' takes them)"
+        )
     if not family.llama:
         raise EngineLimitError(
             f"engine={engine!r} needs a model that stock LlamaForCausalLM expresses; "

@@ -15,7 +15,9 @@ from jaxtyping import Float, Int, Shaped
 from gainlens.errors import UnsupportedModelError
 from gainlens.export.building import without_weights
 from gainlens.export.families import FAMILIES, SlimFamily
+from gainlens.export.slot_rotation import usual_frequencies
 from gainlens.model.attention_weights import AttentionWeights
+from gainlens.model.families import Pairing
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.running import model_device
 
@@ -36,13 +38,15 @@ class ProjectionMaps:
     Attributes:
         keys: per key head.
         queries: per query head, or None if queries do not change.
-        turns: added to the frequencies of the half-split pairs after the maps, in radians per
+        turns: added to the frequencies of the pairs after the maps, in radians per
             token, or None.
+        pairing: how the dimensions of the pairs lie.
     """
 
     keys: KeyMap
     queries: QueryMap | None = None
     turns: Float[torch.Tensor, "layer kv_head pair"] | None = None
+    pairing: Pairing = "half"
 
     def turn(self, layer: int) -> Float[torch.Tensor, "kv_head pair"] | None:
         """``turns`` of one layer."""
@@ -100,11 +104,20 @@ class Source(ABC):
         first: torch.Tensor = next(self.model.parameters())
         return first.dtype
 
-    def rotary_frequencies(self) -> Float[torch.Tensor, " rotary_pair"]:
+    def rotary_frequencies(self) -> Float[torch.Tensor, "layer rotary_pair"]:
         """Radians per token of each rotary pair, by the family's own code; float64."""
+        if self.family.angles == "positions":
+            own = usual_frequencies(self.family.rotary_dim(self.config))
+            return own.expand(self.n_layers, -1)
         whole = without_weights(lambda: getattr(transformers, self.family.model_class)(self.config))
-        found: torch.Tensor = whole.base_model.rotary_emb.inv_freq
-        return found.double().cpu()
+        rotary = whole.base_model.rotary_emb
+        kinds = getattr(self.config, "layer_types", None) or [""] * self.n_layers
+        # Where layers of different kinds rotate differently, each kind has a table of its own.
+        rows = [
+            getattr(rotary, f"{kind}_inv_freq", None) if kind else None
+            for kind in kinds[: self.n_layers]
+        ]
+        return torch.stack([rotary.inv_freq if row is None else row for row in rows]).double().cpu()
 
     @abstractmethod
     def attention(self, layer: int) -> AttentionWeights:

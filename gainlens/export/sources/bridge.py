@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from gainlens.errors import UnsupportedModelError
 from gainlens.export.sources.lens import LensSource
-from gainlens.model.attention_layouts import bridge_weights, plain_tensors
+from gainlens.model.attention_layouts import bridge_weights, check_same_layers, plain_tensors
 from gainlens.model.attention_weights import AttentionWeights
 from gainlens.model.wrapping import architecture_of
 
@@ -27,6 +27,7 @@ class BridgeSource(LensSource):
         inner = model.original_model
         super().__init__(model, inner.config, architecture_of(inner))
         self.tensors = plain_tensors(inner)
+        check_same_layers(self.tensors, self.family.layout, self.n_layers, self.architecture)
 
     def attention(self, layer: int) -> AttentionWeights:
         """See ``Source``."""

@@ -154,7 +154,7 @@ class HookedSource(LensSource):
         q, k, v = lens_weights(part)
         biases = {f"{n.lower()}_bias": _bias(part, n) if self._biased[n] else None for n in "QKVO"}
         norms = {}
-        if self.family.norm:
+        if self.family.key_norm(self.config) is not None:
             n_kv = len(k)
             norms = {f"{n}_norm": getattr(part, f"{n}_norm").w.detach() for n in "qk"}
             norms = {name: w.expand(n_kv, -1) for name, w in norms.items()}

@@ -12,9 +12,9 @@ import transformers
 from jaxtyping import Float, Int
 
 from gainlens.errors import UnsupportedModelError
-from gainlens.export.families import KeySite
 from gainlens.export.slot_rotation import turned_by
 from gainlens.export.sources.base import Flows, ProjectionMaps, Source, ValueMap
+from gainlens.model.attention_layouts import check_same_layers
 from gainlens.model.attention_weights import AttentionWeights
 from gainlens.model.running import evaluating
 from gainlens.model.wrapping import architecture_of
@@ -32,6 +32,9 @@ class HuggingFaceSource(Source):
                 f"model={type(model).__name__} of a {self.architecture} checkpoint can't be made "
                 f"slim: expected {expected.__name__} (AutoModelForCausalLM.from_pretrained)"
             )
+
+        tensors = dict(model.named_parameters())
+        check_same_layers(tensors, self.family.layout, self.n_layers, self.architecture)
 
     def attention(self, layer: int) -> AttentionWeights:
         """See ``Source``."""
@@ -91,13 +94,10 @@ class HuggingFaceSource(Source):
         for layer in range(self.n_layers):
             module = self._attention_module(layer)
             for kind, maps in () if cut is None else (("k", cut.keys), ("q", cut.queries)):
-                if maps is None:
+                if maps is None or cut is None:
                     continue
-                name, hook = _map_hook(
-                    self.family.key_site,
-                    kind,
-                    maps[layer].to(self.device, self.dtype),
-                    None if cut is None else cut.turn(layer),
+                name, hook = self._map_hook(
+                    kind, maps[layer].to(self.device, self.dtype), cut, layer
                 )
                 handle = module.get_submodule(name).register_forward_hook(hook)
                 stack.callback(handle.remove)
@@ -108,6 +108,40 @@ class HuggingFaceSource(Source):
                 out = module.get_submodule(self.family.output)
                 handle = out.register_forward_pre_hook(pre)
                 stack.callback(handle.remove)
+
+    def _map_hook(
+        self,
+        kind: str,
+        maps: Float[torch.Tensor, "head d_head d_head"],
+        cut: ProjectionMaps,
+        layer: int,
+    ) -> tuple[str, Callable[[Any, Any, torch.Tensor], torch.Tensor]]:
+        """Name of a module, and a forward hook that maps the keys (or queries) in its output."""
+        layout, norm = self.family.layout, self.family.key_norm(self.config)
+        turn = cut.turn(layer)
+        rows = layout.rows(self.config)[kind].to(maps.device)
+        shape = "flat" if norm is None else norm.shape
+
+        def mapped(x: torch.Tensor) -> torch.Tensor:
+            new = torch.einsum("...hd,hde->...he", x, maps)
+            return new if turn is None else turned_by(new, turn, cut.pairing)
+
+        def by_head(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+            return mapped(out.transpose(1, 2)).transpose(1, 2)
+
+        def by_pos(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+            return mapped(out)
+
+        def flat(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+            """The output may hold queries, keys and values; of a norm, one of these."""
+            if norm is not None:
+                return mapped(out.reshape(*out.shape[:-1], len(maps), -1)).flatten(-2)
+            new = out.clone()
+            new[..., rows] = mapped(out[..., rows])
+            return new
+
+        name = layout.part(kind) if norm is None else layout.norms["qk".index(kind)]
+        return name, {"by_head": by_head, "by_pos": by_pos, "flat": flat}[shape]
 
 
 def second_moment(
@@ -123,46 +157,6 @@ def second_moment(
 def at_least_float(logits: torch.Tensor) -> torch.Tensor:
     """On the CPU, half precision widened to float32."""
     return logits.cpu().to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _map_hook(
-    site: KeySite,
-    kind: str,
-    maps: Float[torch.Tensor, "head d_head d_head"],
-    turn: Float[torch.Tensor, "kv_head pair"] | None = None,
-) -> tuple[str, Callable[[Any, Any, torch.Tensor], torch.Tensor]]:
-    """Name of a module, and a forward hook that multiplies the keys (or queries) in its output."""
-    n_heads, d_head, _ = maps.shape
-    spec = "...hd,hde->...he"
-
-    def turned(x: torch.Tensor) -> torch.Tensor:
-        return x if turn is None else turned_by(x, turn)
-
-    def by_head(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bhpd,hde->bhpe", out, maps)
-
-    def by_pos(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
-        return torch.einsum(spec, out, maps)
-
-    def flat(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
-        heads = out.reshape(*out.shape[:-1], n_heads, d_head)
-        return turned(torch.einsum(spec, heads, maps)).flatten(-2)
-
-    def joint(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
-        heads_first = site == "query_key_value"
-        shape, axis = ((n_heads, 3, d_head), -2) if heads_first else ((3, n_heads, d_head), -3)
-        parts = list(out.reshape(*out.shape[:-1], *shape).unbind(axis))
-        which = "qkv".index(kind)
-        parts[which] = turned(torch.einsum(spec, parts[which], maps))
-        return torch.stack(parts, axis).flatten(-3)
-
-    if site == "k_norm_by_head":
-        return f"{kind}_norm", by_head
-    if site == "k_norm_by_pos":
-        return f"{kind}_norm", by_pos
-    if site == "k_proj":
-        return f"{kind}_proj", flat
-    return site, joint
 
 
 def _project_values(

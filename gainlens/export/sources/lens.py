@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from gainlens.ablation import KeyMask, ablation_hooks
+from gainlens.ablation import KeyMask, RefitCut, SlotCut, ablation_hooks
+from gainlens.export.after_norm import norm_first
 from gainlens.export.slot_rotation import turned_by
 from gainlens.export.sources.base import Flows, ProjectionMaps, Source, ValueMap
 from gainlens.export.sources.huggingface import at_least_float, second_moment
+from gainlens.model.families import Pairing
+from gainlens.model.finding_sites import key_sites
 from gainlens.model.hooks import Hook, attached
 from gainlens.model.running import evaluating
 
@@ -58,19 +61,42 @@ class LensSource(Source):
     def _cut_hooks(self, cut: ProjectionMaps | None) -> list[Hook]:
         if cut is None:
             return []
-        if cut.queries is None:
+        # Sites are verified where nothing changes keys after the hook. A bound does, but not zeros.
+        bounded = self.family.clip(self.config) is not None
+        if cut.queries is None and not bounded:
             diagonal = torch.diagonal(cut.keys, dim1=-2, dim2=-1)
             if torch.equal(torch.diag_embed(diagonal), cut.keys):
                 return list(ablation_hooks(self.model, KeyMask(diagonal > 0.5), "zero"))
+        if norm_first(self.family, self.config):
+            return list(self._after_norm(cut).hooks(self.model))
         return [
             (
                 f"blocks.{layer}.attn.hook_{kind}",
-                partial(_project, maps=maps[layer].to(self.device), turn=cut.turn(layer)),
+                partial(
+                    _project,
+                    maps=maps[layer].to(self.device),
+                    turn=cut.turn(layer),
+                    pairing=cut.pairing,
+                ),
             )
             for kind, maps in (("k", cut.keys), ("q", cut.queries))
             if maps is not None
             for layer in range(self.n_layers)
         ]
+
+    def _after_norm(self, cut: ProjectionMaps) -> RefitCut:
+        """The maps as a cut that acts on rotated queries and keys, which every norm has seen."""
+        keys = cut.keys.transpose(2, 3)
+        mask = KeyMask(torch.ones(self.shape, dtype=torch.bool))  # the maps have the zero rows
+        if cut.queries is None:
+            group = int(self.config.num_attention_heads) // keys.shape[1]
+            queries = keys.repeat_interleave(group, 1)
+        else:
+            queries = cut.queries.transpose(2, 3)
+        if cut.turns is None:
+            return RefitCut(mask, queries, keys)
+        own = key_sites(self.model).frequencies
+        return SlotCut(mask, queries, keys, cut.turns + self.rotary_frequencies()[:, None], own)
 
 
 def _project(
@@ -79,7 +105,8 @@ def _project(
     *,
     maps: Float[torch.Tensor, "kv_head d d"],
     turn: Float[torch.Tensor, "_ pair"] | None = None,
+    pairing: Pairing = "half",
 ) -> Float[torch.Tensor, "batch pos head d"]:
     wide = maps.to(x.dtype).repeat_interleave(x.shape[2] // len(maps), 0)
     new = torch.einsum("bphd,hde->bphe", x, wide)
-    return new if turn is None else turned_by(new, turn)
+    return new if turn is None else turned_by(new, turn, pairing)

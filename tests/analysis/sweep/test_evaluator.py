@@ -11,9 +11,16 @@ from gainlens.ablation.hooks import ablation_hooks
 from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.model.hooks import attached
 
-# Falcon and GPT-J keep attention to themselves, and transformers' own StableLM can't run a rotary
-# width of 3: the hooks must do the work there, with the same numbers.
-NO_FAST_COPY = {"GPTJForCausalLM", "FalconForCausalLM", "StableLmForCausalLM"}
+# These keep attention to themselves, and transformers' own StableLM can't run a rotary width of 3:
+# the hooks must do the work there, with the same numbers.
+NO_FAST_COPY = {
+    "BloomForCausalLM",
+    "FalconForCausalLM",
+    "GPTJForCausalLM",
+    "GPTNeoForCausalLM",
+    "MptForCausalLM",
+    "StableLmForCausalLM",
+}
 
 
 def plain(model, tokens, hooks):
