@@ -30,18 +30,21 @@ def within_window(
 
     Args:
         mask: what is seen so far.
-        tq, tk: numbers of queries and keys; the last query stands at the last key.
+        tq, tk: numbers of queries and keys; the last query stands at the last key, or at the last
+            that a boolean mask lets it see.
         window: how many keys a query sees, its own included.
         device: of the result.
     """
     if tk <= window:
         return mask
     found = whole(mask, tq, tk, device)
-    place = torch.arange(tk - tq, tk, device=device)[:, None]
-    near = place - torch.arange(tk, device=device) < window
-    if found.dtype == torch.bool:
-        return found & near
-    return found.masked_fill(~near, torch.finfo(found.dtype).min)
+    keys = torch.arange(tk, device=device)
+    if found.dtype != torch.bool:
+        near = keys[tk - tq :, None] - keys < window
+        return found.masked_fill(~near, torch.finfo(found.dtype).min)
+    # A static cache has room behind the query: it stands at the last key that it sees.
+    place = tk - 1 - found.flip(-1).int().argmax(-1, keepdim=True)
+    return found & (place - keys < window)
 
 
 def with_bias(

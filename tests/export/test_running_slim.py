@@ -35,6 +35,8 @@ def thin(originals):
 def test_autocast(thin, name, attention):
     """As near to float32 as the stock model is under autocast, with and without gradients."""
     model = copy.deepcopy(thin(name))
+    if attention == "sdpa" and not model._supports_sdpa:
+        pytest.skip("transformers runs this family without it")
     model.set_attn_implementation(attention)
     with torch.no_grad():
         exact = model(TOKENS).logits
@@ -77,8 +79,11 @@ def test_a_cache_may_go_in_and_out_of_autocast(thin, first):
 
 @EVERY
 def test_static_caches_and_chunks(thin, name):
+    if name == "falcon-alibi":
+        pytest.skip("transformers' own code for its biases takes no mask of a static cache")
     model = thin(name)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings["use_cache"] = True  # MPT's configuration leaves it out
     wanted = model.generate(TOKENS, **settings)
     for more in ({}, {"prefill_chunk_size": 5}):
         got = model.generate(TOKENS, cache_implementation="static", **settings, **more)

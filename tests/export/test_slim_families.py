@@ -182,18 +182,6 @@ def test_the_card_says_what_is_saved(originals, tmp_path):
         assert text in (folder / "README.md").read_text(encoding="utf-8")
 
 
-@EVERY
-def test_export_through_the_gate(originals, name, tmp_path):
-    """Written, run from the files alone, and compared before it is put in place."""
-    hf = originals[name]
-    thin = slim(hf, SlicePlan(cut_of(name, hf)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        folder = export_model(thin, tmp_path / "out")
-    again = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    torch.testing.assert_close(logits(again), logits(thin), atol=1e-5, rtol=0)
-
-
 def test_configurations_that_are_refused():
     config = transformers.GemmaConfig(**SMALL, head_dim=16, use_bidirectional_attention=True)
     model = transformers.GemmaForCausalLM(config)
