@@ -38,9 +38,11 @@ def page() -> str:
             f"{sum(b[1] for b in (keys, values)):,} bytes per token (keys {keys[0]:,} to "
             f"{keys[1]:,}, float32). The weights grow from {weights['full']:,} to "
             f"{weights['slim']:,}: the maps are {weights['maps']:,} of them. Logits of slim model "
-            f"and hooked original differ by at most {past:.1e} past every window (the largest is "
-            f"{parity['largest_logit']:.3g}). Ranking by `fisher` took "
-            f"{facts['fisher_probe']['beyond_loaded_gb']:.2f} GB beyond the loaded model, with a "
+            f"and hooked original differ by at most {past:.1e} on a speech longer than every "
+            f"window (the largest is {parity['largest_logit']:.3g}), and {parity['slim']:.1e} on "
+            "random tokens, where 1e-4 of the largest is allowed. Ranking by `fisher` took "
+            f"{facts['fisher_probe']['beyond_loaded_gb']:.2f} GB beyond the loaded model "
+            f"({facts['fisher_probe']['beyond_weights_gb']:.2f} beyond its weights), with a "
             f"vocabulary of {facts['fisher_probe']['vocabulary']:,}.",
             provenance(facts, f"docs/results/{FILE}"),
         )
@@ -59,4 +61,11 @@ def _reached(facts: dict[str, Any]) -> str:
     if not over:
         return f"The target of {target:g} nats is reached on every text."
     missed = ", ".join(f"{rise:+.3f} on {name}" for name, rise in over.items())
-    return f"The target of {target:g} nats is missed: {missed}."
+    fit, text = facts["fit"], facts["text"]["calibration"]
+    return (
+        f"The target of {target:g} nats is missed: {missed}. The fit carries over badly: the "
+        f"misfit of the attention is {fit['misfit_after']:.2f} nats per query on the text that was "
+        f"fitted, and {fit['held_out_after']:.2f} on one half of it for a fit to the other "
+        f"({fit['held_out_before']:.2f} without a fit). Each head was fitted to "
+        f"{text['tokens'] // fit['stride']:,} queries, every {fit['stride']}th."
+    )
