@@ -37,7 +37,7 @@ def maps_after_norm(config: Any) -> bool:
 
 def map_weights(slim: nn.Module) -> int:
     """How many weights the maps add to a slim model; 0 where there are none."""
-    return sum(p.numel() for n, p in slim.named_parameters() if n.endswith((".q_map", ".k_map")))
+    return sum(p.numel() for n, p in slim.named_parameters() if n.endswith(("q_map", "k_map")))
 
 
 def mapped(

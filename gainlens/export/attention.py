@@ -47,6 +47,11 @@ def sliced_attention(
 
     Raises:
         ValueError: shapes that do not match (``SlicedAttentionError`` of the kernels).
+
+    Example:
+        >>> q, k, v = torch.randn(1, 8, 3, 16), torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 64)
+        >>> tuple(gl.sliced_attention(q, k, v, scale=64**-0.5).shape)
+        (1, 8, 3, 64)
     """
     if _compiled is not None and max(q.shape[3], v.shape[3]) <= KERNEL_WIDTH:
         out: torch.Tensor = _compiled(

@@ -136,6 +136,11 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
         base_model.save_pretrained(self, save_directory, *args, **kwargs)
         (Path(save_directory) / f"{CODE}.py").write_text(_code(family), encoding="utf-8")
 
+    def extra_repr(self: Any) -> str:
+        layers = [m for m in self.modules() if isinstance(m, SlimAttention)]
+        size = next(self.parameters()).element_size()
+        return savings_line(layers, family.d_head(self.config), size)
+
     model_class = type(
         f"Slim{family.name}ForCausalLM",
         (base_model,),
@@ -144,7 +149,7 @@ def _classes(family: SlimFamily) -> tuple[Any, Any]:
             "__doc__": f"{family.model_class} with thin keys; made by ``gainlens.slim``.",
             "__init__": __init__,
             "save_pretrained": save_pretrained,
-            "extra_repr": savings_line,
+            "extra_repr": extra_repr,
             "register_for_auto_class": classmethod(_stay_in_gainlens),
             "config_class": config_class,
             "_tp_plan": {},

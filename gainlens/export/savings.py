@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gainlens.export.after_norm import map_weights
 
 
-def savings_line(model: Any) -> str:
+def savings_line(layers: Sequence[Any], full: int, size: int) -> str:
     """Widths of keys and values, bytes of the cache per token, weights of attention; one line.
 
-    The cache is counted in the type of the weights, as transformers keeps it.
-
     Args:
-        model: a slim model.
+        layers: the thin attention modules.
+        full: dimensions of a head of the original.
+        size: bytes of a number in the cache; transformers keeps it in the type of the weights.
     """
-    from gainlens.export.modeling import family_of
-    from gainlens.export.slim_attention import SlimAttention
-
-    layers = [m for m in model.modules() if isinstance(m, SlimAttention)]
-    if not layers:
-        return ""
-    full = family_of(model.config).d_head(model.config)
-    size = next(model.parameters()).element_size()
     now = size * sum(a.n_kv_heads * (a.head_dim + a.value_dim) for a in layers)
     before = size * sum(a.n_kv_heads * 2 * full for a in layers)
     projections = [(a.q_proj, a.k_proj, a.v_proj, a.o_proj) for a in layers]
-    weights = sum(p.weight.numel() for four in projections for p in four) + map_weights(model)
+    weights = sum(p.weight.numel() for four in projections for p in four) + sum(
+        map(map_weights, layers)
+    )
     whole = sum(full * a.q_proj.in_features * 2 * (a.n_heads + a.n_kv_heads) for a in layers)
     keys = _span([a.head_dim for a in layers])
     values = _span([a.value_dim for a in layers])

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from gainlens.analysis.map import verdicts as map_verdicts
 from gainlens.analysis.map.files import load_map, map_json, save_map
 from gainlens.analysis.map.frequency_profile import FrequencyProfile, log_gains
-from gainlens.analysis.map.heads import HeadSimilarity, head_similarity
+from gainlens.analysis.map.heads import HEADS_BUDGET, HEADS_LIMIT, HeadSimilarity, head_similarity
 from gainlens.analysis.map.layer_tests import all_tests, mean_of_heads
 from gainlens.analysis.map.nulls import PairTest, measures, shuffled_orders
 from gainlens.analysis.map.red_line import RedLine
@@ -37,11 +37,6 @@ from gainlens.stats.verdicts import Verdict
 
 PARTS = (HeadSimilarity, PairTest, SharingCost, RedLine, Sinks, Stability, Universal, Units)
 """Other classes that a map file may contain."""
-
-HEADS_LIMIT = 2048
-"""Above this number, heads are compared one by one only on request: the cost is quadratic."""
-HEADS_BUDGET = 10_000_000
-"""Limit on the gains shuffled for the null of sharing by head; at least 250 permutations run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +75,7 @@ class CoordinateMap:
 
     Example:
         >>> cmap.save("map.safetensors")
-        >>> gl.CoordinateMap.load("map.safetensors").answer == cmap.answer
-        True
+        >>> again = gl.CoordinateMap.load("map.safetensors")
     """
 
     units: Units

@@ -25,6 +25,11 @@ BLOCK_ROWS = 128
 MATCHINGS = 30_000
 """Limit on the assignments for the null (about 50 µs each for 32 heads)."""
 
+HEADS_LIMIT = 2048
+"""Above this number, heads are compared one by one only on request: the cost is quadratic."""
+HEADS_BUDGET = 10_000_000
+"""Limit on the gains shuffled for the null of sharing by head; at least 250 permutations run."""
+
 
 @dataclass(frozen=True, eq=False)
 class HeadSimilarity:

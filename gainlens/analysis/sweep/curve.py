@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from gainlens.analysis.sweep.curve_shown import rises_line, shown_row
 from gainlens.analysis.sweep.curve_verdicts import curve_verdicts
 from gainlens.analysis.sweep.points import ORDER_TABLE, Point
 from gainlens.errors import InputError
@@ -73,8 +74,7 @@ class SurgeryCurve:
 
     Example:
         >>> curve.save("surgery.json")
-        >>> again = gl.SurgeryCurve.load("surgery.json")
-        >>> len(again.table()) == len(curve.points)
+        >>> len(gl.SurgeryCurve.load("surgery.json").table()) == len(curve.points)
         True
     """
 
@@ -97,19 +97,8 @@ class SurgeryCurve:
         return (
             f"SurgeryCurve({self.model.architecture}, {len(self.points)} points, "
             f"{self.n_documents} documents, intact loss {self.baseline.mean():.4f} nats; "
-            f"rise in nats: {self._rises()})"
+            f"rise in nats: {rises_line(self)})"
         )
-
-    def _rises(self, most: int = 6) -> str:
-        """The rise at each point but the controls, the first few."""
-        own = [i for i, p in enumerate(self.points) if p.order in ("quietest", "given")]
-        several = len({(p.score, p.scope) for p in self.points if p.order == "quietest"}) > 1
-        shown = []
-        for i in own[:most]:
-            p = self.points[i]
-            name = p.label or (f"{p.score} {p.scope}" if several else p.order)
-            shown.append(f"{name} {p.fraction:.0%} {self.deltas(i).mean():+.3f}")
-        return (", ".join(shown) or "controls only") + (", …" if len(own) > most else "")
 
     @property
     def n_documents(self) -> int:
@@ -299,7 +288,7 @@ class SurgeryCurve:
             f"95% intervals, for: {orders}; the dashed line is a margin of {MARGIN:g} nats.",
             table=(
                 ["cut", "share", "seed", "rise (nats)", "95% interval", f"margin {MARGIN:g}"],
-                [_shown(row) for row in self.table()],
+                [shown_row(row) for row in self.table()],
             ),
             margin=MARGIN,
         )
@@ -361,20 +350,6 @@ class SurgeryCurve:
                 tuple(data["domains"]),
                 tuple(data["groups"]),
             )
-
-
-def _shown(row: dict[str, Any]) -> list[str]:
-    """A row of ``table`` for a notebook; the last column says on which side of the margin it is."""
-    low, high = row["interval"]
-    side = "below" if high < MARGIN else "above" if low > MARGIN else "inside the interval"
-    return [
-        str(row["label"] or f"{row['order']}, {row['score']}, {row['scope']}"),
-        f"{row['fraction']:.0%}",
-        "" if row["seed"] is None else str(row["seed"]),
-        f"{row['delta']:+.4f}",
-        f"{low:+.4f} to {high:+.4f}",
-        side,
-    ]
 
 
 def _check_losses(curve: SurgeryCurve) -> None:
