@@ -22,7 +22,7 @@ MAPS = "maps_after_norm"
 
 def norm_first(family: SlimFamily, config: Any) -> bool:
     """Whether a norm stands between the projections of a model and the maps of a cut."""
-    return family.before_maps(config) is not None
+    return family.key_norm(config) is not None
 
 
 def maps_follow(family: SlimFamily, config: Any, maps: HeadMaps | None) -> bool:

@@ -225,6 +225,7 @@ def check_maps(plan: SlicePlan, source: Source) -> None:
 
     Raises:
         InputError: maps of another shape, in another basis, or missing.
+        UnsupportedModelError: the projections are bounded before the maps.
     """
     if plan.maps is None and CUT_FILE in plan.facts:
         raise InputError(
@@ -233,6 +234,11 @@ def check_maps(plan: SlicePlan, source: Source) -> None:
         )
     if plan.maps is None and plan.frequencies is None:
         return
+    if source.family.clip(source.config) is not None:
+        raise UnsupportedModelError(
+            f"{source.architecture} has {source.family.before_maps(source.config)} between its "
+            "projections and the maps of a refitted cut, so they fold into no weight: pass its mask"
+        )
     if plan.basis != "own":
         raise InputError("plan has maps in the canonical basis: expected basis='own'")
     if plan.maps is None:

@@ -52,7 +52,7 @@ def attention(module, config, layer, family, plan, hidden, queries, keys):
     q = project("q", queries, module.n_heads).unflatten(1, (len(keys), group))
     k = project("k", keys, module.n_kv_heads).unsqueeze(2)
     v = project("v", keys, module.n_kv_heads)
-    if module.normed:
+    if module.norm is not None:
         normed = []
         for x, weight in ((q, module.q_norm), (k, module.k_norm)):
             scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.eps)
