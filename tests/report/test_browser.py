@@ -236,7 +236,7 @@ def test_a_phone_scrolls_down_only(visit, scheme):
     page = visit(PHONE, color_scheme=scheme, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     figure = page.locator("#figure-key_gains")
-    figure.locator(".ground").tap()
+    figure.locator(".ground").tap(force=True)
     assert figure.locator(".reading").inner_text().startswith("layer ")
     assert figure.locator(".part").is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
