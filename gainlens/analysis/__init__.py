@@ -7,6 +7,7 @@ from gainlens.analysis.map.canonical import canonical_gains
 from gainlens.analysis.map.comparison import compare_maps
 from gainlens.analysis.map.coordinates import CoordinateMap, coordinate_map
 from gainlens.analysis.map.evidence import with_evidence
+from gainlens.analysis.map.universality import UniversalityPrice, price_of_universality
 from gainlens.analysis.patch_effects import PatchEffects
 from gainlens.analysis.patching import attribution_patching, patch_keys
 from gainlens.analysis.sweep.curve import SurgeryCurve
@@ -23,6 +24,7 @@ __all__ = [
     "PositionRise",
     "SurgeryCurve",
     "TaskScores",
+    "UniversalityPrice",
     "Verdict",
     "attribution_patching",
     "behaviours",
@@ -31,6 +33,7 @@ __all__ = [
     "compare_maps",
     "coordinate_map",
     "patch_keys",
+    "price_of_universality",
     "rise_by_position",
     "score_tasks",
     "surgery",

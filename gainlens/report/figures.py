@@ -22,7 +22,7 @@ from gainlens.plots.curves import (
     plot_rise_by_position,
     plot_surgery,
 )
-from gainlens.plots.universality import plot_price, plot_slots
+from gainlens.plots.universality import plot_price
 from gainlens.probes.gains import KeyGains
 from gainlens.report.claims import FLAT_MARGIN
 from gainlens.report.reach import Reach
@@ -117,7 +117,7 @@ def draw_figures(
         figure = Figure(figsize=(SIZE[0], 1.6 * SIZE[1]), layout="constrained")
         price = reach.price
         axes = figure.subplots(2, 1, height_ratios=(1, 1.6))
-        plot_slots(price.to_json()["slots"], price.importance, axes, score=price.score)
+        price.plot_slots(axes)
         paths["slots"] = folder / "slots.png"
         figure.savefig(paths["slots"], dpi=DPI)
     return paths

@@ -7,6 +7,7 @@ from gainlens.analysis.sweep.curve import SurgeryCurve
 from gainlens.probes.gains import KeyGains
 from gainlens.report import figures_of_cuts as cuts
 from gainlens.report import figures_of_maps as maps
+from gainlens.report import figures_of_price as prices
 from gainlens.report.figures import Damage
 from gainlens.report.page import PageFigure
 from gainlens.report.reach import FRACTION, Reach
@@ -35,6 +36,10 @@ def page_figures(
     if reach is not None and reach.by_distance is not None:
         found.append(cuts.distance_figure(reach.by_distance))
         found.append(cuts.distance_lines(reach.by_distance))
+    if reach is not None and reach.price is not None and reach.price.rows:
+        found.append(prices.price_figure(reach.price))
+        if reach.price.slots is not None:
+            found.append(prices.slots_figure(reach.price))
     if cmap.sinks is not None and len(cmap.sinks.layers):
         found.append(maps.sinks_figure(cmap))
     if cmap.sharing_cost is not None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from gainlens.analysis.map.universality import UniversalityPrice
 from gainlens.report.page import PageFigure, PageTable, Section
 
 SHARED_BY = {"head": "each head", "layer": "each layer", "universal": "the whole model"}
 
 
-def price_section(price: UniversalityPrice, figures: dict[str, Path]) -> Section:
+def price_section(price: UniversalityPrice, figures: dict[str, PageFigure]) -> Section:
     """What sharing costs, zeroed, refitted and with slots; where the slots lie."""
     texts = list(dict.fromkeys(name for row in price.rows for name in row["by_text"]))
     rows = [
@@ -23,23 +21,7 @@ def price_section(price: UniversalityPrice, figures: dict[str, Path]) -> Section
         ]
         for row in price.rows
     ]
-    shown = [
-        PageFigure.of(
-            figures["price"],
-            "Bars: rise of the loss with a set per head, per layer and for all, zeroed, refitted "
-            "and with slots.",
-            "Rise of the loss by what shares a set, on a logarithmic scale.",
-        )
-    ]
-    if "slots" in figures:
-        shown.append(
-            PageFigure.of(
-                figures["slots"],
-                "Above: wavelengths of the slots as lines over the share of the gain of each "
-                "rotary pair. Below: heat map of how many heads give a pair to a slot.",
-                "One set of slots for all heads, and what moves where.",
-            )
-        )
+    shown = [figures[name] for name in ("price", "slots") if name in figures]
     paragraphs = [
         f"{price.fraction:.0%} of the key dimensions of every head go. Zeroed and refitted, heads "
         "that share a set share dimensions. With slots they share frequencies: a pair moves into "

@@ -59,7 +59,9 @@ def made(tmp_path_factory, tiny):
 NAMES = (
     "rise_by_position", "surgery_impact", "change_by_distance_mean", "change_by_distance",
     "damage_by_layer", "damage_by_head", "layer_correlation", "universal_units", "unit_presence",
-    "sharing_cost", "red_line", "key_gains",
+    "price",
+    "sharing_cost",
+    "slots", "red_line", "key_gains",
 )  # fmt: skip
 
 

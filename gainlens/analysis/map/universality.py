@@ -9,8 +9,9 @@ directions, or of frequencies.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from gainlens.analysis.sweep.judging_text import text_that_judges
 from gainlens.data.batches import Tokens
 from gainlens.data.texts import Texts
 from gainlens.errors import InputError, UnsupportedModelError
+from gainlens.files import read_json
+from gainlens.files.schema import checking
 from gainlens.model.tokens import model_documents
 from gainlens.probes.gains import KeyGains
 from gainlens.stats.intervals import bootstrap_interval
@@ -46,7 +49,7 @@ class UniversalityPrice:
         rows: per kind and scope the ``rise`` in nats per token, its 95% ``interval``, and the rise
             ``by_text``.
         rises: per document, ``[row, document]``.
-        slots: the universal slot cut, if it was among the kinds.
+        slots: of the universal slot cut, if it was among the kinds; see ``slot_moves``.
         importance: mean share of each unit in the gain of its head, ``[layer, unit]``.
         score: that gain.
         text: fingerprint of the validation text.
@@ -56,7 +59,7 @@ class UniversalityPrice:
     fraction: float
     rows: list[dict[str, Any]]
     rises: Float[np.ndarray, "row document"]
-    slots: SlotCut | None
+    slots: Mapping[str, Any] | None
     importance: Float[np.ndarray, "layer unit"]
     score: str
     text: str
@@ -80,6 +83,45 @@ class UniversalityPrice:
                 return found
         raise InputError(f"scope={scope!r}, kind={kind!r}: not among the measured rows")
 
+    @classmethod
+    def load(cls, file: str | Path) -> UniversalityPrice:
+        """From the ``report.json`` of a report.
+
+        Raises:
+            FileFormatError: no such file, or no price in it.
+        """
+        found = read_json(Path(file))
+        with checking(str(file), "a price of universality"):
+            stored = found["reach"]["price"]
+            return cls(
+                float(stored["fraction"]),
+                list(stored["rows"]),
+                np.array(stored["rises"], dtype=np.float64),
+                stored["slots"],
+                np.array(stored["importance"], dtype=np.float64),
+                str(stored["score"]),
+                str(stored["text"]),
+                tuple(stored["skipped"]),
+            )
+
+    def plot(self, ax: Any = None, *, margin: float | None = None) -> Any:
+        """Bars of the rows; see ``gainlens.plots.universality.plot_price``."""
+        from gainlens.plots.universality import plot_price
+
+        return plot_price(self, ax, margin=margin)
+
+    def plot_slots(self, axes: Any = None) -> Any:
+        """Slots and what moves where; see ``gainlens.plots.universality.plot_slots``.
+
+        Raises:
+            InputError: slots were not among the kinds.
+        """
+        from gainlens.plots.universality import plot_slots
+
+        if self.slots is None:
+            raise InputError("this price has no slots: expected kind 'slots' at scope 'universal'")
+        return plot_slots(self.slots, self.importance, axes, score=self.score)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
@@ -87,7 +129,8 @@ class UniversalityPrice:
             "rows": self.rows,
             "n_documents": int(self.rises.shape[1]),
             "text": self.text,
-            "slots": None if self.slots is None else slot_moves(self.slots),
+            "slots": None if self.slots is None else dict(self.slots),
+            "rises": self.rises.tolist(),
             "importance": self.importance.tolist(),
             "score": self.score,
             "skipped": list(self.skipped),
@@ -196,7 +239,7 @@ def price_of_universality(
         float(fraction),
         rows,
         np.stack(rises) if rises else np.zeros((0, len(names))),
-        universal,
+        None if universal is None else slot_moves(universal),
         np.divide(values, total, out=np.zeros_like(values), where=total > 0).mean(1),
         score,
         judge.text,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -24,11 +26,9 @@ def priced(tiny):
 def test_every_scope_and_kind_has_a_row_and_slots_share_frequencies(priced):
     price, _ = priced
     assert len(price.rows) == 9 and price.skipped == ()
-    own = price.slots.frequencies
-    assert torch.equal(own, own[:1, :1].expand_as(own))
-    moves = np.array(price.to_json()["slots"]["moves"])
-    n_layers, n_heads, _ = own.shape
-    assert (moves.sum(0) == n_layers * n_heads).all()  # every head fills every slot once
+    moves = np.array(price.slots["moves"])
+    assert moves.shape == (16, 8) and len(price.slots["slots"]) == 8
+    assert (moves.sum(0) == 4 * 2).all()  # every head of every layer fills every slot once
 
 
 def test_zeroed_rows_are_those_of_plain_hooks(priced, tiny):
@@ -92,7 +92,21 @@ def test_figures_show_every_row(priced):
     price, _ = priced
     axis = plot_price(price, margin=0.02, healed={"universal": 0.05})
     assert sum(len(bars) for bars in axis.containers if hasattr(bars, "patches")) == 10
-    loud, below = plot_slots(price.to_json()["slots"], price.importance)
-    n_slots = len(price.to_json()["slots"]["slots"])
+    loud, below = plot_slots(price.slots, price.importance)
+    n_slots = len(price.slots["slots"])
     assert below.images[0].get_array().shape[0] == n_slots
     assert len([line for line in loud.lines if len(line.get_xdata()) == 2]) == n_slots
+
+
+def test_a_report_gives_it_back(priced, tmp_path):
+    price, _ = priced
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps({"reach": {"price": price.to_json()}}))
+    again = gl.analysis.UniversalityPrice.load(file)
+    assert again.to_json() == price.to_json()
+    assert np.array_equal(again.rises, price.rises)
+    again.plot()
+    again.plot_slots()
+    file.write_text(json.dumps({"reach": {}}))
+    with pytest.raises(gl.errors.FileFormatError, match="price of universality"):
+        gl.analysis.UniversalityPrice.load(file)
