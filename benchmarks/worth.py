@@ -101,7 +101,9 @@ def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
     texts = texts_that_judge(tokenizer, args.judge, args.long, args.longest, args.calibration)
     intact = load_hf(args.model)
     intact.tokenizer = tokenizer
+    print({name: len(text) for name, text in texts.items()}, flush=True)
     before = intact_losses(intact, texts)
+    print("the intact model is read", flush=True)
     shorter = {name: text for name, text in texts.items() if name != "8192"}
     rows: dict[str, Any] = {}
     for name in (INTACT, *folders):

@@ -119,6 +119,7 @@ def judged(
              for a, b in zip(after, before[name], strict=True)]
         )  # fmt: skip
         of = np.array(text.domains)
+        print(f"  {name} tokens: {verdict.estimate:+.4f} {verdict.status}", flush=True)
         found[name] = {
             "verdict": verdict.to_json(),
             "by_text": {one: float(rise[of == one].mean()) for one in text.names},

@@ -166,7 +166,13 @@ def fit_slots(
 
 
 def check_rotation(sites: KeySites) -> None:
-    """Raise ``UnsupportedModelError`` unless every dimension of a head rotates."""
+    """Raise ``UnsupportedModelError`` unless every dimension of every head rotates."""
+    still = [n for n, row in enumerate(sites.frequencies) if not bool(row.any())]
+    if still and sites.rotary_dim:
+        raise UnsupportedModelError(
+            f"{sites.architecture}: layer {still[0]} does not rotate, so it has no frequencies to "
+            "share; slots need all layers to"
+        )
     if sites.rotary_dim != sites.d_head:
         raise UnsupportedModelError(
             f"{sites.architecture}: {sites.rotary_dim} of the {sites.d_head} dimensions of a key "

@@ -42,6 +42,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "cuts": claims.cuts,
     "worth": worth.worth,
     "worth ledger": worth_ledger.page,
+    "worth answer": worth_ledger.short,
     "price": claims.price,
     "rivals": slots.rivals,
     "surgery": claims.surgery,

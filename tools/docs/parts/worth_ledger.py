@@ -30,6 +30,14 @@ def page() -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def short() -> str:
+    """The answer alone, for the README."""
+    found = facts()
+    return (
+        answer(found) if found else not_yet("loss and speed of the same checkpoints", "make worth")
+    )
+
+
 def worst(found: dict[str, Any], checkpoint: str, cache: str) -> dict[str, Any] | None:
     """The verdict at the longest context that was judged, by its worst text; None without one."""
     if checkpoint == INTACT and cache != "q8_0":
