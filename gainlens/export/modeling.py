@@ -22,7 +22,7 @@ from gainlens.export.families import FAMILIES, SlimFamily
 from gainlens.export.layout import KeyPairs
 from gainlens.export.plan import SlicePlan
 from gainlens.export.savings import savings_line
-from gainlens.export.slim_attention import attention_class
+from gainlens.export.slim_attention import SlimAttention, attention_class
 from gainlens.export.slot_rotation import SlotRotary
 
 PREFIX = "gainlens_"

@@ -172,14 +172,14 @@ def test_refused_before_a_model_is_probed(tmp_path, capsys, monkeypatch):
         patched.setattr(importlib.util, "find_spec", lambda name: None)
         message = refused(capsys, "--out", out, "--engine", "llama.cpp", "--precision", "f16")
         assert "--engine llama.cpp needs: pip install gguf" in message
-    config = transformers.Phi3Config(
+    config = transformers.MixtralConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=4, pad_token_id=0,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "phi")
-    where = ["--model", tmp_path / "phi", "--judge", "0"]
-    assert "Phi3ForCausalLM can't be made slim" in refused(capsys, *where, "--out", out)
-    assert [p.name for p in tmp_path.iterdir()] == ["phi"]
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "experts")
+    where = ["--model", tmp_path / "experts", "--judge", "0"]
+    assert "MixtralForCausalLM can't be made slim" in refused(capsys, *where, "--out", out)
+    assert [p.name for p in tmp_path.iterdir()] == ["experts"]
 
 
 def test_an_engine_refuses_a_plan_before_it_is_refitted(tmp_path, capsys, monkeypatch):

@@ -48,6 +48,8 @@ def test_report_leaves_what_a_person_opens(report):
         "universal_units.png",
         "unit_presence.png",
         "sharing_cost.png",
+        "price.png",
+        "slots.png",
         "red_line.png",
         "rise_by_position.png",
     }

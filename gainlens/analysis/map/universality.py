@@ -22,7 +22,6 @@ from gainlens.ablation.cut import Cut
 from gainlens.ablation.key_mask import check_fraction
 from gainlens.ablation.least_squares_refit import refit
 from gainlens.ablation.recipe import ranking_gains, rotates_whole
-from gainlens.ablation.slot_cut import SlotCut
 from gainlens.ablation.slot_fit import fit_slots
 from gainlens.analysis.map.sharing_cost import SCOPES, shared_mask
 from gainlens.analysis.map.units import unit_gains
@@ -210,7 +209,7 @@ def price_of_universality(
     rows: list[dict[str, Any]] = []
     rises: list[np.ndarray] = []
     skipped: list[str] = []
-    universal: SlotCut | None = None
+    universal: dict[str, Any] | None = None
     with tqdm(
         total=len(kinds) * len(scopes), desc="price", unit="cut", disable=not progress
     ) as bar:
@@ -229,8 +228,8 @@ def price_of_universality(
                     break
                 finally:
                     bar.update()
-                if isinstance(cut, SlotCut) and scope == "universal":
-                    universal = cut
+                if (kind, scope) == ("slots", "universal"):
+                    universal = slot_moves(cut)
                 rise = judge.rise(cut)
                 rises.append(rise)
                 rows.append({"kind": kind, "scope": scope, **_summary(rise, names)})
@@ -239,7 +238,7 @@ def price_of_universality(
         float(fraction),
         rows,
         np.stack(rises) if rises else np.zeros((0, len(names))),
-        None if universal is None else slot_moves(universal),
+        universal,
         np.divide(values, total, out=np.zeros_like(values), where=total > 0).mean(1),
         score,
         judge.text,
@@ -247,7 +246,7 @@ def price_of_universality(
     )
 
 
-def slot_moves(cut: SlotCut) -> dict[str, Any]:
+def slot_moves(cut: Any) -> dict[str, Any]:
     """Where the slots of a universal cut lie, and what moves where.
 
     Returns:
