@@ -19,6 +19,8 @@ import torch
 
 import gainlens as gl
 
+pytest.importorskip("triton", reason="modules of the GPU kernels are imported for their examples")
+
 pytestmark = pytest.mark.one_env
 
 NOT_RUN = {
