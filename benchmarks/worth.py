@@ -12,7 +12,6 @@ are done are kept in ``--work``; a run that is killed goes on from there.
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from worth_speed import LLAMA, in_llama_cpp, in_python
 
 import gainlens as gl
 from gainlens.environment import environment
-from gainlens.export import SlicePlan, export_model
+from gainlens.export import ParityError, SlicePlan, export_model
 from gainlens.export.engines import EngineLimitError
 from gainlens.export.modeling import plan_of
 from gainlens.files import read_json, write_json
@@ -49,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=32, help="documents that were fitted")
     parser.add_argument("--task-prompts", type=int, default=12)
     parser.add_argument("--task-length", type=int, default=1024)
-    parser.add_argument("--contexts", type=int, nargs="*", default=[512, 4096, 8192])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[512, 4096, 8000])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--slots", type=int, default=65_536, help="tokens of all slots together")
     parser.add_argument("--steps", type=int, default=24, help="decoding steps that are timed")
@@ -141,14 +140,14 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
             if engine == "gainlens" and name != INTACT:
                 continue
             folder = args.work / f"{name}_{engine}"
-            shutil.rmtree(folder, ignore_errors=True)
             vocabulary = smollm2.packaged_gguf() if engine == "llama.cpp" else None
             try:
-                export_model(
-                    model, folder, engine, precision=precision,
-                    tokenizer=vocabulary or load_tokenizer(args.model),
-                )  # fmt: skip
-            except EngineLimitError as error:
+                if not folder.is_dir():  # whole, or not there at all
+                    export_model(
+                        model, folder, engine, precision=precision,
+                        tokenizer=vocabulary or load_tokenizer(args.model),
+                    )  # fmt: skip
+            except (EngineLimitError, ParityError) as error:
                 limits[f"{name}, {engine}"] = str(error).splitlines()[0]
                 continue
             if engine == "llama.cpp":
