@@ -1,6 +1,6 @@
 """What the checkpoints cost and how fast they are, in the engines that people run.
 
-    make worth          # or: python benchmarks/worth.py [--stage losses | speed]
+    make worth          # or: python benchmarks/worth.py [--stage losses | speed | write]
 
 Rows are slim folders that exist: ``benchmarks/slots.py --steps N --save FOLDER`` writes the healed
 ones. Each is loaded from its folder. Its loss is judged on validation text that chose and trained
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--stage", choices=("all", "losses", "speed"), default="all")
+    parser.add_argument("--stage", choices=("all", "losses", "speed", "write"), default="all")
     parser.add_argument("--folders", type=Path, default=cache_root() / "slots")
     parser.add_argument("--judge", type=int, default=100, help="documents of 256 tokens per text")
     parser.add_argument("--long", type=int, default=8, help="of 2,048 tokens")

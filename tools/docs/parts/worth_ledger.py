@@ -50,6 +50,15 @@ def worst(found: dict[str, Any], checkpoint: str, cache: str) -> dict[str, Any] 
     return max(verdicts, key=lambda v: v["estimate"])
 
 
+def _of_the_run(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The worst text of the healing run that the checkpoint is of; nothing for a rounded cache."""
+    run = recorded(RESULTS / f"slots_{row['checkpoint']}.json")
+    if run is None or run["healed"] is None or row["cache"] == "q8_0":
+        return None
+    found: dict[str, Any] = max(run["healed"]["verdicts"].values(), key=lambda v: v["estimate"])
+    return found
+
+
 def baselines(found: dict[str, Any], engine: str) -> dict[tuple[int, int], float]:
     """Tokens per second of the intact model by context and batch: its best form in the engine."""
     best: dict[tuple[int, int], float] = {}
@@ -74,18 +83,25 @@ def ratios(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def answer(found: dict[str, Any]) -> str:
     """Three sentences: the fastest row that holds, and the fastest of all."""
-    if not found["speed"] or not found["losses"]:
+    if not found["speed"]:
         return ""
     rows = [row for row in ratios(found) if row["checkpoint"] != INTACT]
     if not rows:
         return ""
     said = []
+    if not found["losses"]:
+        said.append(
+            "The losses of these folders are not recorded yet (`python benchmarks/worth.py --stage "
+            "losses`); those of the same runs stand beside the recorded claims."
+        )
     holds = []
     for row in rows:
         verdict = worst(found, row["checkpoint"], row["cache"])
         if verdict is not None and verdict["status"] == "holds":
             holds.append(row)
-    if holds:
+    if not found["losses"]:
+        pass
+    elif holds:
         best = max(holds, key=lambda row: row["ratio"])
         said.append(f"The fastest checkpoint whose verdict holds at 0.02 nats is {_named(best)}.")
     else:
@@ -232,7 +248,7 @@ def picture(figure: Any, found: dict[str, Any]) -> None:
     )
     points = []
     for row in rows:
-        verdict = worst(found, row["checkpoint"], row["cache"])
+        verdict = worst(found, row["checkpoint"], row["cache"]) or _of_the_run(row)
         if (row["context"], row["batch"]) == cell and verdict is not None:
             points.append((row["ratio"], max(verdict["estimate"], 0.0), row))
     engines = list(dict.fromkeys(row["engine"] for *_, row in points))
