@@ -23,11 +23,12 @@ from gainlens.data.splits import Split
 from gainlens.data.texts import Texts
 from gainlens.environment import environment
 from gainlens.errors import InputError
-from gainlens.files import check_writable, locked, read_json, write_json, written_folder
+from gainlens.files import locked, write_json, written_folder
 from gainlens.model import key_sites
 from gainlens.probes import KeyGains, probe_gains
 from gainlens.report.claims import all_claims, best_claim
 from gainlens.report.figures import DAMAGE_FRACTION, Damage, draw_figures
+from gainlens.report.folder import check_page_folder
 from gainlens.report.next_step import next_step
 from gainlens.report.page import render_page
 from gainlens.report.page_figures import page_figures
@@ -170,18 +171,7 @@ def check_report_folder(out: str | Path) -> Path:
     Raises:
         InputError: the folder is not writable or contains something else.
     """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: expected a folder")
-    check_writable(out.parent)
-    if out.is_dir():
-        check_writable(out)
-        if any(out.iterdir()):
-            facts = out / "report.json"
-            known = read_json(facts) if facts.is_file() else None
-            if not (isinstance(known, dict) and known.get("kind") == KIND):
-                raise InputError(f"--out {out} contains files that are not a gainlens report")
-    return out
+    return check_page_folder(out, "report.json", KIND, "a gainlens report")
 
 
 def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:

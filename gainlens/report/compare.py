@@ -10,10 +10,11 @@ from typing import Any
 
 from gainlens.environment import environment
 from gainlens.errors import InputError
-from gainlens.files import check_writable, locked, read_json, write_json, written_folder
+from gainlens.files import locked, read_json, write_json, written_folder
 from gainlens.report.build import KIND as REPORT_KIND
 from gainlens.report.compare_figures import interval_figure
 from gainlens.report.compare_tables import all_tables, claim_rows, claims_of, claims_table
+from gainlens.report.folder import check_page_folder
 from gainlens.report.page import PageTable
 
 KIND = "gainlens-comparison"
@@ -92,16 +93,7 @@ def check_comparison_folder(out: str | Path) -> Path:
     Raises:
         InputError: the folder is not writable or contains something else.
     """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: expected a folder")
-    check_writable(out.parent)
-    if out.is_dir() and any(out.iterdir()):
-        made = out / "comparison.json"
-        known = read_json(made) if made.is_file() else None
-        if not (isinstance(known, dict) and known.get("kind") == KIND):
-            raise InputError(f"--out {out} contains files that are not a comparison of reports")
-    return out
+    return check_page_folder(out, "comparison.json", KIND, "a comparison of reports")
 
 
 def read_reports(sources: Sequence[str | Path]) -> list[NamedReport]:

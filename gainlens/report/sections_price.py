@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from gainlens.analysis.map.universality import UniversalityPrice
+from gainlens.report.figures_of_price import SHARED_BY
 from gainlens.report.page import PageFigure, PageTable, Section
-
-SHARED_BY = {"head": "each head", "layer": "each layer", "universal": "the whole model"}
 
 
 def price_section(price: UniversalityPrice, figures: dict[str, PageFigure]) -> Section:

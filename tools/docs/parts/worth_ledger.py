@@ -210,11 +210,13 @@ def speeds(found: dict[str, Any]) -> str:
                 "–" if row is None else f"{row['tokens_per_second']:.0f} (× {row['ratio']:.2f})"
             )
         lines.append(line)
+    turns = max((len(row.get("turns", ())) for row in rows), default=0)
     head = ["engine", "checkpoint", "cache", *(f"{c:,} × {b}" for c, b in cells)]
     return (
         f"{table(head, lines)}\n\nTokens per second while decoding, at context × batch; in "
         "brackets over the intact model in its best form: that of gainlens' engine or "
-        "transformers in Python, that with a cache in f16 in llama.cpp. "
+        "transformers in Python, that with a cache in f16 in llama.cpp, "
+        f"which ran {turns} turn{'s' * (turns > 1)} per cell. "
         f"{found['speed']['precision'].capitalize()}."
     )
 
