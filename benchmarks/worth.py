@@ -12,6 +12,7 @@ are done are kept in ``--work``; a run that is killed goes on from there.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from gainlens.model.zoo.cache import cache_root
 
 ROOT = Path(__file__).resolve().parent.parent
 INTACT = "intact"
-CHECKPOINTS = ("layer-50", "universal-50", "universal-75")
+CHECKPOINTS = ("layer-50", "universal-50", "universal-50-values", "layer-75", "universal-75")
 Q8_BYTES = 34 / 32
 
 
@@ -82,10 +83,7 @@ def main() -> None:
             "what": "loss and decoding speed of the same checkpoints, SmolLM2-135M",
             "model": args.model,
             "checkpoints": {name: sizes(args, folder) for name, folder in folders.items()},
-            "not_made": {
-                **missing,
-                "half keys and half values, healed": "training at virtual width keeps all values",
-            },
+            "not_made": missing,
             "losses": parts["losses"],
             "speed": parts["speed"],
             "seed": args.seed,
@@ -139,7 +137,8 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
         for engine, precision in (("gainlens", None), ("transformers", None), ("llama.cpp", "f16")):
             if engine == "gainlens" and name != INTACT:
                 continue
-            folder = args.work / f"{name}_{engine}"
+            state = "" if name == INTACT else f"_{digest_of(folders[name])}"
+            folder = args.work / f"{name}{state}_{engine}"
             vocabulary = smollm2.packaged_gguf() if engine == "llama.cpp" else None
             try:
                 if not folder.is_dir():  # whole, or not there at all
@@ -186,6 +185,15 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
     }
 
 
+def digest_of(folder: Path) -> str:
+    """Of a slim folder's weights, so that files made of an earlier one are not taken."""
+    total = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()[:8]
+
+
 def sizes(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Bytes of the cache per token, in half precision and in q8_0."""
     plan = SlicePlan.load(folder / "slice_plan.json")
@@ -196,6 +204,8 @@ def sizes(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "cache_bytes_f16": keys + values,
         "share_of_intact": (keys + values) / whole,
         "share_in_q8_0": (keys + values) * Q8_BYTES / 2 / whole,
+        "intact_cache_bytes_f16": whole,
+        "weight_bytes_f16": 2 * sum(p.numel() for p in gl.load_slim(folder).parameters()),
     }
 
 

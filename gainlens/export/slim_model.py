@@ -108,7 +108,7 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     thin = without_weights(lambda: CLASSES[source.family.name][1](config))
     cut = _maps_of(source, plan)
     behind = maps_follow(source.family, source.config, plan.maps)
-    paths = _paths(source, plan, cut, tokens)
+    paths = plan_value_paths(source, plan, tokens, cut)
     attention = [f"{source.family.attention.format(n)}." for n in range(source.n_layers)]
     for layer, prefix in enumerate(attention):
         weights = source.attention(layer)
@@ -275,9 +275,21 @@ def _maps_of(source: Source, plan: SlicePlan) -> ProjectionMaps:
     return ProjectionMaps(keys, queries, turns, source.family.pairs(source.config).pairing)
 
 
-def _paths(
-    source: Source, plan: SlicePlan, cut: ProjectionMaps, tokens: Tokens | None
+def plan_value_paths(
+    source: Source, plan: SlicePlan, tokens: Tokens | None, cut: ProjectionMaps | None = None
 ) -> list[ValuePath | None]:
+    """The best thin value path of each layer for the text; None where values stay whole.
+
+    Args:
+        source: the model.
+        plan: of this model.
+        tokens: calibration text; needed where the plan cuts values.
+        cut: what the plan does to queries and keys, if that is known already.
+
+    Raises:
+        InputError: no text for a plan that cuts values, or outputs that are not finite on it.
+        UnsupportedModelError: a family that bounds each value.
+    """
     full = (source.shape[2],) * source.n_layers
     if plan.value_widths is None or plan.value_widths == full:
         return [None] * source.n_layers
@@ -292,7 +304,7 @@ def _paths(
             "best cut depends on what flows through (a cut by weights alone ruins a model)"
         )
     vocabulary = int(source.config.vocab_size)
-    flows = source.flows(list(batches(tokens, vocabulary)), cut)
+    flows = source.flows(list(batches(tokens, vocabulary)), cut or _maps_of(source, plan))
     if not bool(torch.isfinite(flows).all()):
         raise InputError("model: its attention outputs are not finite on these tokens")
     return value_paths(source, plan.value_widths, flows)

@@ -8,7 +8,7 @@ the group, comes from the eigenvectors of C½ (Σ W_Oᵀ W_O) C½.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,12 @@ class ValuePath:
     def projection(self) -> Float[torch.Tensor, "kv_head d_value d_value"]:
         """Matrix that multiplies an attention output from the right."""
         return (self.up @ self.down).transpose(1, 2)
+
+    @property
+    def orthonormal(self) -> ValuePath:
+        """The same path with rows of ``down`` of length 1 and at right angles."""
+        q, r = torch.linalg.qr(self.down.transpose(1, 2))
+        return replace(self, down=q.transpose(1, 2), up=self.up @ r.transpose(1, 2))
 
 
 def value_path(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from gainlens.errors import InputError, UnsupportedModelError
 from gainlens.export.building import without_weights
 from gainlens.export.families import SlimFamily
 from gainlens.export.plan import SlicePlan
+from gainlens.export.values import ValuePath
 from gainlens.training.norm_maps import NormMaps
 from gainlens.training.slices import Layout, Place, Slice, from_rows, module_at, places_of, to_rows
 
@@ -48,6 +49,7 @@ def find_slices(
     plan: SlicePlan,
     train: tuple[str, ...],
     maps: NormMaps | None = None,
+    paths: Sequence[ValuePath | None] = (),
 ) -> list[Slice]:
     """The slices of a model.
 
@@ -59,12 +61,22 @@ def find_slices(
             before them.
         train: some of ``TRAINABLE``.
         maps: those behind a norm, whose rows are trained in the place of the projections'.
+        paths: thin values by layer, where training starts from: the first rows of each value head
+            hold them, the others are ghosts.
 
     Raises:
-        InputError: a name in ``train`` is unknown, or the model has no such weights.
+        InputError: a name in ``train`` is unknown, or the model has no such weights; thin values of
+            a model that is no transformers model, or without ``v`` and ``o`` in ``train``.
         UnsupportedModelError: the projections are stored in an unknown form.
     """
     check_train(train)
+    thin = any(path is not None for path in paths)
+    if thin and kind != "huggingface":
+        raise InputError(
+            "plan cuts values: expected the transformers model itself, not one wrapped"
+        )
+    if thin and not {"v", "o"} <= set(train):
+        raise InputError(f"train={train!r}: a plan that cuts values trains v and o as well")
     places = places_of(root)
     names = {id(p): n for n, p in root.named_parameters()}
     by_parameter: dict[int, list[tuple[int, Part]]] = {}
@@ -81,14 +93,15 @@ def find_slices(
     for key, parts in by_parameter.items():
         some = [(n, part) for n, part in parts if maps is None or part.letter == "v"]
         if some:
-            slices += _attention_slices(some, plan, train, norm, names[key], places[key])
+            slices += _attention_slices(some, plan, train, norm, names[key], places[key], paths)
     done |= set(by_parameter)
+    starts = _thin_outputs(root, family, paths)
     for name, parameter in root.named_parameters():
         if id(parameter) in done or "qkv." in name:  # unused copy of a joint matrix in a bridge
             continue
         what = "o" if id(parameter) in outputs else _kind_of(name)
         if what in train:
-            leaf = _leaf(parameter.detach())
+            leaf = _leaf(starts.get(id(parameter), parameter.detach()))
             slices.append(Slice(name, "other", parameter, places[id(parameter)], leaf=leaf))
     if maps is not None:
         slices += maps.slices(plan.keep, train)
@@ -113,6 +126,7 @@ def _attention_slices(
     norm: bool,
     name: str,
     places: list[Place],
+    paths: Sequence[ValuePath | None],
 ) -> list[Slice]:
     """The slice of a parameter; two where values share it, which have a learning rate of theirs."""
     first = parts[0][1]
@@ -122,11 +136,19 @@ def _attention_slices(
     trained: list[torch.Tensor] = []
     written: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
+    changed: list[torch.Tensor] = []
     for layer, part in parts:
         order = part.rows.to(device)
         if part.letter == "v":
+            path = paths[layer] if paths else None
+            if path is not None:
+                down = path.down.to(device)
+                thin = torch.einsum("hrd,hd...->hr...", down, rows[order].double())
+                rows[order] = 0
+                rows[order[:, : down.shape[1]]] = thin.to(rows.dtype)
             if "v" in train:
-                values.append(order.flatten())
+                values.append((order if path is None else order[:, : down.shape[1]]).flatten())
+                changed.append(order.flatten())
             continue
         keep = plan.keep[layer].to(device)
         group = len(order) // len(keep)
@@ -142,7 +164,7 @@ def _attention_slices(
         if part.letter in train:
             trained.append(active)
     found: list[Slice] = []
-    for group_name, some, change in (("qk", trained, written), ("other", values, values)):
+    for group_name, some, change in (("qk", trained, written), ("other", values, changed)):
         if not change:
             continue
         none = torch.zeros(0, dtype=torch.long, device=device)
@@ -166,6 +188,28 @@ def _attention_slices(
                 below,
             )
         )
+    return found
+
+
+def _thin_outputs(
+    root: torch.nn.Module, family: SlimFamily, paths: Sequence[ValuePath | None]
+) -> dict[int, Float[torch.Tensor, "..."]]:
+    """Output projections that read thin values from the first columns of each head, by ``id``."""
+    found: dict[int, torch.Tensor] = {}
+    for layer, path in enumerate(paths):
+        if path is None:
+            continue
+        output = root.get_submodule(f"{family.attention.format(layer)}.{family.output}")
+        stored: Any = output.weight
+        weight = stored.detach().double()
+        weight = weight.T if family.layout.columns else weight
+        n_kv, d, width = path.up.shape
+        heads = weight.reshape(len(weight), -1, d)
+        up = path.up.to(weight.device).repeat_interleave(heads.shape[1] // n_kv, 0)
+        new = torch.zeros_like(heads)
+        new[..., :width] = torch.einsum("mhd,hdr->mhr", heads, up)
+        flat = new.flatten(1).to(stored.dtype)
+        found[id(stored)] = flat.T.contiguous() if family.layout.columns else flat
     return found
 
 

@@ -58,6 +58,7 @@ class Healing:
         length: tokens of each document, or ``mixed``; by default mixed up to ``LONGEST``.
         plan: a plan file, in the place of ``fraction``, ``score`` and ``scope``.
         fraction: share of key dimensions to cut.
+        value_fraction: share of value dimensions to cut; None leaves those of the plan.
         score, scope: as for ``KeyMask.quietest``.
         refit_rounds: of the least-squares refit to start from; 0 for the plain cut.
         rounds: cut in so many, healing in between.
@@ -76,6 +77,7 @@ class Healing:
     length: Length | None = None
     plan: str | None = None
     fraction: float = 0.5
+    value_fraction: float | None = None
     score: str = "fisher"
     scope: Scope = "layer"
     refit_rounds: int = 2
@@ -99,6 +101,12 @@ class Healing:
         if not 1 <= self.rounds <= max(1, self.settings.steps):
             raise InputError(
                 f"rounds={self.rounds}: expected 1 to steps, which is {self.settings.steps}"
+            )
+        if self.value_fraction and not {"v", "o"} <= set(self.settings.train):
+            raise InputError("value_fraction: a plan that cuts values trains v and o as well")
+        if self.value_fraction is not None and self.rounds > 1:
+            raise InputError(
+                f"rounds={self.rounds}: values are cut in one round; expected rounds=1"
             )
         if not self.margin > 0:
             raise InputError(f"margin={self.margin}: expected a number of nats above 0")
@@ -161,7 +169,7 @@ def _heal(healing: Healing, out: Path, part: Path, processes: Processes) -> dict
     way = [*(SlicePlan.load(part / WAY.format(n)) for n in range(1, healing.rounds)), plan]
     way[0] = replace(way[0], maps=maps)
     start = way[0] if len(way) == 1 else plan
-    before = _untrained(model, start, texts, healing.margin)
+    before = _untrained(model, start, texts, healing)
     trained = train_virtual_width(
         model,
         way,
@@ -291,8 +299,12 @@ def _write_cut(
 ) -> None:
     """Plan and refit; a plan file in the place of gains."""
     given, rounds = healing.plan, healing.refit_rounds
+    cut_values = healing.value_fraction
+    values = None if cut_values is None else 1 - cut_values
     if given:
         plan = with_maps(SlicePlan.load(given), Path(given).parent)
+        if values is not None:
+            plan = plan.with_values(values)
         source = open_source(model)
         plan.check_model(source.shape, source.fingerprint, source.architecture)
     else:
@@ -305,7 +317,7 @@ def _write_cut(
             gains=gains,
             rounds=rounds if healing.rounds == 1 else 0,
         )
-        plan = SlicePlan.from_cut(cut, fingerprint=model_fingerprint(model))
+        plan = SlicePlan.from_cut(cut, values=values, fingerprint=model_fingerprint(model))
         if plan.maps is not None:
             cut.save(part / FITTED)
     if given and plan.maps is not None and healing.rounds == 1:
@@ -328,24 +340,28 @@ def _untrained(
     model: Any,
     plan: SlicePlan,
     texts: dict[str, Texts],
-    margin: float,
+    healing: Healing,
 ) -> dict[str, dict[str, Any]]:
     """What the cut costs before training, on the monitored and on the validation documents."""
+
+    def student(plan: SlicePlan) -> Student:
+        return Student(model, plan, healing.settings.train, text=texts["calibration"])
+
     students = {}
     if plan.frequencies is None:  # slots without their maps are no cut of their own
-        students["cut"] = Student(model, replace(plan, maps=None, facts={}))
+        students["cut"] = student(replace(plan, maps=None, facts={}))
     if plan.maps is not None:
-        students["cut and refitted"] = Student(model, plan)
+        students["cut and refitted"] = student(plan)
     first = next(iter(students.values()))
     found: dict[str, dict[str, Any]] = {"monitor": {}, "validation": {}}
     for where, row in found.items():
         intact = first.document_losses(texts[where], intact=True)
-        for name, student in students.items():
-            rise = student.document_losses(texts[where]) - intact
+        for name, one in students.items():
+            rise = one.document_losses(texts[where]) - intact
             row[name] = rise_verdict(
                 rise,
                 1 - plan.fraction_kept,
-                margin,
+                healing.margin,
                 trained=False,
                 domains=texts[where].domains,
                 lengths=texts[where].lengths,

@@ -18,7 +18,7 @@ from gainlens.errors import InputError, SilentSiteError
 from gainlens.export.adapters import check_no_adapters
 from gainlens.export.after_norm import maps_follow
 from gainlens.export.plan import SlicePlan
-from gainlens.export.slim_model import check_maps
+from gainlens.export.slim_model import check_maps, plan_value_paths
 from gainlens.export.sources import open_source
 from gainlens.model.context import context_of
 from gainlens.model.fast_copy import FastCopy, build_fast_copy
@@ -62,17 +62,19 @@ class Student:
         train: which weights to train; see ``gainlens.training.find.TRAINABLE``.
         precision: ``float32``, or ``bfloat16`` for matrix products in bfloat16 with weights,
             residual stream, gradients and optimiser in float32.
+        text: needed for a plan that cuts values: thin values start from the best ones for it.
 
     Attributes:
         slices: the active slices of each parameter.
         train: names of the trained weights.
         n_heads: number of query heads.
         maps: those of the plan that act after a norm; None where there are none, or they fold.
+        paths: thin values by layer, where training started from; empty if values are whole.
         shards: the parts of the layer weights, if processes divide them.
 
     Raises:
-        InputError: the plan is of another model, in another basis, or has thin values; see
-            ``find_slices``.
+        InputError: the plan is of another model, in another basis, or cuts values without a text;
+            see ``find_slices``.
         UnsupportedModelError: this family cannot be made slim.
     """
 
@@ -82,6 +84,7 @@ class Student:
         plan: SlicePlan,
         train: tuple[str, ...] = ("q", "k"),
         precision: str = "float32",
+        text: Tokens | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise InputError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
@@ -92,6 +95,8 @@ class Student:
         plan.check_model(source.shape, source.fingerprint, source.architecture)
         plan.check_pairs(source.family.pairs(source.config))
         check_maps(plan, source)
+        paths = plan_value_paths(source, plan, text) if thin_values(plan) else []
+        self.paths = [None if path is None else path.orthonormal for path in paths]
         self.model, self.plan, self.precision = model, plan, precision
         self.train = tuple(train)
         self.family, self.config = source.family, source.config
@@ -129,7 +134,7 @@ class Student:
             own = source.rotary_frequencies()
             self.maps = NormMaps(plan.maps, own, pairing, next(root.parameters()))
         self.slices: list[Slice] = find_slices(
-            root, kind, self.family, self.config, plan, tuple(train), self.maps
+            root, kind, self.family, self.config, plan, tuple(train), self.maps, self.paths
         )
         norm = self.family.key_norm(self.config)
         self._keep = None if norm is None else plan.keep.to(self.device)
@@ -373,14 +378,15 @@ def check_plan(plan: SlicePlan) -> None:
             f"plan has basis {plan.basis!r}: virtual width trains the model's own units "
             "(basis='own')"
         )
-    if plan.value_widths is not None and set(plan.value_widths) != {plan.shape[2]}:
-        raise InputError(
-            f"plan cuts values to {min(plan.value_widths)} dimensions, whose basis slim finds "
-            "after training: train with plan.with_values(None), then make it slim with values"
-        )
+
+
+def thin_values(plan: SlicePlan) -> bool:
+    """Whether the plan cuts values."""
+    return plan.value_widths is not None and set(plan.value_widths) != {plan.shape[2]}
 
 
 def plan_digest(plan: SlicePlan) -> str:
-    """A hash of what a plan keeps, and of its slots' frequencies."""
+    """A hash of what a plan keeps, of its slots' frequencies, and of the widths of its values."""
     slots = [] if plan.frequencies is None else [plan.frequencies]
-    return tensor_digest([plan.keep, *slots])
+    widths = [torch.tensor(plan.value_widths)] if thin_values(plan) else []
+    return tensor_digest([plan.keep, *slots, *widths])

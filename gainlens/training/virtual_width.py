@@ -27,8 +27,11 @@ from gainlens.training.rounds import (
 from gainlens.training.run import TrainingRun, row_digests
 from gainlens.training.settings import Settings
 from gainlens.training.sharding import launched_sharded
-from gainlens.training.student import Student, check_plan
+from gainlens.training.student import Student, check_plan, thin_values
 from gainlens.training.trainer import Trainer
+
+VALUE_DOCUMENTS = 32
+"""Training documents on which the first thin values are fitted."""
 
 
 def train_virtual_width(
@@ -66,7 +69,9 @@ def train_virtual_width(
         plan: a cut of this model, or a ``SlicePlan``. If the cut has maps
             (``gainlens.best_cut``), training starts from them. Several plans, each a subset of the
             one before, cut in rounds: ``steps`` are divided among them, each round has its own
-            learning-rate schedule, and the last plan is the result (see ``nested_plans``).
+            learning-rate schedule, and the last plan is the result (see ``nested_plans``). If it
+            cuts values too, they start from the best low rank on the first documents of
+            ``tokens``, and ``train`` must name ``v`` and ``o``.
         tokens: training text, ``[document, position]`` or documents of any length. It must share no
             document with the text that chose the plan or the text that judges.
         steps: optimiser steps in all, each on ``batch`` documents.
@@ -118,7 +123,13 @@ def train_virtual_width(
         check_writable(Path(checkpoint).absolute().parent)
     if isinstance(save_every, bool) or not isinstance(save_every, int) or save_every < 1:
         raise InputError(f"save_every={save_every!r}: expected a whole number of at least 1")
-    student = Student(model, plans[0], chosen.train, chosen.precision)
+    if thin_values(plans[0]) and len(plans) > 1:
+        raise InputError("several plans, and values are cut: expected one plan (rounds=1)")
+    some = None
+    if thin_values(plans[0]):
+        tokens = list(tokens)  # read twice
+        some = tokens[:VALUE_DOCUMENTS]
+    student = Student(model, plans[0], chosen.train, chosen.precision, some)
     documents = [row for batch in student.batches(tokens) for row in batch]
     watched = [] if monitor is None else list(student.batches(monitor, "monitor"))
     if chosen.stop_margin is not None and sum(len(batch) for batch in watched) < 2:

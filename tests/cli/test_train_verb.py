@@ -277,3 +277,25 @@ def test_another_plan_under_the_same_name_is_told(healed, tmp_path, monkeypatch,
     gl.SlicePlan(keep).save(file)
     assert main([*call, "--steps", "2"]) == 0
     assert torch.equal(gl.SlicePlan.load(out / "plan.json").keep, keep)
+
+
+def test_cut_values_are_healed_and_slimmed_as_they_are(tmp_path, capsys):
+    out, slim = tmp_path / "healed", tmp_path / "slim"
+    call = ["train", *SMALL, "--value-fraction", "0.5", "--steps", "2", "--out", str(out)]
+    assert main(call) == 0
+    facts = read_json(out / "training.json")
+    call = ["slim", "--model", str(out), "--plan", str(out / "plan.json"), "--judge", "0"]
+    assert main([*call, "--n-docs", "8", "--length", "48", "--out", str(slim)]) == 0
+    thin, original = gl.load_slim(slim), load_hf("tiny")
+    assert thin.model.layers[0].self_attn.v_proj.weight.shape[0] == 2 * 16
+    tokens = unseen(4)
+    losses = [document_losses(model, tokens) for model in (thin, original)]
+    rise = float((losses[0] - losses[1]).mean())
+    assert facts["verdict"]["estimate"] == pytest.approx(rise, abs=5e-5)
+    capsys.readouterr()
+    for wrong in (["--train", "q,k"], ["--rounds", "2"]):
+        again = [*call[:1], *wrong, "--out", str(tmp_path / "no")]
+        options = ["train", *SMALL, "--value-fraction", "0.5", "--steps", "2", *again[1:]]
+        assert status_of(options) != 0
+        assert "values" in capsys.readouterr().err
+        assert not (tmp_path / "no.part").exists()

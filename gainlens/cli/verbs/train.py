@@ -11,6 +11,7 @@ from gainlens.cli.verbs.common import (
     add_last,
     check_device,
     check_text,
+    fraction,
     nats,
     next_line,
     not_negative,
@@ -38,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(parser, "model", "text", n_docs=24, length=None)
     parser.add_argument("--plan", help="a plan file, instead of --fraction and --scope")
     add(parser, "fraction", "refit_rounds", score="fisher", scope="layer")
+    parser.add_argument(
+        "--value-fraction", type=fraction, help="share of value dimensions to cut (default: none)"
+    )
     parser.add_argument(
         "--rounds", type=whole(1), default=1, help="number of rounds of cutting and healing"
     )

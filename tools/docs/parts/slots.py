@@ -6,7 +6,7 @@ from typing import Any
 
 from parts.markdown import RESULTS, not_yet, provenance, recorded, table
 
-ORDER = ("layer-50", "universal-50", "layer-75", "universal-75")
+ORDER = ("layer-50", "universal-50", "universal-50-values", "layer-75", "universal-75")
 
 
 def page() -> str:
@@ -19,9 +19,7 @@ def page() -> str:
     for facts in runs.values():
         for state in ("untrained", "healed"):
             if facts[state] is not None:
-                rows.append(
-                    (f"{facts['fraction']:.0%} {facts['scope']}", state, *_row(facts[state]))
-                )
+                rows.append((_name(facts), state, *_row(facts[state])))
     first = next(iter(runs.values()))
     texts = list(first["untrained"]["verdicts"])
     head = ["half or more of the pairs cut, scope", "", *(f"{name}, 256 tokens" for name in texts)]
@@ -36,7 +34,7 @@ def page() -> str:
         f"({calibration['tokens']:,} tokens); nothing was learned from "
         f"{', '.join(n for n in texts if n not in calibration['texts'])}.",
         *(
-            f"{facts['fraction']:.0%} {facts['scope']}: fitted in {facts['fit']['seconds']:.0f} s"
+            f"{_name(facts)}: fitted in {facts['fit']['seconds']:.0f} s"
             + (
                 f"; healed on {facts['healed']['facts']['tokens']:,} tokens"
                 if facts["healed"]
@@ -58,7 +56,7 @@ def _reached(facts: dict[str, Any]) -> str:
     margin = next(iter(judged["verdicts"].values()))["margin"]
     far = max(row["rise"] for f in judged["by_position"].values() for row in f["rows"])
     met = "below" if max(*rises, far) < margin else "not below"
-    what = f"{facts['fraction']:.0%} of the keys, {facts['scope']}, {state}"
+    what = f"{_name(facts)}, {state}"
     said = (
         f"{what}: a rise of {min(rises):+.3f} to {max(rises):+.3f} nats on 256 tokens, at most "
         f"{far:+.3f} by position up to 2,048; {met} the margin of {margin:g}."
@@ -93,6 +91,38 @@ def picture(figure: Any, facts: dict[str, Any]) -> None:
 
     axes = figure.subplots(2, 1, height_ratios=(1, 1.6))
     plot_slots(facts, facts["importance"], axes)
+
+
+def budgets() -> str:
+    """The same number of dimensions, shared out evenly or by predicted damage."""
+    facts = recorded(RESULTS / "budgets.json")
+    if facts is None:
+        return not_yet("budgets", "python benchmarks/budgets.py")
+    texts = list(next(iter(facts["rows"].values()))["verdicts"])
+    head = ["share", *(f"{name}, 256 tokens" for name in texts), "kept by layer", "misfit held out"]
+    rows = []
+    for name, row in facts["rows"].items():
+        few, many = min(row["kept_by_layer"]), max(row["kept_by_layer"])
+        short = [
+            f"{v['estimate']:+.3f} [{v['interval'][0]:+.3f}, {v['interval'][1]:+.3f}]"
+            for v in row["verdicts"].values()
+        ]
+        kept = f"{few}" if few == many else f"{few} to {many}"
+        rows.append((name, *short, kept, f"{row['misfit_held_out']:.3f}"))
+    calibration = facts["text"]["calibration"]
+    said = (
+        f"Rise of the loss in nats per token, lower is better; {facts['fraction']:.0%} of the "
+        f"keys cut, untrained, fitted on {calibration['documents']} documents "
+        f"({calibration['tokens']:,} tokens)."
+    )
+    return f"{table(head, rows)}\n\n{said} {provenance(facts, 'docs/results/budgets.json')}"
+
+
+def _name(facts: dict[str, Any]) -> str:
+    """What a run cuts."""
+    name = f"{facts['fraction']:.0%} {facts['scope']}"
+    values = facts.get("values_kept")
+    return name if values is None else f"{name}, {1 - values:.0%} of the values"
 
 
 def _row(judged: dict[str, Any]) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ def page() -> str:
     if found["losses"]:
         parts += [losses(found), tasks(found)]
     if found["speed"]:
-        parts += [speeds(found), limits(found)]
+        parts += [speeds(found), doubling(found), limits(found)]
     parts.append(provenance(found, "docs/results/worth.json"))
     return "\n\n".join(part for part in parts if part)
 
@@ -219,6 +219,36 @@ def speeds(found: dict[str, Any]) -> str:
         f"which ran {turns} turn{'s' * (turns > 1)} per cell. "
         f"{found['speed']['precision'].capitalize()}."
     )
+
+
+def doubling(found: dict[str, Any]) -> str:
+    """Whether anything doubles the speed where the cache outweighs the weights."""
+    rows = [row for row in ratios(found) if row["checkpoint"] in found["checkpoints"]]
+    sized = {n: f for n, f in found["checkpoints"].items() if "weight_bytes_f16" in f}
+    if not rows or not sized:
+        return ""
+    context, batch = max({(r["context"], r["batch"]) for r in rows}, key=lambda c: c[0] * c[1])
+    first = next(iter(sized.values()))
+    weights, cache = first["weight_bytes_f16"], first["intact_cache_bytes_f16"] * context * batch
+    said = [
+        f"Doubling, judged at {context:,} tokens × {batch}, where the intact cache is "
+        f"{cache / weights:.1f} times the weights (both in f16)."
+    ]
+    for row in sorted(rows, key=lambda r: -r["ratio"]):
+        if (row["context"], row["batch"]) != (context, batch) or row["checkpoint"] not in sized:
+            continue
+        if row["engine"].startswith("transformers"):
+            continue
+        about = sized[row["checkpoint"]]
+        share = about["share_in_q8_0" if row["cache"] == "q8_0" else "share_of_intact"]
+        bytes_alone = (weights + cache) / (about["weight_bytes_f16"] + share * cache)
+        verdict = worst(found, row["checkpoint"], row["cache"])
+        cost = "" if verdict is None else f", {verdict['estimate']:+.3f} nats, {verdict['status']}"
+        said.append(
+            f"{row['checkpoint']}, {row['engine']}, {row['cache']}: × {row['ratio']:.2f} "
+            f"(bytes read would give × {bytes_alone:.2f}{cost})."
+        )
+    return " ".join(said)
 
 
 def limits(found: dict[str, Any]) -> str:
