@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gainlens.frames import data_frame
+from gainlens.plots.notebook import Display, Displayed
 
 if TYPE_CHECKING:
     import torch
 
 
-class Kept:
+class Kept(Displayed):
     """Table and figure for any object with ``keep``, boolean ``[layer, kv_head, d_head]``."""
 
     if TYPE_CHECKING:
@@ -50,11 +51,11 @@ class Kept:
 
         return plot_kept(self.keep.numpy(), ax)
 
-    def _repr_html_(self) -> str:
-        from gainlens.plots.notebook import figure_html
+    def _display(self) -> Display:
+        from gainlens.plots.markup.results import kept_map
 
-        return figure_html(
-            self,
+        return Display(
             "Heat map of the share of key heads that keep each key dimension, by layer: "
             f"{float(self.keep.float().mean()):.1%} of all stay.",
+            lambda alt: kept_map(self.keep.numpy(), alt),
         )

@@ -30,6 +30,7 @@ from gainlens.frames import data_frame
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.hooks import check_intact
 from gainlens.model.tokens import model_documents
+from gainlens.plots.notebook import Display, Displayed
 from gainlens.probes.gains import KeyGains, check_same_weights
 
 CANDIDATES = 8
@@ -65,7 +66,7 @@ class BehaviourRow:
 
 
 @dataclass(frozen=True, eq=False)
-class Behaviours:
+class Behaviours(Displayed):
     """Curves of behaviours over fractions.
 
     Attributes:
@@ -121,14 +122,14 @@ class Behaviours:
         cuts = ", ".join(f"{f:.0%}" for f in fractions)
         return f"Behaviours({', '.join(kinds)}; {len(self.rows)} figures at {cuts} cut)"
 
-    def _repr_html_(self) -> str:
-        from gainlens.plots.notebook import figure_html
+    def _display(self) -> Display:
+        from gainlens.plots.markup.results import behaviour_panels
 
         panels = len({(row.behaviour, row.distance) for row in self.rows})
-        return figure_html(
-            self,
+        return Display(
             "Behaviours of the model against the share of key dimensions cut, each with its "
             "chance level.",
+            lambda alt: behaviour_panels(self, alt),
             size=(3.2 * panels, 3),
             panels=(1, panels),
         )

@@ -31,11 +31,12 @@ from gainlens.files import FORMAT
 from gainlens.frames import data_frame
 from gainlens.model.fast_copy import Edit
 from gainlens.model.sites import KeySites
+from gainlens.plots.notebook import Display, Displayed
 from gainlens.stats.verdicts import Context
 
 
 @dataclass(frozen=True, eq=False)
-class DistanceChange:
+class DistanceChange(Displayed):
     """Attention by distance between query and key, and what cuts change there.
 
     All means are over the queries that see a key in the bucket, then over the documents that have
@@ -176,13 +177,13 @@ class DistanceChange:
 
         return plot_change_by_distance(self, ax)
 
-    def _repr_html_(self) -> str:
-        from gainlens.plots.notebook import figure_html
+    def _display(self) -> Display:
+        from gainlens.plots.markup.results import distance_charts
 
-        return figure_html(
-            self,
+        return Display(
             "Absolute change of attention against the distance between query and key, and the "
             f"share of rotary pairs cut at each wavelength, for: {', '.join(self.cuts)}.",
+            lambda alt: "".join(distance_charts(self, alt)),
         )
 
 

@@ -28,6 +28,7 @@ from gainlens.data.texts import domains_of, groups_for
 from gainlens.errors import InputError
 from gainlens.files import FORMAT
 from gainlens.frames import data_frame
+from gainlens.plots.notebook import Display, Displayed
 from gainlens.stats.loss_rise import rise_verdict
 from gainlens.stats.verdicts import Context, Verdict
 
@@ -39,7 +40,7 @@ Losses = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class PositionRise:
+class PositionRise(Displayed):
     """Rise of the loss by position in the text, of one cut or several on the same documents.
 
     A position is that of the token from which the next one is predicted: at position p the model
@@ -148,13 +149,13 @@ class PositionRise:
 
         return plot_rise_by_position(self, ax)
 
-    def _repr_html_(self) -> str:
-        from gainlens.plots.notebook import figure_html
+    def _display(self) -> Display:
+        from gainlens.plots.markup.results import position_chart
 
-        return figure_html(
-            self,
+        return Display(
             "Rise of the loss in nats per token against the position in the text, with 95% "
             f"intervals, for: {', '.join(self.cuts)}.",
+            lambda alt: position_chart(self, alt),
         )
 
 

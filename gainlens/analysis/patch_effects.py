@@ -10,10 +10,11 @@ from jaxtyping import Float
 
 from gainlens.errors import InputError
 from gainlens.frames import data_frame
+from gainlens.plots.notebook import Display, Displayed
 
 
 @dataclass(frozen=True, eq=False)
-class PatchEffects:
+class PatchEffects(Displayed):
     """The effect of patching each unit.
 
     Attributes:
@@ -103,11 +104,11 @@ class PatchEffects:
 
         return plot_patching(self, ax)
 
-    def _repr_html_(self) -> str:
-        from gainlens.plots.notebook import figure_html
+    def _display(self) -> Display:
+        from gainlens.plots.markup.results import patching_map
 
-        return figure_html(
-            self,
+        return Display(
             f"Heat map of the change of the metric when the key {self.unit} of the clean run is "
             "put into the corrupted run, by layer and key head.",
+            lambda alt: patching_map(self, alt),
         )

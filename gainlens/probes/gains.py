@@ -27,6 +27,7 @@ from gainlens.files.schema import (
 from gainlens.frames import data_frame
 from gainlens.model.families import Pairing
 from gainlens.model.sites import STAGES, KeySites, Stage, pair_partners
+from gainlens.plots.notebook import Display, Displayed
 from gainlens.probes.scores import SCORES, get_score
 
 Unit = str
@@ -110,7 +111,7 @@ class ModelCard:
 
 
 @dataclass(frozen=True, eq=False)
-class KeyGains:
+class KeyGains(Displayed):
     """Sums of key and query statistics over tokens. Add two instances to merge their texts.
 
     Attributes:
@@ -289,13 +290,14 @@ class KeyGains:
         held = self.scores
         return "qk" if "qk" in held or not held else held[0]
 
-    def _repr_html_(self) -> str:
-        from gainlens.plots.notebook import figure_html
+    def _display(self) -> Display:
+        from gainlens.plots.markup.results import gains_map
 
-        return figure_html(
-            self,
-            f"Heat map of the gain ({self._shown_score}) of each key dimension by layer, relative "
+        score = self._shown_score
+        return Display(
+            f"Heat map of the gain ({score}) of each key dimension by layer, relative "
             "to the mean of its head, on a logarithmic scale.",
+            lambda alt: gains_map(self, score, alt),
         )
 
     def save(self, path: str | Path) -> None:

@@ -13,6 +13,7 @@ from gainlens.analysis.damage_by_position import PositionRise
 from gainlens.analysis.sweep.curve import SurgeryCurve
 from gainlens.plots.markup.charts import Frame, Series, all_values, bar_chart, line_chart
 from gainlens.plots.markup.marks import legend
+from gainlens.plots.markup.results import NATS, RISE, distance_charts, surgery_chart, surgery_lines
 from gainlens.plots.markup.scales import ColourScale
 from gainlens.report.claims import FLAT_MARGIN
 from gainlens.report.figures import DAMAGE_FRACTION, Damage
@@ -20,8 +21,6 @@ from gainlens.report.heat_figures import HeatAxes, HeatView, heat_figure
 from gainlens.report.page import PageFigure, View, csv_of
 
 EVERY = "all"
-NATS = "nats per token"
-RISE = f"rise of the loss ({NATS})"
 MARGIN = f"margin {FLAT_MARGIN:g} nats"
 
 
@@ -31,23 +30,16 @@ def surgery_figure(curve: SurgeryCurve) -> PageFigure:
     views, rows = [], []
     for text in [EVERY, *(texts if len(texts) > 1 else [])]:
         part = curve if text == EVERY else _of_text(curve, text)
-        series = _surgery_series(part)
-        labels = [f"{f:.0%}" for s in series for f in s.at]
-        for line in series:
-            rows += [
-                [text, line.name, at, value, *ends]
-                for at, value, ends in zip(line.at, line.values, line.intervals, strict=True)
-            ]
-        places = sorted({f for s in series for f in s.at})
-        labels = [f"{f:.0%}" for f in places]
-        aligned = [_on(line, places) for line in series]
-        frame = Frame(labels, "share of key dimensions cut", RISE, NATS, FLAT_MARGIN, linear=0.1)
         alt = (
             "Lines: rise of the loss against the share of key dimensions cut, for the quietest "
             f"pairs and their controls, on {text} texts; the table below has the numbers."
         )
-        drawn = line_chart(aligned, frame, alt) + legend([s.name for s in series], MARGIN)
-        views.append(View((text,), drawn))
+        for line in surgery_lines(part):
+            rows += [
+                [text, line.name, at, value, *ends]
+                for at, value, ends in zip(line.at, line.values, line.intervals, strict=True)
+            ]
+        views.append(View((text,), surgery_chart(part, FLAT_MARGIN, alt)))
     return PageFigure(
         "surgery_impact",
         "Rise of the loss against the share of key dimensions cut, for the quietest pairs, random "
@@ -58,18 +50,6 @@ def surgery_figure(curve: SurgeryCurve) -> PageFigure:
         {"text": [view.choice[0] for view in views]} if len(views) > 1 else {},
         csv_of(["text", "cut", "fraction", "rise (nats per token)", "low", "high"], rows),
         f'gl.SurgeryCurve.load("surgery.json").plot(margin={FLAT_MARGIN:g})',
-    )
-
-
-def _on(line: Series, places: Sequence[float]) -> Series:
-    """The same line with a value, or none, at each of the places."""
-    at = {f: i for i, f in enumerate(line.at)}
-    gap = (float("nan"), float("nan"))
-    return Series(
-        line.name,
-        [line.values[at[f]] if f in at else float("nan") for f in places],
-        [line.intervals[at[f]] if f in at else gap for f in places],
-        list(places),
     )
 
 
@@ -86,27 +66,6 @@ def _of_text(curve: SurgeryCurve, text: str) -> SurgeryCurve:
         lengths=lengths,
         n_tokens=sum(lengths) or curve.n_tokens,
     )
-
-
-def _surgery_series(curve: SurgeryCurve) -> list[Series]:
-    """A line per order, score and scope; seeds of a control are averaged."""
-    groups: dict[str, list[int]] = {}
-    for i, point in enumerate(curve.points):
-        name = {
-            "given": str(point.label),
-            "random": "random pairs (control)",
-            "loudest": "loudest pairs (control)",
-        }.get(point.order, f"{point.order} pairs, {point.score}, {point.scope}")
-        groups.setdefault(name, []).append(i)
-    found = []
-    for name, members in groups.items():
-        fractions = sorted({curve.points[i].fraction for i in members})
-        means = [
-            curve.mean_and_interval([i for i in members if curve.points[i].fraction == f])
-            for f in fractions
-        ]
-        found.append(Series(name, [m[0] for m in means], [(m[1], m[2]) for m in means], fractions))
-    return found
 
 
 def position_figure(by_position: Mapping[str, PositionRise], fraction: float) -> PageFigure:
@@ -220,21 +179,8 @@ def distance_figure(change: DistanceChange) -> PageFigure:
 def distance_lines(change: DistanceChange) -> PageFigure:
     """Change of attention by distance, mean over layers, and the pairs cut at each wavelength."""
     rows = change.table()
-    columns = [f"{a:,}" if a == b else f"{a:,}–{b:,}" for a, b in change.buckets]
-    lines, shares = [], []
-    for cut in change.cuts:
-        own = [r for r in rows if r["cut"] == cut]
-        ends = [(float(r["interval"][0]), float(r["interval"][1])) for r in own]
-        lines.append(Series(cut, [r["change"] for r in own], ends))
-        shares.append(
-            Series(cut, [100 * r["cut_pairs"] / r["pairs"] if r["pairs"] else 0.0 for r in own])
-        )
-    key = legend(change.cuts)
     alt = "Lines: absolute change of attention against the distance between query and key."
-    across = "distance from query to key (tokens)"
-    drawn = line_chart(lines, Frame(columns, across, "change of attention", "of attention"), alt)
-    words = "Bars: share of the rotary pairs with each wavelength that the cut takes from."
-    frame = Frame(columns, "wavelength of the pair (tokens)", "pairs cut (%)", "% of the pairs")
+    lines, bars = distance_charts(change, alt)
     kept = ["cut", "first", "last", "attention", "after", "change", "pairs", "cut_pairs"]
     return PageFigure(
         "change_by_distance_mean",
@@ -242,8 +188,8 @@ def distance_lines(change: DistanceChange) -> PageFigure:
         "Absolute change of attention by distance, mean over layers and heads, and how many of "
         "the rotary pairs with that wavelength are cut.",
         (
-            View(("change of attention",), drawn + key),
-            View(("pairs cut",), bar_chart(shares, frame, words) + key),
+            View(("change of attention",), lines),
+            View(("pairs cut",), bars),
         ),
         {"show": ["change of attention", "pairs cut"]},
         csv_of(kept, [[r[k] for k in kept] for r in rows]),

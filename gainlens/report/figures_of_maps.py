@@ -14,6 +14,7 @@ from gainlens.errors import InputError
 from gainlens.model.sites import STAGES
 from gainlens.plots.markup.charts import Frame, Series, bar_chart
 from gainlens.plots.markup.marks import legend
+from gainlens.plots.markup.results import presence_chart
 from gainlens.plots.markup.scales import ColourScale, number
 from gainlens.probes.gains import KeyGains
 from gainlens.report.heat_figures import HeatAxes, HeatView, heat_figure
@@ -112,33 +113,16 @@ def presence_figure(cmap: CoordinateMap) -> PageFigure:
     """How present each unit is among the loudest."""
     table = cmap.universal.table()
     kind = cmap.units.kind
-    universal, beyond = set(cmap.universal_units), set(cmap.universal.beyond_chance)
-
-    def only(members: set[int]) -> list[float]:
-        return [r["presence"] if r["unit"] in members else float("nan") for r in table]
-
-    rest = {r["unit"] for r in table} - universal - beyond
-    groups = [
-        Series("universal: beyond chance and in most layers", only(universal)),
-        Series("beyond chance", only(beyond - universal)),
-        Series("no more than chance", only(rest)),
-    ]
     alt = (
         f"Bars: each {kind} by how much more often than chance it is among the loudest; "
-        f"{len(universal)} are universal."
+        f"{len(cmap.universal_units)} are universal."
     )
-    frame = Frame(
-        [str(r["unit"]) for r in table], f"{kind}, by presence",
-        "presence (0 chance, 1 everywhere)", "", cmap.universal.min_presence,
-    )  # fmt: skip
-    drawn = bar_chart(groups, frame, alt, together=True)
-    key = legend([g.name for g in groups], "bound for universal")
     head = list(table[0])
     return PageFigure(
         "unit_presence",
         alt,
         f"How present each {kind} is among the loudest.",
-        (View((), drawn + key),),
+        (View((), presence_chart(cmap, alt)),),
         {},
         csv_of(head, [[row[name] for name in head] for row in table]),
         f'{MAP}.to_dataframe("units")',

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from gainlens.plots.markup import colours
+from gainlens.plots.markup.style import figure_rules
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,13 @@ def render_page(**content: Any) -> str:
         autoescape=True, undefined=StrictUndefined, loader=FunctionLoader(_template)
     )
     schemes = {name: colours.variables(name) for name in ("light", "dark")}
-    given = {"next_step": None, "colours": schemes, "colour_rules": colours.rules(), **content}
+    given = {
+        "next_step": None,
+        "colours": schemes,
+        "colour_rules": colours.rules(),
+        "figure_rules": figure_rules(),
+        **content,
+    }
     return environment.get_template("index.html").render(**given)
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from gainlens.errors import InputError
 from gainlens.frames import data_frame
+from gainlens.plots.notebook import Display, Displayed
 from gainlens.stats.intervals import bootstrap_interval, documents_by_scaling, grouped
 
 Status = Literal[
@@ -60,7 +61,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Displayed):
     """The outcome of testing one claim.
 
     Attributes:
@@ -181,12 +182,9 @@ class Verdict:
 
         return plot_verdict(self, ax)
 
-    def _repr_html_(self) -> str:
-        from gainlens.plots.notebook import figure_html
-
+    def _display(self) -> Display:
         low, high = self.interval
-        return figure_html(
-            self,
+        return Display(
             f"The claim {self.status}: estimate {self.estimate:.4g} with interval {low:.4g} to "
             f"{high:.4g}, beside the margin {self.margin:.4g}.",
             size=(7, 1.9),

@@ -19,13 +19,14 @@ from gainlens.data.overlap import check_overlap
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.frames import data_frame
+from gainlens.plots.notebook import Display, Displayed
 from gainlens.stats.verdicts import MARGIN, Verdict
 from gainlens.training.folder import save_folder
 from gainlens.training.student import Student
 
 
 @dataclass(eq=False)
-class TrainingRun:
+class TrainingRun(Displayed):
     """A trained model and the record of its training.
 
     Attributes:
@@ -194,10 +195,8 @@ class TrainingRun:
 
         return plot_training(self.curve, ax)
 
-    def _repr_html_(self) -> str:
-        from gainlens.plots.notebook import figure_html
-
-        return figure_html(self, "Rise of the loss against training tokens")
+    def _display(self) -> Display:
+        return Display("Rise of the loss against training tokens")
 
 
 def row_digests(rows: Iterable[Int[torch.Tensor, " _"]]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html as markup
 import re
 import sys
 
@@ -27,6 +28,8 @@ NAMES = (
     "patching",
     "behaviours",
 )
+STATIC = ("verdict", "no number")
+"""A single number is read in the line below its picture."""
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +80,75 @@ def _no_figure_left():
 @pytest.mark.parametrize("name", NAMES)
 def test_html_has_the_line_and_a_figure_with_words(results, name):
     html = results[name]._repr_html_()
-    (alt,) = re.findall(r'<img alt="([^"]+)"', html)
+    if name in STATIC:
+        (alt,) = re.findall(r'<img alt="([^"]+)"', html)
+        (data,) = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+        assert base64.b64decode(data, validate=True).startswith(b"\x89PNG")
+    else:
+        alt = re.search(r'aria-label="([^"]+)"', html)[1]
+        assert "<img" not in html and html.count("<svg") >= 1
+        assert len(re.findall("<title>[^<]+: −?[0-9]", html)) >= 4, "values when pointed at"
     assert len(alt) > 30
-    (data,) = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
-    picture = base64.b64decode(data, validate=True)
-    assert picture.startswith(b"\x89PNG")
-    assert len(picture) < 200_000
+    assert len(html) < 600_000
+    assert "<script" not in html and "http" not in html and "url(" not in html
     shown = repr(results[name])
     assert "\n" not in shown
     assert len(shown) < 320
     assert "<claim>" not in html
     assert shown.split("(")[0] in html
     assert not plt.get_fignums(), "showing an object leaves no figure open"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_no_html_is_taken_there_is_a_picture(results, name):
+    picture = results[name]._repr_png_()
+    assert picture.startswith(b"\x89PNG") and len(picture) < 200_000
+    assert not plt.get_fignums(), "showing an object leaves no figure open"
+
+
+def said(html):
+    """What the marks of a figure say, as words to numbers."""
+    found = (t.rpartition(": ") for t in re.findall("<title>([^<]+)</title>", html))
+    return {
+        markup.unescape(where): float(re.match("[−0-9.,e]+", value)[0].replace("−", "-"))
+        for where, _, value in found
+        if value[:1].isdigit() or value.startswith("−")
+    }
+
+
+def test_cells_and_points_say_their_values(results, tiny_gains):
+    qk = tiny_gains.score("qk").double()
+    cells = said(results["gains"]._repr_html_())
+    assert len(cells) == qk.shape[0] * qk.shape[2]
+    for layer, dim in ((0, 0), (2, 5), (3, 31)):
+        wanted = np.mean([row[dim] / row.mean() for row in qk[layer].numpy()])
+        assert cells[f"layer {layer}, key dimension {dim}"] == pytest.approx(wanted, rel=6e-3)
+
+    keep = results["mask"].keep
+    cells = said(results["mask"]._repr_html_())
+    assert cells["layer 1, key dimension 7"] == pytest.approx(float(keep[1, :, 7].float().mean()))
+
+    curve, points = results["curve"], said(results["curve"]._repr_html_())
+    (one,) = curve.find(order="quietest", fraction=0.5)
+    assert points["quietest pairs, qk, head, 50%"] == pytest.approx(
+        curve.deltas(one).mean(), rel=6e-3
+    )
+    both = [curve.deltas(i).mean() for i in curve.find(order="random", fraction=0.25)]
+    assert len(both) == 2
+    assert points["random pairs (control), 25%"] == pytest.approx(np.mean(both), rel=6e-3)
+
+    cells = said(results["map"]._repr_html_())
+    assert cells["layer 1, pair 3"] == pytest.approx(
+        results["map"].profiles[1, 3] / results["map"].profiles[1].mean(), rel=6e-3
+    )
+    effects = results["patching"].effect
+    assert said(results["patching"]._repr_html_())["layer.key head 1.0, pair 2"] == effects[1, 0, 2]
+
+
+def test_a_figure_too_large_for_a_notebook_is_a_picture():
+    html = gl.KeyMask(torch.rand(120, 2, 128) > 0.5)._repr_html_()
+    assert len(html) < 600_000
+    assert "<svg" not in html and html.count("data:image/png;base64,") == 1
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -273,3 +273,57 @@ def test_axe_finds_nothing(visit, scheme, viewport):
         "wcag22aa", "best-practice"] })""")
     assert len(found["passes"]) > 20
     assert [(v["id"], [n["html"][:120] for n in v["nodes"][:3]]) for v in found["violations"]] == []
+
+
+@pytest.fixture
+def notebook(browser, tiny_gains):
+    """A page that a notebook made of outputs, with the theme that it says it has."""
+    import gainlens as gl
+
+    shown = [tiny_gains, gl.coordinate_map(tiny_gains, n_permutations=99)]
+    contexts = []
+
+    def opened(theme):
+        # No script runs: a notebook that is not trusted runs none either.
+        contexts.append(browser.new_context(viewport=DESK, java_script_enabled=False))
+        page = contexts[-1].new_page()
+        outputs = "".join(f"<div class='output'>{one._repr_html_()}</div>" for one in shown)
+        head = "<!doctype html><html lang='en'><title>notebook</title>"
+        page.set_content(f"{head}<body data-jp-theme-light='{theme}'><main>{outputs}</main>")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+def test_a_figure_in_a_notebook_says_its_values_without_a_script(notebook, tiny_gains):
+    page = notebook("true")
+    figure = page.locator("figure").first
+    box = figure.locator(".values").first.bounding_box()
+    layers, _, dims = tiny_gains.shape
+    cell = figure.locator(".values g").nth(2).locator("rect").nth(5)
+    found = cell.bounding_box()
+    assert found["width"] == pytest.approx(box["width"] / dims, rel=0.05)
+    assert found["height"] == pytest.approx(box["height"] / layers, rel=0.05)
+    cell.hover()  # fails if anything lies above it
+    assert cell.locator("title").text_content().startswith("layer 2, key dimension 5: ")
+    for svg in page.locator("figure svg[role=img]").all():
+        assert svg.bounding_box()["width"] > 200
+
+
+def test_a_figure_in_a_notebook_is_dark_where_the_notebook_is(notebook):
+    def colours(theme):
+        page, seen = notebook(theme), []
+        for what in ("figure", "figure .d12"):
+            element = page.locator(what).first
+            seen.append(
+                element.evaluate(
+                    "e => getComputedStyle(e).backgroundColor + getComputedStyle(e).fill"
+                )
+            )
+        return seen
+
+    light, dark = colours("true"), colours("false")
+    assert "rgb(255, 255, 255)" in light[0] and light[0] != dark[0]
+    assert light[1] != dark[1], "zero has the colour of the ground"

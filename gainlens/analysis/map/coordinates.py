@@ -33,6 +33,7 @@ from gainlens.analysis.map.universal import (
 )
 from gainlens.errors import InputError
 from gainlens.frames import data_frame
+from gainlens.plots.notebook import Display, Displayed
 from gainlens.stats.verdicts import Verdict
 
 PARTS = (HeadSimilarity, PairTest, SharingCost, RedLine, Sinks, Stability, Universal, Units)
@@ -40,7 +41,7 @@ PARTS = (HeadSimilarity, PairTest, SharingCost, RedLine, Sinks, Stability, Unive
 
 
 @dataclass(frozen=True, eq=False)
-class CoordinateMap:
+class CoordinateMap(Displayed):
     """Similarity of gains between layers and heads, universal units, and the evidence for them.
 
     Layers are compared by the mean of their heads, each first scaled to mean 1, so the order of
@@ -283,14 +284,14 @@ class CoordinateMap:
 
         return plot_part(self, part, ax)
 
-    def _repr_html_(self) -> str:
-        from gainlens.plots.notebook import figure_html
+    def _display(self) -> Display:
+        from gainlens.plots.markup.results import map_panels
 
         kind = self.units.kind
-        return figure_html(
-            self,
-            f"Four panels: cosine between layers, what is left above its null, gain of each {kind} "
+        return Display(
+            f"Cosine between layers, what is left above its null, gain of each {kind} "
             f"by layer, and how present each {kind} is among the loudest. Answer: {self.answer}.",
+            lambda alt: map_panels(self, alt),
             size=(13, 10),
             panels=(2, 2),
         )

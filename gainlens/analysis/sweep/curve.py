@@ -18,6 +18,7 @@ from gainlens.errors import InputError
 from gainlens.files import opened, read_json, sealed, write_json
 from gainlens.files.schema import MOST, checking, listing, maybe, number, record, text, whole
 from gainlens.frames import data_frame
+from gainlens.plots.notebook import Display, Displayed
 from gainlens.probes.gains import CARD, ModelCard
 from gainlens.stats.by_domain import overall
 from gainlens.stats.intervals import bootstrap_interval, group_means, t_interval
@@ -51,7 +52,7 @@ CURVE = record(
 
 
 @dataclass(frozen=True, eq=False)
-class SurgeryCurve:
+class SurgeryCurve(Displayed):
     """Losses of every point of a sweep on the same documents.
 
     Attributes:
@@ -278,19 +279,19 @@ class SurgeryCurve:
 
         return plot_surgery(self, ax, margin)
 
-    def _repr_html_(self) -> str:
-        from gainlens.plots.notebook import figure_html
+    def _display(self) -> Display:
+        from gainlens.plots.markup.results import surgery_chart
 
         orders = ", ".join(dict.fromkeys(str(p.label or p.order) for p in self.points))
-        return figure_html(
-            self,
+        return Display(
             "Rise of the loss in nats per token against the share of key dimensions cut, with "
             f"95% intervals, for: {orders}; the dashed line is a margin of {MARGIN:g} nats.",
+            lambda alt: surgery_chart(self, MARGIN, alt),
             table=(
                 ["cut", "share", "seed", "rise (nats)", "95% interval", f"margin {MARGIN:g}"],
                 [shown_row(row) for row in self.table()],
             ),
-            margin=MARGIN,
+            options={"margin": MARGIN},
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,8 @@ def heat_map(
     row_name: str,
     column_name: str,
     alt: str,
+    *,
+    said: bool = False,
 ) -> str:
     """The drawing.
 
@@ -33,16 +36,21 @@ def heat_map(
         rows, columns: their labels.
         row_name, column_name: what they are, for the axes.
         alt: the figure in words.
+        said: each cell says its value when pointed at, without a script; some 70 bytes a cell.
     """
     n, m = values.shape
     wide = WIDTH - LEFT - RIGHT
     cell_w, cell_h = wide / m, max(LOWEST, min(28, TALLEST / n))
     tall = n * cell_h
     bottom = TOP + tall
+    placed = f'transform="translate({LEFT} {TOP}) scale({cell_w:.5g} {cell_h:.5g})"'
     parts = [
-        f'<g class="cells" transform="translate({LEFT} {TOP}) scale({cell_w:.5g} {cell_h:.5g})">'
+        f'<g class="cells" {placed}>'
         f'<rect class="ground" width="{m}" height="{n}"/>{cells(values, scale)}</g>'
     ]
+    if said:
+        words = [f"{row_name} {row}, {column_name} {{}}: " for row in rows]
+        parts.append(f'<g class="values" {placed}>{_values(values, words, columns)}</g>')
     for r in some(n, max(2, int(tall // 18))):
         middle = TOP + (r + 0.5) * cell_h + 4
         parts.append(text(LEFT - 6, middle, rows[r], "end"))
@@ -74,6 +82,18 @@ def cells(values: Float[np.ndarray, "row column"], scale: ColourScale) -> str:
     return "".join(
         f'<path class="{scale.letter}{step}" d="{"".join(paths[step])}"/>' for step in sorted(paths)
     )
+
+
+def _values(
+    values: Float[np.ndarray, "row column"], words: Sequence[str], columns: Sequence[str]
+) -> str:
+    """An invisible cell per value with what it says; the style sheet makes it one unit large."""
+    lines = []
+    for r, row in enumerate(values.tolist()):
+        said = (html.escape(words[r].format(columns[c]) + number(v)) for c, v in enumerate(row))
+        cells = "".join(f'<rect x="{c}"><title>{s}</title></rect>' for c, s in enumerate(said))
+        lines.append(f'<g transform="translate(0 {r})">{cells}</g>')
+    return "".join(lines)
 
 
 def _colours(scale: ColourScale, y: float) -> str:
