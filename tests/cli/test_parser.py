@@ -106,6 +106,15 @@ def test_too_few_documents_are_known_before_a_model_loads(verb, tmp_path, monkey
         assert not out.exists()
 
 
+def test_one_text_file_is_one_document_and_the_error_says_what_to_give(tmp_path, capsys):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("## one\n## two\n" * 50)
+    assert status_of(["surgery", "--model", "tiny", "--text", notes]) == 2
+    error = capsys.readouterr().err
+    assert "(1 in all)" in error and error.count("\n") == 1
+    assert ".jsonl" in error and "separator=" in error and "--judge" not in error
+
+
 def test_next_line_keeps_what_the_user_gave():
     given = ["--model", "a b", "--text", "pydoc", "--n-docs", "5", "--length", "32", "--seed", "7"]
     options = build_parser().parse_args(["probe", *given, "--device", "cuda", "--out", "g"])

@@ -55,6 +55,26 @@ def test_default_places_of_results_are_in_the_folder_of_results():
     )
 
 
+def prose(text: str) -> str:
+    """What a person reads aloud: no code, no tables, no comments, no pictures, no addresses."""
+    for gone in (r"```.*?```", r"<!--.*?-->", r"^\|.*?$", r"!\[.*?\]\(.*?\)"):
+        text = re.sub(gone, "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"\[(.*?)\]\(.*?\)", r"\1", text, flags=re.DOTALL)
+
+
+def test_the_readme_is_read_aloud_in_two_minutes():
+    words = prose((ROOT / "README.md").read_text(encoding="utf-8")).split()
+    assert 200 < len(words) <= 330, "some 150 words a minute"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("ledger_*.md")), ids=lambda p: p.stem)
+def test_a_ledger_opens_with_words_and_says_which_way_is_better(path):
+    _, _, text = path.read_text(encoding="utf-8").partition("\n")
+    opening = re.split(r"^(?:## |<!-- |\|)", text, flags=re.MULTILINE)[0]
+    assert len(re.findall(r"[.:](?:\s|$)", prose(opening))) >= 3, "three sentences before figures"
+    assert re.search(r"\b(better|faster|lower|below)\b", prose(text), re.IGNORECASE)
+
+
 def test_every_make_target_is_defined_once_and_explained():
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = Counter(re.findall(r"^([a-z][a-z-]*):(?!=)", text, re.MULTILINE))

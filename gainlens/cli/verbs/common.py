@@ -151,7 +151,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "margin": {"type": nats, "default": MARGIN, "help": "rise of the loss, in nats, that counts as "
                "none"},
     "seed": {"type": whole(0), "default": 0, "help": "seed of everything that is random"},
-    "device": {"default": "cpu", "help": "cpu, cuda, cuda:1, mps"},
+    "device": {"default": "cpu", "help": "cpu, cuda, cuda:1, mps; probe, surgery and slim: "
+               "disk, for a model larger than memory"},
     "out": {"help": "where to write"},
 }  # fmt: skip
 """Options shared by several verbs: one meaning each, one default unless a verb sets its own."""
@@ -263,10 +264,17 @@ def _check_one_text(name: str, wanted: Mapping[str, int]) -> None:
             digests[document.split].add(document.digest)
     for split, number in wanted.items():
         if len(digests[split]) < number:
+            in_all = sum(map(len, digests.values()))
+            expected = "a smaller --n-docs or --judge, or a text with more documents"
+            if in_all == 1:
+                expected = (
+                    "a folder with a .txt file per document, or a .jsonl file with a string per "
+                    "line; a .txt file is one document, which load_tokens(separator=) splits in "
+                    "Python"
+                )
             raise InputError(
                 f"--text {name} has {len(digests[split])} documents in its {split} split "
-                f"({sum(map(len, digests.values()))} in all), {number} wanted: expected a smaller "
-                "--n-docs or --judge, or a text with more documents"
+                f"({in_all} in all), {number} wanted: expected {expected}"
             )
 
 
@@ -277,8 +285,15 @@ def _bytes(path: Path) -> int:
 
 def open_model(options: argparse.Namespace) -> Any:
     """Load the model on the requested device."""
-    check_device(options.device)
-    return load_model(options.model, device=options.device)
+    return load_model(options.model, **place(options.device))
+
+
+def place(device: str) -> dict[str, Any]:
+    """``--device`` as arguments of ``load_model``: ``disk`` leaves the weights in their files."""
+    if device == "disk":
+        return {"device_map": "disk"}
+    check_device(device)
+    return {"device": device}
 
 
 def length_for(options: argparse.Namespace, model: Any) -> Any:
