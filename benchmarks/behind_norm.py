@@ -2,12 +2,12 @@
 
     python benchmarks/behind_norm.py [--model gemma3-270m] [--judge 24] [--out FILE]
 
-The cut is ``gainlens.best_cut`` at 50% per layer: ranked by ``fisher``, fitted without training on
-calibration speeches and source files of mixed lengths. It goes through ``gainlens.slim`` and
-``export_model``, and the folder is read back: that model is judged against the intact one, on
-validation documents that chose nothing, by text; nothing was learned from the documentation. Its
-logits are compared with those of the hooked original, on a document past every window. The peak
-memory of the ``fisher`` probe is measured in a process of its own.
+The cut is that of ``gainlens.best_cut`` at 50% per layer (ranked by ``fisher``, fitted without
+training), with the settings of the fit below, on calibration speeches and source files. It goes
+through ``gainlens.slim`` and ``export_model``, and the folder is read back: that model is judged
+against the intact one, on validation documents that chose nothing, by text; nothing was learned
+from the documentation. Its logits are compared with those of the hooked original, on a document
+past every window. The peak memory of the ``fisher`` probe is measured in a process of its own.
 
 Gains, cut and losses stay in ``--cache``; a run that is killed goes on from there.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from slots import LENGTHS, SEEN, UNSEEN, apart, described, plain, texts_of
+from slots import SEEN, UNSEEN, apart, described, plain, texts_of
 
 import gainlens as gl
 from gainlens.ablation.recipe import RANKING_DOCUMENTS, RANKING_LENGTH, ranking_gains
@@ -51,8 +51,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="gemma3-270m", help="a name or a folder")
     parser.add_argument("--name", help="of the model in the record (default: --model)")
-    parser.add_argument("--calibration", type=int, default=32, help="documents, of both texts")
+    parser.add_argument("--calibration", type=int, default=64, help="documents, of both texts")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[512, 256], help="of those")
     parser.add_argument("--rounds", type=int, default=2, help="of the fit, at most")
+    parser.add_argument(
+        "--stride", type=int, default=4, help="every how many queries one is fitted"
+    )
+    parser.add_argument("--ridge", type=float, nargs="*", default=[0.1], help="to choose from")
     parser.add_argument(
         "--judge", type=int, default=24, help="documents of 256 tokens of each text"
     )
@@ -72,7 +77,7 @@ def main() -> None:
         print(f"{time.time() - started:6.0f} s  {text}", flush=True)
 
     bridge = gl.load_model(args.model)
-    calibration = gl.load_tokens(SEEN, bridge, n_docs=args.calibration, length=LENGTHS)
+    calibration = gl.load_tokens(SEEN, bridge, n_docs=args.calibration, length=args.lengths)
     cut, seconds = cut_of(args, bridge, calibration)
     said(f"{cut!r} in {seconds:.0f} s")
     short = judges(args, bridge, calibration)
@@ -98,7 +103,7 @@ def main() -> None:
     del model
     fitted = losses_of(args, thin, short, f"slim_{cut.digest()[:12]}", said)
     after = sizes(thin)
-    memory = kept_json(args.cache / f"memory_{args.calibration}.json", lambda: measured(args))
+    memory = kept_json(args.cache / "memory.json", lambda: measured(args))
     said(memory)
     record = {
         "what": "rise of the validation loss in nats per token, paired by document, of the slim "
@@ -139,15 +144,20 @@ def main() -> None:
 
 def cut_of(args, model, calibration):
     """The cut, from the cache or made, and how long it took to make."""
-    gains_file = args.cache / f"gains_{args.calibration}.safetensors"
-    file = args.cache / f"cut_{args.calibration}_{args.rounds}.safetensors"
+    text = f"{args.calibration}x{'-'.join(map(str, args.lengths))}"
+    ridges = "-".join(f"{r:g}" for r in args.ridge)
+    gains_file = args.cache / f"gains_{text}.safetensors"
+    file = args.cache / f"cut_{text}_{args.rounds}_{args.stride}_{ridges}.safetensors"
     if file.exists():
         return gl.load_cut(file), float(file.with_suffix(".seconds").read_text())
     if not gains_file.exists():
         ranking_gains(model, calibration).save(gains_file)
     gains = gl.KeyGains.load(gains_file)
     begun = time.time()
-    cut = gl.best_cut(model, calibration, FRACTION, "layer", gains=gains, rounds=args.rounds)
+    mask = gl.KeyMask.quietest(gains, FRACTION, "fisher", "layer")
+    cut = gl.refit(
+        model, calibration, mask, rounds=args.rounds, stride=args.stride, ridge=args.ridge
+    )
     took = time.time() - begun
     file.with_suffix(".seconds").write_text(str(took))
     cut.save(file)
@@ -204,7 +214,7 @@ def kept_json(file: Path, make) -> dict:
 def measured(args) -> dict:
     """``probe_memory`` in a process of its own."""
     words = [sys.executable, __file__, "--model", args.model, "--probe-memory"]
-    words += ["--calibration", str(args.calibration)]
+    words += ["--calibration", str(args.calibration), "--lengths", *map(str, args.lengths)]
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -212,7 +222,7 @@ def measured(args) -> dict:
 def probe_memory(args) -> dict:
     """Gigabytes that the ranking of ``best_cut`` takes beyond the loaded model."""
     model = gl.load_model(args.model)
-    tokens = gl.load_tokens(SEEN, model, n_docs=args.calibration, length=LENGTHS)
+    tokens = gl.load_tokens(SEEN, model, n_docs=args.calibration, length=args.lengths)
     weights = sum(
         p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values()
     )

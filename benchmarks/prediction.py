@@ -53,7 +53,8 @@ HALVES = 200
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--model", default="tiny", help="a name or a folder")
+    parser.add_argument("--name", help="of the model in the record (default: --model)")
     parser.add_argument("--text", default="sotu")
     parser.add_argument("--units", type=int, default=200, help="units to cut, one at a time")
     parser.add_argument("--calibration", type=int, default=16, help="documents of the scores")
@@ -66,11 +67,11 @@ def main() -> None:
     )
     parser.add_argument("--out", default="docs/results/prediction.json")
     args = parser.parse_args()
-    path = Path(args.out)
+    path, name = Path(args.out), args.name or args.model
     kept = json.loads(path.read_text(encoding="utf-8"))["models"] if path.is_file() else {}
     if args.again:
-        args.calibration = kept[args.model]["calibration_documents"]
-        args.seed, args.units = kept[args.model]["seed"], len(kept[args.model]["units"])
+        args.calibration = kept[name]["calibration_documents"]
+        args.seed, args.units = kept[name]["seed"], len(kept[name]["units"])
     model = gl.load_model(args.model)
     started = time.monotonic()
     length = min(args.length, int(model.cfg.n_ctx))
@@ -82,7 +83,7 @@ def main() -> None:
     chosen = np.random.default_rng(args.seed).permutation(len(found))[: args.units]
     sample = [found[i] for i in sorted(chosen)]
     fingerprint = model_fingerprint(model)
-    old = kept[args.model] if args.again else None
+    old = kept[name] if args.again else None
     if old and (old["model"] != fingerprint or old["units"] != [list(u) for u in sample]):
         raise SystemExit(f"{path} holds cuts of other weights or other units")
     scores = scored(model, calibration, sample, old["scores"] if old else {})
@@ -115,7 +116,7 @@ def main() -> None:
         path,
         {
             "what": "rank correlation of each score with the rise of the loss when one unit is cut",
-            "models": {**kept, args.model: entry},
+            "models": {**kept, name: entry},
         },
     )
     print(json.dumps(entry["results"], indent=1))

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -104,6 +104,20 @@ def text_facts(model: Any, documents: list[Int[torch.Tensor, " _"]]) -> dict[str
     }
 
 
+class Choice(NamedTuple):
+    """What held-out text chose for a head.
+
+    Attributes:
+        ridge: of the fit.
+        rounds: of the fit; 0 where the start stayed.
+        shared: whether the query heads of the group have one map.
+    """
+
+    ridge: float
+    rounds: int
+    shared: bool
+
+
 @dataclass
 class Fitted:
     """What ``fit_heads`` found.
@@ -112,13 +126,13 @@ class Fitted:
         queries, keys: maps of all heads, zero rows for what is cut.
         misfits: per key head, before and after: on all text, then on held-out text by the fit to
             the other half.
-        chosen: per key head, the ridge and the number of rounds; 0 rounds where the start stayed.
+        chosen: per key head.
     """
 
     queries: Float[torch.Tensor, "layer head d_head d_head2"]
     keys: Float[torch.Tensor, "layer kv_head d_head d_head2"]
     misfits: list[tuple[float, float, float, float]] = field(default_factory=list)
-    chosen: list[tuple[float, int]] = field(default_factory=list)
+    chosen: list[Choice] = field(default_factory=list)
 
     def facts(self, settings: Settings, stride: int) -> dict[str, Any]:
         """Settings and misfits (about nats of Kullback-Leibler divergence per query), for files."""
@@ -135,9 +149,10 @@ class Fitted:
             "misfit_after": means[1],
             "held_out_before": means[2],
             "held_out_after": means[3],
-            "heads_unfitted": sum(rounds == 0 for _, rounds in self.chosen),
+            "heads_unfitted": sum(c.rounds == 0 for c in self.chosen),
+            "heads_with_one_query_map": sum(c.shared and c.rounds > 0 for c in self.chosen),
             "ridges_chosen": {
-                f"{ridge:g}": sum(r == ridge and n > 0 for r, n in self.chosen)
+                f"{ridge:g}": sum(c.ridge == ridge and c.rounds > 0 for c in self.chosen)
                 for ridge in settings.ridges
             },
         }
@@ -197,9 +212,14 @@ def fit_heads(
 
 
 def in_halves(seen: list[Seen]) -> tuple[list[Seen], list[Seen]]:
-    """Every other document, and the rest; of a single document every other run of queries."""
+    """Half of the documents, and the rest; of a single document every other run of queries.
+
+    The halves are drawn: where several texts take turns, every other document is one of the texts,
+    and what fits the other would be judged on it.
+    """
     if len(seen) > 1:
-        return seen[0::2], seen[1::2]
+        order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0)).tolist()
+        return [seen[i] for i in sorted(order[0::2])], [seen[i] for i in sorted(order[1::2])]
     queries, keys, at = seen[0]
     side = torch.arange(len(at)) * 4 // max(1, len(at)) % 2
     first, second = ([(queries[side == n], keys, at[side == n])] for n in (0, 1))
@@ -213,34 +233,51 @@ def together(a: Problem, b: Problem) -> Problem:
 
 def fit_held_out(
     fits: Problem, judges: Problem, start: Maps, settings: Settings
-) -> tuple[Maps, tuple[float, int], tuple[float, float]]:
-    """The maps fitted to all text, by the ridge and the rounds that one half chose for the other.
+) -> tuple[Maps, Choice, tuple[float, float]]:
+    """The maps fitted to all text, by the settings that one half chose for the other.
+
+    Tried are one query map for the group against one for each of its heads, at the ridge in the
+    middle, and then larger or smaller ridges as long as they help.
 
     Returns:
-        The maps (``start`` where no fit was better), ridge and rounds, and the misfit of the
-        second half before and after a fit to the first.
+        The maps (``start`` where no fit was better), the choice, and the misfit of the second half
+        before and after a fit to the first.
     """
     plain = best = misfit(judges, start)
-    chosen = (settings.ridges[0], 0)
-    before = float("inf")
-    for ridge in settings.ridges:
+    ridges = sorted(settings.ridges)
+    middle = len(ridges) // 2
+    chosen = Choice(ridges[middle], 0, False)
+    how = {"rounds": settings.rounds, "iterations": settings.iterations}
+
+    def tried(ridge: float, shared: bool) -> float:
+        nonlocal best, chosen
         lowest = float("inf")
-        rounds = fit_rounds(
-            fits, start, rounds=settings.rounds, iterations=settings.iterations, ridge=ridge
-        )
+        rounds = fit_rounds(fits, start, ridge=ridge, shared=shared, **how)
         for n, maps in enumerate(rounds, 1):
             error = misfit(judges, maps)
             lowest = min(lowest, error)
             if error < best:
-                best, chosen = error, (ridge, n)
-        if lowest > before:  # more ridge has stopped to help
+                best, chosen = error, Choice(ridge, n, shared)
+        return lowest
+
+    ways = (False, True) if len(start[0]) > 1 else (False,)
+    errors = {shared: tried(ridges[middle], shared) for shared in ways}
+    shared = min(ways, key=errors.__getitem__)
+    for side in (ridges[middle + 1 :], ridges[:middle][::-1]):
+        before = errors[shared]
+        helped = False
+        for ridge in side:
+            error = tried(ridge, shared)
+            if error > before:
+                break
+            before, helped = error, True
+        if helped:  # the other side is worse then
             break
-        before = lowest
-    ridge, n = chosen
-    if n == 0:
+    if chosen.rounds == 0:
         return start, chosen, (plain, best)
+    how["rounds"] = chosen.rounds
     whole = together(fits, judges)
-    fitted = fit_rounds(whole, start, rounds=n, iterations=settings.iterations, ridge=ridge)
+    fitted = fit_rounds(whole, start, ridge=chosen.ridge, shared=chosen.shared, **how)
     return list(fitted)[-1], chosen, (plain, best)
 
 

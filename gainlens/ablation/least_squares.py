@@ -89,7 +89,13 @@ class Problem:
 
 
 def fit_rounds(
-    problem: Problem, start: Maps, *, rounds: int, iterations: int, ridge: float
+    problem: Problem,
+    start: Maps,
+    *,
+    rounds: int,
+    iterations: int,
+    ridge: float,
+    shared: bool = False,
 ) -> Iterator[Maps]:
     """The maps after each round.
 
@@ -99,13 +105,14 @@ def fit_rounds(
         rounds: how often the two linear problems are solved in turn.
         iterations: conjugate-gradient steps of each.
         ridge: pull of each solve towards where it began, relative to the mean curvature.
+        shared: one map for all query heads of the group: fewer numbers to learn from the same text.
     """
     m_q, m_k = start
     q_cov = _mean_outer([p.queries.flatten(1, 2) for p in problem.parts])
     k_cov = _mean_outer([p.keys.flatten(0, 1)[None] for p in problem.parts])
     turns = [(p.query_turn, p.turn) for p in problem.parts]
     for _ in range(rounds):
-        m_q = _solve_queries(problem, turns, m_q, m_k, q_cov, iterations, ridge)
+        m_q = _solve_queries(problem, turns, m_q, m_k, q_cov, iterations, ridge, shared)
         m_k = _solve_keys(problem, turns, m_q, m_k, k_cov, iterations, ridge)
         yield m_q, m_k
 
@@ -150,12 +157,16 @@ def _solve_queries(
     covariance: Float[torch.Tensor, "group d_head d_head"],
     iterations: int,
     ridge: float,
+    shared: bool,
 ) -> Float[torch.Tensor, "group kept d_head"]:
     keys = [turn(p.keys @ m_k.T) for p, (_, turn) in zip(problem.parts, turns, strict=True)]
 
+    def joined(x: torch.Tensor) -> torch.Tensor:
+        return x.sum(0, keepdim=True) if shared else x
+
     def back(n: int, pull: torch.Tensor) -> torch.Tensor:
         field = turns[n][0].adjoint(problem.scale * pull @ keys[n])
-        return field.flatten(1, 2).mT @ problem.parts[n].queries.flatten(1, 2)
+        return joined(field.flatten(1, 2).mT @ problem.parts[n].queries.flatten(1, 2))
 
     def normal(m: torch.Tensor) -> torch.Tensor:
         total = torch.zeros_like(m)
@@ -165,10 +176,14 @@ def _solve_queries(
         return total
 
     right = sum(back(n, part.pulled(part.logits)) for n, part in enumerate(problem.parts))
-    left = _query_curvature(problem, turns, keys)
-    return _conjugate_gradients(
+    left = joined(_query_curvature(problem, turns, keys))
+    n_heads = len(start)
+    if shared:
+        start, covariance = (x.mean(0, keepdim=True) for x in (start, covariance))
+    found = _conjugate_gradients(
         normal, torch.as_tensor(right), start, left, covariance, iterations, ridge
     )
+    return found.expand(n_heads, -1, -1).clone() if shared else found
 
 
 def _query_curvature(

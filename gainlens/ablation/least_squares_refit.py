@@ -38,9 +38,10 @@ def refit(
 ) -> RefitCut:
     """Fit the kept query and key dimensions to the intact attention logits, without training.
 
-    Half of the documents choose, for each key head, the ridge and the number of rounds of a fit to
-    the others; all of them are fitted then. Where no fit is better than plain selection on text
-    that it has not seen, the head keeps plain selection.
+    Half of the documents, drawn at random, choose for each key head the ridge, the number of rounds
+    and whether its query heads share one map, of a fit to the others; all of them are fitted then.
+    Where no fit is better than plain selection on text that it has not seen, the head keeps plain
+    selection.
 
     Args:
         model: a TransformerBridge or HookedTransformer.

@@ -13,7 +13,13 @@ from planted import planted_llama, written_by
 
 import gainlens as gl
 from gainlens.ablation import fitting, recorded_attention
-from gainlens.ablation.fitting import Settings, fit_held_out, head_parts, weighted_logits
+from gainlens.ablation.fitting import (
+    Settings,
+    fit_held_out,
+    head_parts,
+    in_halves,
+    weighted_logits,
+)
 from gainlens.ablation.least_squares import Part, Problem, fit_rounds, misfit
 from gainlens.ablation.recorded_attention import Attention
 from gainlens.analysis.sweep.evaluator import Evaluator
@@ -239,13 +245,70 @@ def test_each_solve_is_the_brute_force_least_squares(soft_cap, window):
     assert misfit(problem, (got_q, wanted_k)) == pytest.approx(float(0.5 * best / n_queries))
 
 
+def test_one_query_map_for_a_group_is_the_least_squares_over_all_its_heads():
+    """Against the normal equations of an explicit design matrix, with M_k held."""
+    problem, (m_q, m_k) = random_problem(groups=3)
+    settings = {"rounds": 1, "iterations": 400, "ridge": 0.0, "shared": True}
+    ((got_q, _),) = list(fit_rounds(problem, (m_q, m_k), **settings))
+    assert torch.equal(got_q, got_q[:1].expand_as(got_q))
+    design, wanted = [], []
+    for part in problem.parts:
+        at, keys = part.at[0], part.turn(part.keys[0] @ m_k.T)
+        for g in range(3):
+            for i, place in enumerate(at):
+                basis = torch.eye(24, dtype=torch.float64).view(24, 4, 6)
+                moved = part.turn.at(place[None])((basis @ part.queries[g, 0, i])[:, None])
+                logits = 0.4 * moved[:, 0] @ keys.T
+                w = part.weights[g, 0, i]
+                design.append((w.sqrt() * (logits - (logits * w).sum(-1, keepdim=True))).T)
+                aim = part.logits[g, 0, i]
+                wanted.append(w.sqrt() * (aim - (w * aim).sum()))
+    found = torch.linalg.lstsq(torch.cat(design), torch.cat(wanted)[:, None]).solution
+    best, plain = (
+        float((torch.cat(design) @ x.reshape(24, 1) - torch.cat(wanted)[:, None]).square().sum())
+        for x in (found, m_q[0])
+    )
+    reached = torch.cat(design) @ got_q[0].reshape(24, 1) - torch.cat(wanted)[:, None]
+    assert float(reached.square().sum()) - best < 1e-6 * (plain - best)
+
+
+def test_one_query_map_is_chosen_where_the_heads_need_the_same():
+    """Few queries, much noise and one true map: what is learned together carries over better."""
+    problem, start = random_problem(groups=3)
+    generator = torch.Generator().manual_seed(5)
+    true = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    halves = []
+    for part in problem.parts:
+        keys = part.turn(part.keys @ start[1].T)
+        logits = 0.4 * part.query_turn(part.queries @ true.T) @ keys.mT
+        noise = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+        halves.append(replace(problem, parts=[replace(part, logits=logits + 0.3 * noise)]))
+    (maps, choice, (before, after)) = fit_held_out(*halves, start, Settings(rounds=1, ridge=1e-3))
+    assert choice.shared
+    assert after < before
+    own = list(fit_rounds(halves[0], start, rounds=1, iterations=12, ridge=1e-3))[-1]
+    assert after < misfit(halves[1], own)
+    assert torch.equal(maps[0], maps[0][:1].expand_as(maps[0]))
+
+
+def test_both_halves_have_every_text_that_takes_turns():
+    for texts in (2, 3, 4):
+        seen = [(torch.tensor(n), torch.tensor(n % texts), torch.tensor(0)) for n in range(32)]
+        halves = in_halves(seen)
+        assert sorted(int(q) for half in halves for q, _, _ in half) == list(range(32))
+        assert len(halves[0]) == len(halves[1])
+        for half in halves:
+            counts = torch.bincount(torch.stack([text for _, text, _ in half]), minlength=texts)
+            assert int(counts.min()) >= 2, (texts, counts)
+
+
 def test_no_fit_where_none_is_better_on_text_it_has_not_seen():
     """Logits of noise: what one half teaches is wrong for the other."""
     problem, start = random_problem()
     noisy = [replace(p, logits=torch.randn_like(p.logits)) for p in problem.parts]
     halves = [replace(problem, parts=[part]) for part in noisy]
-    maps, (_, rounds), (before, after) = fit_held_out(*halves, start, Settings(ridge=1e-6))
-    assert rounds == 0
+    maps, chosen, (before, after) = fit_held_out(*halves, start, Settings(ridge=1e-6))
+    assert chosen.rounds == 0
     assert before == after
     assert torch.equal(maps[1], start[1])
 
