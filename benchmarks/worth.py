@@ -103,11 +103,19 @@ def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
     intact = load_hf(args.model)
     intact.tokenizer = tokenizer
     print({name: len(text) for name, text in texts.items()}, flush=True)
-    before = intact_losses(intact, texts)
-    print("the intact model is read", flush=True)
+    before: dict[str, list[torch.Tensor]] = {}
     shorter = {name: text for name, text in texts.items() if name != "8192"}
     rows: dict[str, Any] = {}
     for name in (INTACT, *folders):
+        asked = [args.judge, args.long, args.longest, args.task_prompts, args.task_length]
+        state = "original" if name == INTACT else digest_of(folders[name])
+        kept = args.work / f"losses_{name}_{state}_{'_'.join(str(n) for n in asked)}.json"
+        if kept.exists():
+            rows[name] = read_json(kept)
+            continue
+        if not before:
+            before = intact_losses(intact, texts)
+            print("the intact model is read", flush=True)
         model = intact if name == INTACT else gl.load_slim(folders[name])
         fraction = 0.0 if name == INTACT else 1 - plan_of(model.config).fraction_kept
         row = rows[name] = {}
@@ -123,6 +131,7 @@ def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
             row["tasks"] = on_tasks(
                 model, intact, tokenizer, args.task_length, args.task_prompts, args.seed
             )
+        write_json(kept, row)
         shown = {c: r["256"]["by_text"] for c, r in row.items() if c != "tasks"}
         print(f"{name}: {shown} ({time.time() - begun:.0f} s)", flush=True)
     return {

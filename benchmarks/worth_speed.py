@@ -54,10 +54,11 @@ def in_python(
         checkpoint, _, container = name.partition("/")
         if container:
             loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
-            setting = "eager"
+            # Keys and values of one width run in fused attention.
+            setting = "sdpa" if loaded.config.model_type == "llama" else "eager"
         else:
             loaded, setting = gl.load_slim(folder), None
-        engine = "transformers, eager" if container else "gainlens"
+        engine = f"transformers, {setting}" if container else "gainlens"
         contenders.append((checkpoint, engine, Decoding(name, loaded, setting)))
     rows = []
     with torch.inference_mode():

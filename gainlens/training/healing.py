@@ -38,7 +38,7 @@ from gainlens.training.processes import Processes, gather_gains
 from gainlens.training.rounds import nested_plans
 from gainlens.training.run import TrainingRun, row_digests
 from gainlens.training.settings import Settings
-from gainlens.training.student import Student, check_plan
+from gainlens.training.student import Student, check_plan, thin_values
 from gainlens.training.virtual_width import train_virtual_width
 
 FIGURE = "loss.png"
@@ -102,16 +102,19 @@ class Healing:
             raise InputError(
                 f"rounds={self.rounds}: expected 1 to steps, which is {self.settings.steps}"
             )
-        if self.value_fraction and not {"v", "o"} <= set(self.settings.train):
-            raise InputError("value_fraction: a plan that cuts values trains v and o as well")
-        if self.value_fraction is not None and self.rounds > 1:
+        if not self.margin > 0:
+            raise InputError(f"margin={self.margin}: expected a number of nats above 0")
+        thin = bool(self.value_fraction)
+        if self.plan:
+            plan = SlicePlan.load(self.plan)
+            check_plan(plan)
+            thin = thin or (self.value_fraction is None and thin_values(plan))
+        if thin and not {"v", "o"} <= set(self.settings.train):
+            raise InputError("a plan that cuts values trains v and o as well (--train q,k,v,o)")
+        if thin and self.rounds > 1:
             raise InputError(
                 f"rounds={self.rounds}: values are cut in one round; expected rounds=1"
             )
-        if not self.margin > 0:
-            raise InputError(f"margin={self.margin}: expected a number of nats above 0")
-        if self.plan:
-            check_plan(SlicePlan.load(self.plan))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; a plan file with its digest, since it may change under its name."""

@@ -248,7 +248,8 @@ def test_a_plan_of_another_model_leaves_nothing(wrong, healed, tmp_path, capsys)
     file, out = tmp_path / "plan.json", tmp_path / "out"
     plans[wrong].save(file)
     said = {"model": "another model", "shape": "shape", "values": "cuts values"}
-    assert main(["train", *SMALL, "--plan", str(file), "--steps", "1", "--out", str(out)]) == 2
+    call = ["train", *SMALL, "--plan", str(file), "--steps", "1", "--out", str(out)]
+    assert main([*call, "--train", "q,k"]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert said[wrong] in last and last.startswith("gainlens: error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
