@@ -10,7 +10,8 @@
 # 1. Vectors that share nothing can have a cosine of 0.99.
 # 2. Two planted models: the map finds what is shared, and finds nothing where nothing is shared.
 # 3. The map of the real model, with two nulls, and what is shared beyond rotary frequency.
-# 4. The sharing cost: what one universal set costs. It decides whether the map matters.
+# 4. Whether the map is a property of the model, or of the text and the context.
+# 5. The sharing cost: what one universal set costs. It decides whether the map matters.
 
 # %%
 import os
@@ -124,7 +125,36 @@ for score in gains.scores:
     )
 
 # %% [markdown]
-# ## 4 The sharing cost
+# ## 4 Another text, another context
+#
+# The gains came from speeches of 128 tokens. `compare_maps` compares each layer of one map with the same
+# layer of another, beyond what frequency explains; its null shuffles the units of the second map. The
+# second line is the ceiling: other speeches of the same length.
+
+# %%
+OTHER = 32 if model.cfg.n_ctx <= 128 else 512
+maps = {}
+for name, text, length, rows in (
+    ("speeches", "sotu", 128, slice(0, 8)),
+    ("other speeches (the ceiling)", "sotu", 128, slice(8, 16)),
+    (f"speeches of {OTHER} tokens", "sotu", OTHER, slice(8, 16)),
+    ("code", "stdlib", 128, slice(8, 16)),
+):
+    tokens = gl.load_tokens(text, model, n_docs=16, length=length, split="calibration")[rows]
+    own = gl.probe_gains(model, tokens, progress=False)
+    maps[name] = gl.coordinate_map(own, score="qk", n_permutations=299)
+    compared = gl.analysis.compare_maps(maps["speeches"], maps[name])
+    print(
+        f"{name:29} {maps[name].answer}; with the first map {compared.same_depth.mean():.3f} "
+        f"(95% of shuffles below {compared.null_high:.3f})"
+    )
+
+# %% [markdown]
+# **Conclusion.** If every line is far above its shuffles and near the ceiling, the map belongs to the
+# model. What falls below the ceiling belongs to the text or the context, and a claim has to name it.
+
+# %% [markdown]
+# ## 5 The sharing cost
 #
 # Agreement between layers is useful when one universal set can replace a set per head. So cut the same
 # fraction with three scopes and compare the loss on text that did not choose the sets. The control is a
@@ -157,8 +187,12 @@ cmap.sinks
 # 1. Multiply the gains of one layer by 10. What changes in the map? What does `layer_profiles` do first?
 # 2. Plant a model in which only half of the layers share a set. What is the answer, and which figure
 #    shows it?
-# 3. `gl.analysis.compare_maps(a, b)` compares two maps. Probe two texts (`"sotu"` and `"stdlib"`) and compare.
-#    Is the map a property of the model or of the text?
-# 4. Set `parts=("red_line",)`. How many pairs must stay for a rise below 0.05 nats?
+# 3. Set `parts=("red_line",)`. How many pairs must stay for a rise below 0.05 nats?
+#
+# ## A question for you
+#
+# Does your claim survive another text? Take the units that are universal on speeches, and a text of your
+# own. Are the same units universal there (`compare_maps(…).common`, beside `p_common`), and what does
+# the universal set of one text cost on the other (`parts=("sharing_cost",)`)?
 #
 # Next: [how much of the damage heals?](04_healing.md)

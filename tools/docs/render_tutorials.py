@@ -136,8 +136,14 @@ def is_axes(value: Any) -> bool:
     return isinstance(first, Artist)
 
 
-def record(path: Path, model: str) -> dict[str, Any]:
-    """Execute a tutorial for the site; its figures replace those of the run before."""
+def record(path: Path, model: str, busy: bool = False) -> dict[str, Any]:
+    """Execute a tutorial for the site; its figures replace those of the run before.
+
+    Args:
+        path: the tutorial.
+        model: what it runs on.
+        busy: other work ran beside it, so that its time says little; the page says so.
+    """
     from gainlens.environment import environment
 
     folder = PAGES / path.stem
@@ -157,6 +163,7 @@ def record(path: Path, model: str) -> dict[str, Any]:
     return {
         "model": model,
         "seconds": round(time.monotonic() - started),
+        "busy": busy,
         **environment(),
         "cells": found,
     }
@@ -182,8 +189,8 @@ def page(path: Path, kept: dict[str, Any]) -> str:
     if run:
         versions = ", ".join(f"{k} {v}" for k, v in sorted(run["versions"].items()))
         lines += [
-            f"The outputs are from a run on `{run['model']}`, which took {run['seconds']} s, with "
-            f"{versions}."
+            f"The outputs are from a run on `{run['model']}`, which took {run['seconds']} s"
+            f"{' on a machine that was busy' if run.get('busy') else ''}, with {versions}."
         ]
     lines += [
         f"The source is `tutorials/{path.name}`, a notebook in jupytext's percent format. Jupyter "
@@ -203,6 +210,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", action="store_true", help="execute before rendering")
     parser.add_argument("--check", action="store_true", help="say whether the pages are current")
+    parser.add_argument("--busy", action="store_true", help="other work runs on this machine")
     parser.add_argument("only", nargs="*", help="names to run, e.g. 01_probes; by default all")
     options = parser.parse_args()
     kept = kept_outputs()
@@ -212,7 +220,7 @@ def main() -> int:
         for path in tutorials():
             if not options.only or path.stem in options.only:
                 print(f"== {path.name} on {model}", flush=True)
-                kept[path.stem] = record(path, model)
+                kept[path.stem] = record(path, model, options.busy)
                 KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     stale = []
     for path in tutorials():
