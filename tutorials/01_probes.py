@@ -248,6 +248,7 @@ except gl.errors.SilentSiteError as error:
 # ## A question for you
 #
 # Which score depends least on the text? Run the loop of section 5 with `rms`, `std` and `qk`, and with a
-# text of your own in place of the code. Is the one that agrees best also the one that may decide a cut?
+# text of your own in place of the code (`gl.load_tokens("mine.jsonl", …)`). Is the one that agrees best
+# also the one that may decide a cut?
 #
 # Next: [what breaks when the quiet ones go?](02_surgery.md)

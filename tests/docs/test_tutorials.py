@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def test_runs_on_the_small_model(path, monkeypatch, tmp_path):
     left = list(site.execute(path, tmp_path))
     assert len(left) == sum(cell.kind == "code" for cell in site.cells(path))
     assert any(row["text"].strip() for row in left) and any(row["figures"] for row in left)
+
+
+@pytest.mark.parametrize("path", site.tutorials(), ids=NAMES)
+def test_it_ends_with_a_question_that_the_tool_answers(path):
+    _, found, last = site.cells(path)[-1].source.partition("## A question for you\n")
+    assert found and "##" not in last, "the last section"
+    assert "?" in last and re.search(r"`(gl\.|gainlens |run\.|sites\.)[^`]*`|`parts=", last)
 
 
 @pytest.mark.parametrize("path", site.tutorials(), ids=NAMES)
