@@ -17,6 +17,7 @@ from gainlens.ablation import Cut, KeyMask, best_cut
 from gainlens.analysis import CoordinateMap, SurgeryCurve, coordinate_map, surgery
 from gainlens.analysis.damage_by_place import damage_by_head
 from gainlens.analysis.map.evidence import similarity_table, with_evidence
+from gainlens.analysis.map.files import plain
 from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.data.loading import load_texts
 from gainlens.data.splits import Split
@@ -318,6 +319,7 @@ def _write(
         "cut": _cut_facts(plan, gains),
         **environment(),
     }
+    facts = plain(facts)  # one document has an infinite interval, which JSON does not know
     write_json(folder / "report.json", facts)
     card = gains.model
     page = render_page(

@@ -62,6 +62,20 @@ def page(made):
     return Page(made[0])
 
 
+def test_one_document_gives_a_page_without_intervals(tmp_path):
+    """Student's interval of one document is infinite, which a file of JSON can't hold."""
+    small = {"evidence_docs": 1, "damage_docs": 0, "long_docs": 0, "task_prompts": 0}
+    plan = Plan(
+        "tiny", "sotu", n_docs=1, length=48, fractions=(0.5,), seeds=(0,), refit_rounds=0, **small
+    )
+    facts = build_report(gl.load_model("tiny"), plan, tmp_path / "report")
+    written = json.loads((tmp_path / "report/report.json").read_text(encoding="utf-8"))
+    assert written == facts
+    cuts = [row for row in written["surgery"] if row["order"] != "intact"]
+    assert cuts
+    assert all(row["interval"] == [None, None] for row in cuts)
+
+
 def test_every_figure_has_words_and_a_size(page):
     assert not page.all("img"), "a picture is white in the dark and says no value"
     pictures = [svg for svg in page.all("svg") if svg.get("aria-hidden") != "true"]
