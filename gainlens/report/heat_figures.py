@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from gainlens.plots.markup.heat_map import heat_map
 from gainlens.plots.markup.scales import ColourScale
 from gainlens.report.page import PageFigure, View, csv_of
 
-MOST = 200_000
-"""Numbers in a figure, at most. Beyond, single heads are left out, then all but the first view."""
+MOST = 70_000
+"""Numbers in a figure, at most, some 7 bytes each. Beyond, single heads are left out, except in the
+first view, then also there, then the last views: a page has some seven heat maps and 3 MB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +119,13 @@ def _rows(views: Sequence[HeatView], axes: HeatAxes, split: bool) -> list[list[o
 
 
 def _within_bounds(views: Sequence[HeatView]) -> list[HeatView]:
-    """All of it, or without single heads except in the first view, or the first view only."""
+    """All of it, or without single heads except in the first view, or the first views only."""
     plain = [HeatView(v.choice, v.scale, v.values) for v in views]
-    for kept in (list(views), [views[0], *plain[1:]], plain, plain[:1]):
+    for kept in (list(views), [views[0], *plain[1:]]):
         if sum(view.size for view in kept) <= MOST:
             return kept
-    return plain[:1]
+    sizes = accumulate(view.size for view in plain)
+    return plain[: max(1, sum(size <= MOST for size in sizes))]
 
 
 def _rounded(value: float) -> float:

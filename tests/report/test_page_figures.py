@@ -174,7 +174,7 @@ def test_a_large_model_leaves_out_heads_then_views():
     scale = ColourScale.around_one(8, "gain")
     views = [
         HeatView((name,), scale, rng.random((80, 128)), rng.random((80, heads, 128)))
-        for name, heads in (("a", 8), ("b", 8), ("c", 8))
+        for name, heads in (("a", 3), ("b", 3), ("c", 3))
     ]
     axes = HeatAxes([str(i) for i in range(80)], [str(i) for i in range(128)])
     figure = heat_figure("big", views, axes, alt="", caption="", python="", choices=("score",))
@@ -182,6 +182,33 @@ def test_a_large_model_leaves_out_heads_then_views():
     assert {r[0] for r in rows} == {"a", "b", "c"}
     assert {r[0] for r in rows if r[2] != "all"} == {"a"}
     assert sum(len(r) - 3 for r in rows) <= MOST
+
+
+def test_the_page_of_a_large_model_stays_below_three_megabytes():
+    """All heat maps of a page together, for 80 layers of 8 key heads and 64 query heads."""
+    rng = np.random.default_rng(0)
+    scale = ColourScale.around_one(8, "gain")
+    size = 0
+    for n_views, columns, parts in (
+        (6, 128, 8),  # gains: three scores at two stages
+        (6, 64, 8),  # the same by pair
+        (15, 80, 0),  # what two layers have in common
+        (3, 12, 64),  # change of attention by distance, for three cuts
+        (1, 64, 8),  # sinks
+        (1, 64, 8),  # the red line
+        (1, 8, 0),  # one key head cut
+    ):
+        views = [
+            HeatView(
+                (str(i),), scale, rng.lognormal(size=(80, columns)),
+                rng.lognormal(size=(80, parts, columns)) if parts else None,
+            )
+            for i in range(n_views)
+        ]  # fmt: skip
+        axes = HeatAxes([str(i) for i in range(80)], [str(i) for i in range(columns)])
+        figure = heat_figure("one", views, axes, alt="", caption="", python="", choices=("view",))
+        size += len(figure.data_link) + len(figure.heat_json) + len(figure.views[0].markup)
+    assert 1_000_000 < size < 2_800_000, "100 kB for the page itself, 100 kB for lines and bars"
 
 
 @pytest.mark.parametrize(
