@@ -10,8 +10,9 @@
 # 1. The same `run_with_hooks` call gives the same loss on a `HookedTransformer` and on a bridge.
 # 2. Whole pairs can be cut before or after the rotation, half pairs cannot.
 # 3. A sweep beside random and loudest-first cuts, and what it takes to say "nothing is lost".
-# 4. When zeroing and mean ablation are the same cut, and when they differ.
-# 5. Which units carry a copied token, by exact patching and by a one-pass estimate.
+# 4. The same cut on code, and by position in the text.
+# 5. When zeroing and mean ablation are the same cut, and when they differ.
+# 6. Which units carry a copied token, by exact patching and by a one-pass estimate.
 
 # %%
 import os
@@ -156,7 +157,41 @@ except gl.errors.InputError as error:
 # one text, at the length that was measured.
 
 # %% [markdown]
-# ## 4 What replaces a key?
+# ## 4 Another text, and further from the start
+#
+# The speeches chose the cut. Code did not, and a short text has no distant keys. Several texts in one
+# name are judged one by one, and the worst decides:
+
+# %%
+both = gl.load_tokens("sotu,stdlib", model, n_docs=12, length=128, split="validation")
+wider = gl.surgery(model, both, gains, fractions=(0.5,), orders=("quietest",), progress=False)
+(point,) = wider.find(order="quietest", fraction=0.5)
+for text, one in wider.verdicts(point, margin=0.02).items():
+    low, high = one.interval
+    print(f"{text:7} {one.status}: {one.estimate:+.3f} nats [{low:+.3f}, {high:+.3f}]")
+
+# %% [markdown]
+# Longer documents show where in a text the loss rises. The first bucket is the control for the others:
+# the cut is the same, only the keys are further away.
+
+# %% alt="Rise of the loss against the position in the text with half of the key dimensions cut, with 95% intervals, on speeches and on code together."
+longer = gl.load_tokens(
+    "sotu,stdlib", model, n_docs=8, length=min(512, model.cfg.n_ctx), split="validation"
+)
+by_position = gl.analysis.rise_by_position(
+    model, longer, mask, buckets=(0, 32, 64, 128, 256), progress=False
+)
+by_position.plot()
+
+# %%
+by_position.to_dataframe()[["first", "last", "rise", "low", "high", "n_documents"]].round(3)
+
+# %% [markdown]
+# **Conclusion.** A cut is worth what it costs on the text and at the positions where the model is used.
+# If the rows of the two texts or the first and the last bucket differ, one number for all would be wrong.
+
+# %% [markdown]
+# ## 5 What replaces a key?
 #
 # A rotated key dimension that is the same at every position adds the same number to all logits of a
 # query, and the softmax ignores it. So *after* the rotation, zero and the mean (or any constant) are
@@ -177,7 +212,7 @@ for mode, stage in (("zero", "rotated"), ("mean", "rotated"), ("mean", "projecte
 # how much of the damage was lost position and not lost content.
 
 # %% [markdown]
-# ## 5 Patching: which units carry a copied token?
+# ## 6 Patching: which units carry a copied token?
 #
 # Take a piece of text *s*, followed by its beginning again. A model that copies expects *s* to
 # continue. In the corrupted prompt *s* is another piece, so the right continuation is another token.
@@ -237,5 +272,11 @@ top.nlargest(5, "size")[["layer", "kv_head", "dim", "effect"]].round(3)
 # 3. Most tokens of a text need no long-range attention. `gl.behaviours(model, validation, gains)`
 #    measures induction and copying. Do they break before the loss rises?
 # 4. Halve the validation text. What happens to the interval and to the verdict?
+#
+# ## A question for you
+#
+# How much can be cut on the text that *you* use? Choose the mask on your text as well
+# (`gl.load_tokens("sotu,stdlib,mine.jsonl", …)`), run `surgery` at a few fractions and read
+# `curve.verdicts`. Which text decides, and at which position does the rise begin?
 #
 # Next: [do all layers use the same dimensions?](03_map.md)
