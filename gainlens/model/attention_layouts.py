@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from gainlens.errors import UnsupportedModelError
 from gainlens.model.attention_weights import AttentionWeights
+from gainlens.model.stored_weights import StoredWeights
 
 Tensors = Mapping[str, torch.Tensor]
 """A layer's attention tensors by name, relative to the attention module."""
@@ -212,23 +213,20 @@ def layout_of(architecture: str) -> AttentionLayout:
     return LAYOUTS[architecture]
 
 
-INSIDE = "._original_component"
-
-
 def plain_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Parameters of a transformers model, or of the one in a bridge, by transformers' names."""
-    found: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        plain = name.replace(INSIDE, "")
-        # A bridge's alias may equal one of the original's names; the original takes precedence.
-        if plain not in found or INSIDE in name:
-            found[plain] = parameter.detach()
-    return found
+    """Parameters of a transformers model, or of the one in a bridge, by transformers' names.
+
+    Those that are not in memory are on the device ``meta``: see ``StoredWeights``.
+    """
+    held = StoredWeights(model)
+    return {name: held.like(name) for name in held}
 
 
-def layer_tensors(tensors: Tensors, layout: AttentionLayout, layer: int) -> dict[str, torch.Tensor]:
+def layer_tensors(tensors: Tensors, layout: AttentionLayout, layer: int) -> Tensors:
     """Tensors of one layer's attention, by name relative to the attention module."""
     path = layout.attention.format(layer) + "."
+    if isinstance(tensors, StoredWeights):
+        return tensors.under(path)
     return {n[len(path) :]: t for n, t in tensors.items() if n.startswith(path)}
 
 
@@ -265,7 +263,7 @@ def bridge_weights(
         layout: layout of its architecture.
         config: configuration of the wrapped model.
         layer: layer index.
-        tensors: ``plain_tensors`` of the wrapped model.
+        tensors: ``plain_tensors`` or ``StoredWeights`` of the wrapped model.
     """
     weights = layout.read(layer_tensors(tensors, layout, layer), config)
     if not layout.joint:

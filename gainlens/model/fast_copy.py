@@ -188,6 +188,8 @@ def _share(model: Any, original: Any) -> bool:
         for name, tensor in found:
             have.setdefault(name.replace("_original_component.", ""), tensor)
     wanted = list(model.named_parameters(remove_duplicate=False)) + list(_buffers(model))
+    if len({held.device for held in original.parameters()}) > 1:  # hooks move between devices
+        return False
     for name, tensor in wanted:
         other = have.get(name)
         if other is None or other.shape != tensor.shape or other.is_meta:
@@ -242,6 +244,9 @@ def family_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     head = copy.copy(model)
     head._modules = dict(model._modules)
+    # accelerate puts a forward into the instance that runs the model copied from.
+    for name in ("forward", "_hf_hook", "_old_forward") if hasattr(model, "_hf_hook") else ():
+        vars(head).pop(name, None)
     stub = head._modules[model.base_model_prefix] = _Given()
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:

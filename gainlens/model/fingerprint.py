@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,15 +19,16 @@ from gainlens.model.attention_layouts import (
     layer_tensors,
     lens_biases,
     lens_weights,
-    plain_tensors,
 )
 from gainlens.model.attention_weights import AttentionWeights
+from gainlens.model.stored_weights import INSIDE, StoredWeights
 from gainlens.model.text_config import text_config
 from gainlens.model.wrapping import architecture_of
 
 Tensors = dict[str, torch.Tensor]
 FACTOR, ADDEND = -0x61C8864680B583EB, 0x2545F4914F6CDD1D
 ROWS = 1 << 20
+_KNOWN: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -43,7 +45,8 @@ def model_fingerprint(model: Any) -> str:
     - the signs of the embedding: TransformerLens multiplies Gemma's by sqrt(d_model).
 
     The last norm, the output head and position embeddings are excluded. Quantised weights are
-    hashed as stored, offloaded weights as loaded.
+    hashed as stored, offloaded weights as loaded. The hash of a model none of whose weights are in
+    memory is computed once, since it takes reading all of them.
 
     Args:
         model: any of the three kinds, on any device.
@@ -52,6 +55,9 @@ def model_fingerprint(model: Any) -> str:
         UnsupportedModelError: the layout of the attention weights is unknown, or they are not in
             memory.
     """
+    inner = getattr(model, "original_model", model)
+    if (known := _KNOWN.get(inner)) is not None and not getattr(model, "compatibility_mode", False):
+        return known
     digest = hashlib.sha256()
     embedding = _numbers(_embedding(model), "the embedding")
     digest.update(f"embedding {tuple(embedding.shape)}".encode())
@@ -63,10 +69,12 @@ def model_fingerprint(model: Any) -> str:
             digest.update(plain.numpy().tobytes())
         sums = [_unordered(_numbers(tensor, f"layer {number}")) for tensor in rest]
         digest.update(f"{number} {_total(sums):x}".encode())
+    if isinstance(inner, torch.nn.Module) and all(p.is_meta for p in inner.parameters()):
+        _KNOWN[inner] = digest.hexdigest()
     return digest.hexdigest()
 
 
-def _layers(model: Any) -> Iterator[tuple[Tensors, list[torch.Tensor]]]:
+def _layers(model: Any) -> Iterator[tuple[Tensors, Iterable[torch.Tensor]]]:
     """For each layer, the attention's tensors by name and all other tensors."""
     lens = hasattr(model, "blocks") and hasattr(model, "hook_dict")
     inner: Any = getattr(model, "original_model", None) if lens else model
@@ -80,7 +88,7 @@ def _layers(model: Any) -> Iterator[tuple[Tensors, list[torch.Tensor]]]:
         yield from (_lens_layer(block) for block in model.blocks)
         return
     if layout is None and hasattr(inner, "named_parameters"):  # a family that nothing here reads
-        yield {}, list(_present(inner).values())
+        yield {}, _held(inner).values()
         return
     if layout is None:
         raise UnsupportedModelError(
@@ -88,7 +96,7 @@ def _layers(model: Any) -> Iterator[tuple[Tensors, list[torch.Tensor]]]:
             "has no fingerprint"
         )
     config = text_config(inner.config)
-    held = _present(inner)
+    held = _held(inner)
     for layer in range(int(config.num_hidden_layers)):
         yield _layer(model if lens else None, layout, config, layer, held)
 
@@ -121,8 +129,8 @@ def _output_bias(attention: Any) -> torch.Tensor | None:
 
 
 def _layer(
-    bridge: Any | None, layout: AttentionLayout, config: Any, layer: int, held: Tensors
-) -> tuple[Tensors, list[torch.Tensor]]:
+    bridge: Any | None, layout: AttentionLayout, config: Any, layer: int, held: StoredWeights
+) -> tuple[Tensors, Iterable[torch.Tensor]]:
     """A layer of a transformers model, or of one inside a bridge."""
     inside = layer_tensors(held, layout, layer)
     leaves = ("weight", "bias")
@@ -132,19 +140,17 @@ def _layer(
     block = layout.attention.split("{}")[0] + f"{layer}."
     path = layout.attention.format(layer) + "."
     own = {path + n for n in names | (aliases if bridge is not None else set())}
-    taken = {_place(held[n]) for n in own if n in held}
-    rest: dict[Any, torch.Tensor] = {}
-    for name, tensor in held.items():
-        if not name.startswith(block) or name in own or _place(tensor) in taken:
-            continue
-        rest[_place(tensor)] = tensor
-    # Compared by memory location, since a bridge has further names for the same norms.
-    norms = {_place(t) for n, t in held.items() if n.startswith(block) and "norm" in n}
-    if layout.norm_offset:
-        offset = layout.norm_offset
-        rest = {at: t.float() + offset if at in norms else t for at, t in rest.items()}
-    if all(held[path + n].is_floating_point() for n in names if path + n in held):
-        if bridge is not None and not any(t.is_meta for t in inside.values()):
+    taken = {held.place(n) for n in own if n in held}
+    rest = {
+        held.place(name): name
+        for name in held
+        if name.startswith(block) and name not in own and held.place(name) not in taken
+    }
+    # Compared by place, since a bridge has further names for the same norms.
+    norms = {held.place(n) for n in held if n.startswith(block) and "norm" in n}
+    present = [held.like(path + n) for n in names if path + n in held]
+    if all(tensor.is_floating_point() for tensor in present):
+        if bridge is not None and not any(tensor.is_meta for tensor in present):
             weights = bridge_weights(bridge, layout, config, layer, held)
         else:
             weights = layout.read(inside, config)
@@ -155,11 +161,12 @@ def _layer(
                 found[name] = bias.flatten()
     else:  # quantised: hashed in the library's packed format
         found = {n: inside[n] for n in sorted(names & set(inside))}
-    return found, list(rest.values())
-
-
-def _place(tensor: torch.Tensor) -> tuple[int, torch.Size]:
-    return tensor.data_ptr(), tensor.shape
+    offset = layout.norm_offset
+    others = (
+        held[name].float() + offset if offset and at in norms else held[name]
+        for at, name in rest.items()
+    )
+    return found, others
 
 
 def _in_order(weights: AttentionWeights) -> Tensors:
@@ -172,22 +179,9 @@ def _in_order(weights: AttentionWeights) -> Tensors:
     }
 
 
-def _present(inner: Any) -> Tensors:
-    """Tensors by transformers' names; offloaded ones come from their loader."""
-    found = {n.replace(".base_layer.", "."): t for n, t in plain_tensors(inner).items()}
-    if not any(tensor.is_meta for tensor in found.values()):
-        return found
-    for path, module in inner.named_modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in (hook, *getattr(hook, "hooks", ())):
-            stored = getattr(one, "weights_map", None)
-            if stored is None:
-                continue
-            for leaf in module._parameters:
-                name = f"{path}.{leaf}".replace("._original_component", "").lstrip(".")
-                if name in found and found[name].is_meta:
-                    found[name] = torch.as_tensor(stored[leaf])
-    return found
+def _held(inner: Any) -> StoredWeights:
+    """Weights by transformers' names, also of those that adapters wrap."""
+    return StoredWeights(inner, (INSIDE, ".base_layer"))
 
 
 def _embedding(model: Any) -> Float[torch.Tensor, "vocab d_model"]:
@@ -205,10 +199,10 @@ def _embedding(model: Any) -> Float[torch.Tensor, "vocab d_model"]:
             "has no fingerprint"
         )
     if weight.is_meta:
-        shape = weight.shape
-        named = _present(inner if inner is not None else model)
-        here = (t for n, t in named.items() if t.shape == shape and "emb" in n and not t.is_meta)
-        return next(here, weight)
+        held = _held(inner if inner is not None else model)
+        alike = (n for n in held if held.like(n).shape == weight.shape)
+        named = (n for n in alike if "emb" in n or "wte" in n)
+        return next((held[name] for name in named), weight)
     return weight.detach()
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from gainlens.errors import GainlensError, InputError
+from gainlens.errors import FileFormatError, GainlensError, InputError
 from gainlens.files import check_sums
 from gainlens.model.config_limits import check_config
+from gainlens.model.stored_weights import StoredWeights
 from gainlens.model.wrapping import first_line, hooked_class, to_bridge, to_hooked
 from gainlens.model.zoo import CHECKPOINTS, PACKAGED, tiny
 from gainlens.model.zoo.gguf_files import cached_checkpoint, gguf_at
 
 Kind = Literal["bridge", "hooked"]
+DeviceMap = str | Mapping[str, str | int | torch.device]
+"""Where the parts of a model are kept, as transformers takes it, or ``"disk"``."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,6 +37,7 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    device_map: DeviceMap | None = None,
 ) -> Any:
     """A model that is ready for hooks, in eval mode, with its tokenizer as ``model.tokenizer``.
 
@@ -46,6 +52,10 @@ def load_model(
             ``HookedTransformer``, which exists in transformer-lens 3.9 but not in 4.
         device: device for all parameters.
         dtype: a floating point type for all parameters.
+        device_map: for a model larger than the memory of one device, takes the place of
+            ``device``: ``"disk"`` leaves all weights in their safetensors files and reads those of
+            a module each time it runs; ``"auto"`` or a map from modules to devices (``"disk"``
+            among them) is handed to transformers. Needs accelerate; ``kind="bridge"`` only.
 
     Returns:
         A ``TransformerBridge`` or ``HookedTransformer`` with the checkpoint's weights, neither
@@ -54,7 +64,9 @@ def load_model(
     Raises:
         InputError: the name is unknown, the folder is not a model, a GGUF file is truncated or
             of an unknown architecture, weights are missing, NaN or infinite, the cache folder
-            can't be written, or the hub is needed but there is no network.
+            can't be written, or the hub is needed but there is no network; a device map that
+            transformers refuses, or whose files are not safetensors.
+        FileFormatError: a file of weights is truncated, or not what its index says.
         UnsupportedModelError: TransformerLens has no such kind, or doesn't know the architecture.
 
     Example:
@@ -67,7 +79,9 @@ def load_model(
         raise InputError(f"kind={kind!r} is unknown; expected 'bridge' or 'hooked'")
     if wanted == "hooked":
         hooked_class()  # raises before the weights are read
-    hf = load_hf(name, device=device, dtype=dtype)
+        if device_map is not None:
+            raise InputError("kind='hooked' copies all weights: with device_map use kind='bridge'")
+    hf = load_hf(name, device=device, dtype=dtype, device_map=device_map)
     # Hooks need only the weights; load_tokens raises if the tokenizer is missing.
     tokenizer = load_tokenizer(name) if _has_tokenizer(name) else None
     wrap = to_bridge if wanted == "bridge" else to_hooked
@@ -79,6 +93,7 @@ def load_hf(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    device_map: DeviceMap | None = None,
 ) -> Any:
     """A new transformers model in eval mode; its weights are checked to be finite.
 
@@ -88,13 +103,20 @@ def load_hf(
         name: as for ``load_model``.
         device: device for all parameters.
         dtype: a floating point type for all parameters.
+        device_map: as for ``load_model``.
 
     Raises:
         InputError: as for ``load_model``.
+        FileFormatError: as for ``load_model``.
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"dtype={dtype!r} is not a floating point type such as torch.float32")
     shown = os.fspath(name)
+    if device_map is not None:
+        _check_map(shown, device, device_map)
+        hf = _from_pretrained(shown, _checkpoint(name), dtype, device_map)
+        check_finite(hf, shown)
+        return hf.eval()
     if shown == "tiny":
         hf = tiny.load_hf(dtype)
     else:
@@ -133,14 +155,39 @@ def check_name(name: str | os.PathLike[str]) -> None:
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
-    """Raise ``InputError`` naming the first parameter that holds a NaN or an infinity."""
-    for parameter_name, parameter in model.named_parameters():
+    """Read every weight, also those that are not in memory, one at a time.
+
+    Raises:
+        InputError: a NaN or an infinity.
+        FileFormatError: a weight that can't be read, or of another shape than the model's.
+    """
+    weights, seen = StoredWeights(model), set()
+    for parameter_name in weights:
+        place = weights.place(parameter_name)
+        if place in seen:
+            continue
+        seen.add(place)
+        parameter, wanted = weights[parameter_name], weights.like(parameter_name).shape
+        if parameter.shape != wanted:
+            raise FileFormatError(
+                f"model {name!r}: weight {parameter_name!r} has shape {tuple(parameter.shape)} in "
+                f"its file, {tuple(wanted)} by its configuration"
+            )
         if not bool(torch.isfinite(parameter).all()):
             bad = int((~torch.isfinite(parameter)).sum())
             raise InputError(
                 f"model {name!r}: weight {parameter_name!r} holds {bad} values that are NaN or "
                 "infinite"
             )
+
+
+def _check_map(name: str, device: str | torch.device, device_map: DeviceMap) -> None:
+    if str(device) != "cpu":
+        raise InputError(f"device={str(device)!r} and device_map={device_map!r}: expected one")
+    if name == "tiny":
+        raise InputError("device_map: 'tiny' has no folder of safetensors, and needs none")
+    if find_spec("accelerate") is None:
+        raise InputError("device_map needs: pip install accelerate")
 
 
 def _has_tokenizer(name: str | os.PathLike[str]) -> bool:
@@ -181,16 +228,31 @@ def _checkpoint(name: str | os.PathLike[str]) -> str:
     return shown
 
 
-def _from_pretrained(name: str, source: str, dtype: torch.dtype) -> Any:
+def _from_pretrained(
+    name: str, source: str, dtype: torch.dtype, device_map: DeviceMap | None = None
+) -> Any:
     from transformers import AutoModelForCausalLM
+
+    where: Any = {"": "disk"} if device_map == "disk" else device_map
+    if isinstance(where, Mapping):
+        where = dict(where)
 
     if Path(source).is_dir():
         check_sums(source)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            source,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            device_map=where,
         )
     except Exception as error:
+        if device_map is not None and "offload_folder" in str(error):
+            raise InputError(
+                f"model {name!r}: weights can't stay on disk, since its files lack some, are not "
+                "safetensors, or keep them in another form than transformers"
+            ) from error
         raise _unloadable(name, source, "model", error) from error
     # transformers only logs missing weights and fills them with random numbers.
     if missing := sorted(info["missing_keys"]):

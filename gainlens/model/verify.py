@@ -28,6 +28,7 @@ from gainlens.model.original import check_against_original
 from gainlens.model.rotation import Following, Rotation, angle_frequencies
 from gainlens.model.running import evaluating, is_exact, model_device
 from gainlens.model.sites import KeySites, Stage, pair_partners
+from gainlens.model.stored_weights import check_readable
 
 N_POS = 24
 DEAD = 1e-10
@@ -36,6 +37,7 @@ DEAD = 1e-10
 
 def measure_sites(model: Any) -> KeySites:
     """Probe ``model`` with a few tokens; see ``gainlens.model.sites.key_sites``."""
+    check_readable(model)
     cfg = model.cfg
     architecture = _architecture(model)
     n_layers, n_heads, d_head = int(cfg.n_layers), int(cfg.n_heads), int(cfg.d_head)
@@ -366,7 +368,7 @@ def _refuse_refactored(model: Any, name: str) -> None:
         weight, bias = model.W_K.detach().float(), model.b_K.detach().float()
     except (AttributeError, NotImplementedError, ValueError, RuntimeError, TypeError):
         return  # TypeError: transformer-lens 3.9 stacks biases that are None
-    if weight.ndim != 4 or bias.ndim != 3:
+    if weight.ndim != 4 or bias.ndim != 3 or weight.is_meta:  # one on disk was never factored
         return
     extended = torch.cat([weight, bias.unsqueeze(2)], dim=2)
     gram = extended.transpose(-1, -2) @ extended

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from gainlens.errors import UnsupportedModelError
 from gainlens.model.running import evaluating, model_device
+from gainlens.model.stored_weights import check_readable, read_once
 from gainlens.model.text_config import text_config
 
 CHECK_TOKENS = 16
@@ -45,6 +46,8 @@ def to_bridge(hf: Any, name: str, tokenizer: Any | None) -> Any:
             f"{first_line(error)}"
         ) from error
     bridge = bridge.eval()
+    check_readable(bridge)
+    read_once(bridge.original_model)
     got = _few_logits(bridge, vocabulary, CHECK_TOKENS)
     _check_same_logits(got, wanted, name, "TransformerBridge")
     _attach_tokenizer(bridge, tokenizer)

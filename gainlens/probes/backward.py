@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from gainlens.errors import InputError
 from gainlens.model.forward import HEAD_POSITIONS, Head, before_head
 from gainlens.model.hooks import Hook, attached
+from gainlens.model.read_again import read_again
 from gainlens.model.rotation import Turn
 from gainlens.model.running import evaluating, model_device
 from gainlens.model.sites import KeySites, Stage
@@ -91,6 +92,7 @@ def forward_backward(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> N
         torch.enable_grad(),
         attached(model, [("blocks.0.hook_resid_pre", begin)]),
         evaluating(model),
+        read_again(model),
     ):
         # A copy, because tokens created in inference mode can't be part of a graph.
         tokens = tokens.clone().to(model_device(model))
