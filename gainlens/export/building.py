@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from gainlens.errors import UnsupportedModelError
+from gainlens.export.streaming import MadeWeights, stream
+from gainlens.model.stored_weights import StoredWeights, is_offloaded
 
 State = dict[str, Float[torch.Tensor, "..."]]
 
@@ -77,15 +79,21 @@ def put(model: nn.Module, name: str, tensor: Float[torch.Tensor, "..."]) -> None
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=True))
 
 
-def float_copy(slim: Any, weights: Callable[[Any], State] | None = None) -> Any:
+def float_copy(
+    slim: Any, weights: Callable[[Any], Mapping[str, torch.Tensor]] | None = None
+) -> Any:
     """The same slim model in float32 on the CPU, with frequencies from its configuration.
 
-    Weights that already are float32 on the CPU are shared, not copied.
+    Weights that already are float32 on the CPU are shared, not copied. Those that are not in memory
+    are converted each time they are read.
 
     Args:
         slim: a slim model of any floating point dtype, on any device.
         weights: function from such a copy to a state that replaces its own.
     """
+    if is_offloaded(slim):
+        thin = streamed_copy(slim, torch.float32)
+        return thin if weights is None else streamed_copy(slim, torch.float32, weights(thin))
     config = copy.deepcopy(slim.config)
     config.dtype = torch.float32
     thin = without_weights(lambda: type(slim)(config))
@@ -99,3 +107,24 @@ def float_copy(slim: Any, weights: Callable[[Any], State] | None = None) -> Any:
     thin.tie_weights()
     thin.generation_config = slim.generation_config
     return thin.eval()
+
+
+def streamed_copy(
+    slim: Any, dtype: torch.dtype, weights: Mapping[str, torch.Tensor] | None = None
+) -> Any:
+    """The same model in another type on the CPU, whose weights are read when they are used.
+
+    Args:
+        slim: a transformers model.
+        dtype: of the copy.
+        weights: take the place of its own, by all their names.
+    """
+    config = copy.deepcopy(slim.config)
+    config.dtype = dtype
+    thin = without_weights(lambda: type(slim)(config))
+    held = StoredWeights(slim)
+    own = MadeWeights(list(held), lambda name: held[name].cpu().to(dtype))
+    buffers = {n: b.detach().cpu() for n, b in slim.named_buffers() if n in slim.state_dict()}
+    thin.load_state_dict(buffers, strict=False, assign=True)
+    thin.generation_config = slim.generation_config
+    return stream(thin, own if weights is None else weights, dtype)

@@ -10,6 +10,7 @@ from gainlens.export.after_norm import map_weights
 from gainlens.export.engines import Engine
 from gainlens.export.family import WHOLE
 from gainlens.export.modeling import family_of, plan_of, plan_pairs
+from gainlens.model.stored_weights import counted
 from gainlens.stats.verdicts import Verdict
 
 CARD = "README.md"
@@ -20,7 +21,8 @@ LOADING = {
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
         "# or without the import, with gainlens installed (pip install gainlens):\n"
-        'model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)',
+        'model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)\n\n'
+        "# in vLLM, with gainlens' plug-in installed (plugins/vllm): vllm serve {folder}",
     ),
     "transformers": (
         "python",
@@ -72,7 +74,7 @@ def write_card(
         ("original", f"{family.model_class}, weights `{(plan.fingerprint or 'unknown')[:12]}`"),
         ("key dimensions kept", f"{plan.fraction_kept:.1%} ({_span(widths)} of {d_head} per head)"),
         ("value dimensions kept", f"{_span(values)} of {d_head} per head"),
-        ("parameters", f"{sum(p.numel() for p in slim.parameters()):,}"),
+        ("parameters", f"{sum(p.numel() for p in counted(slim)):,}"),
         (
             "cache in half precision",
             f"{before:,} to {after:,} bytes per token ({after / before:.3g})",

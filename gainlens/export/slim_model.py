@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from gainlens.export.plan_files import CUT_FILE
 from gainlens.export.slim_attention import SlimAttention, rope_rows
 from gainlens.export.sources import Source, open_source
 from gainlens.export.sources.base import ProjectionMaps
+from gainlens.export.streaming import MadeWeights, OneLayer, stream
 from gainlens.export.values import ValuePath, value_paths
 from gainlens.files import check_sums
 from gainlens.model.config_limits import check_config
 from gainlens.model.context import context_of
+from gainlens.model.stored_weights import StoredWeights, is_offloaded
 from gainlens.model.wrapping import first_line
 
 CHECK_POSITIONS = 12
@@ -78,7 +81,10 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     Returns:
         A ``PreTrainedModel`` in eval mode on the model's device and in its dtype, of a
         ``gainlens_…`` model type, with ``generate`` and ``save_pretrained``; the plan is
-        ``gainlens.export.plan_of(slim.config)``. Parameters share no memory with the original.
+        ``gainlens.export.plan_of(slim.config)``. Parameters share no memory with the original. Of a
+        model that was loaded with a ``device_map`` and has weights on disk, the slim one is not in
+        memory either: each weight is made from the original's when it is used or written, so the
+        original has to stay where it is.
 
     Raises:
         InputError: the plan is of another model or splits a rotary pair; value widths without
@@ -110,7 +116,9 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
     behind = maps_follow(source.family, source.config, plan.maps)
     paths = plan_value_paths(source, plan, tokens, cut)
     attention = [f"{source.family.attention.format(n)}." for n in range(source.n_layers)]
-    for layer, prefix in enumerate(attention):
+
+    def thin_attention(layer: int) -> dict[str, torch.Tensor]:
+        """The attention weights of a layer, by name."""
         weights = source.attention(layer)
         if plan.basis == "canonical":
             weights, _ = to_canonical(weights)
@@ -125,23 +133,34 @@ def slim(model: Any, plan: SlicePlan | Cut, tokens: Tokens | None = None) -> Any
             weights = weights.with_maps(*maps, layouts[layer])
         else:
             weights = weights.thin_keys(layouts[layer])
-        for name, tensor in weights.projections().items():
-            if name.endswith("_norm"):
-                tensor = tensor - source.family.norm_offset
-            put(thin, prefix + name, tensor.to(source.dtype))
-    tied = set(thin.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    wanted = [
-        name
-        for name, _ in thin.named_parameters(remove_duplicate=False)
-        if not name.startswith(tuple(attention)) and name not in tied
-    ]
-    for name, tensor in source.others(wanted):
-        put(thin, name, tensor.to(source.dtype).clone(memory_format=torch.contiguous_format))
-    thin.tie_weights()
-    left = [name for name, p in thin.named_parameters() if p.is_meta]
-    if left:
-        raise UnsupportedModelError(f"{source.architecture}: nothing was found for {left[0]!r}")
-    thin = thin.to(source.device).eval()
+        offset = source.family.norm_offset
+        return {
+            attention[layer] + name: (t - offset if name.endswith("_norm") else t).to(source.dtype)
+            for name, t in weights.projections().items()
+        }
+
+    tied = dict(thin.all_tied_weights_keys) if config.tie_word_embeddings else {}
+    names = [name for name, _ in thin.named_parameters(remove_duplicate=False)]
+    wanted = [n for n in names if not n.startswith(tuple(attention)) and n not in tied]
+    if is_offloaded(model):
+        made = OneLayer(
+            attention,
+            thin_attention,
+            lambda name: dict(source.others([name]))[name].to(source.dtype).contiguous(),
+            tied,
+        )
+        thin = stream(thin, MadeWeights(names, made), source.dtype, source.device)
+    else:
+        for layer in range(source.n_layers):
+            for name, tensor in thin_attention(layer).items():
+                put(thin, name, tensor)
+        for name, tensor in source.others(wanted):
+            put(thin, name, tensor.to(source.dtype).clone(memory_format=torch.contiguous_format))
+        thin.tie_weights()
+        left = [name for name, p in thin.named_parameters() if p.is_meta]
+        if left:
+            raise UnsupportedModelError(f"{source.architecture}: nothing was found for {left[0]!r}")
+        thin = thin.to(source.device).eval()
     generation = getattr(getattr(model, "original_model", model), "generation_config", None)
     if generation is not None:
         thin.generation_config = type(generation).from_dict(generation.to_dict())
@@ -156,7 +175,8 @@ def load_slim(folder: str | Path, **kwargs: Any) -> Any:
 
     Args:
         folder: with ``config.json`` and ``model.safetensors``.
-        kwargs: go to ``from_pretrained`` (``dtype``, ``device_map``, …).
+        kwargs: go to ``from_pretrained`` (``dtype``, ``device_map``, …); ``device_map="disk"``
+            leaves all weights in their files.
 
     Raises:
         InputError: there is no such folder.
@@ -175,6 +195,8 @@ def load_slim(folder: str | Path, **kwargs: Any) -> Any:
         raise InputError(f"folder {str(folder)!r} does not exist")
     check_config(folder)
     check_sums(folder)
+    if kwargs.get("device_map") == "disk":
+        kwargs["device_map"] = {"": "disk"}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family, plan = family_of(config), plan_of(config)
@@ -196,7 +218,8 @@ def load_slim(folder: str | Path, **kwargs: Any) -> Any:
 
 def _check_weights(model: Any, plan: SlicePlan, pairs: KeyPairs, folder: str | Path) -> None:
     """Raise ``FileFormatError`` if weights are not finite or were cut by another plan."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    weights = StoredWeights(model)
+    for name, tensor in chain(weights.items(), model.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FileFormatError(f"{folder}: weight {name!r} holds NaN or infinity")
     thin = [m for m in model.modules() if isinstance(m, SlimAttention)]

@@ -20,6 +20,7 @@ from gainlens.export.family import WHOLE
 from gainlens.export.modeling import family_of, plan_of
 from gainlens.export.slim_attention import SlimAttention
 from gainlens.export.timing import Contender
+from gainlens.model.stored_weights import counted
 
 CONTEXTS = (512, 4096, 16384)
 
@@ -66,9 +67,9 @@ def sizes(slim: Any) -> Sizes:
     if not modules:
         raise InputError(f"slim={type(slim).__name__} is no slim model: expected that of slim()")
     element = next(slim.parameters()).element_size()
-    parameters = sum(p.numel() for p in slim.parameters())
-    embedding = slim.get_input_embeddings().weight
-    tied = slim.get_output_embeddings().weight is embedding
+    parameters = sum(p.numel() for p in counted(slim))
+    embedding, head = slim.get_input_embeddings().weight, slim.get_output_embeddings().weight
+    tied = head is embedding or (head.is_meta and slim.config.tie_word_embeddings)
     read = parameters - (0 if tied else embedding.numel())
     positions = sum(
         m.weight.numel()

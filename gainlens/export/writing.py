@@ -14,13 +14,14 @@ import torch
 from gainlens.errors import GainlensError, InputError
 from gainlens.export.building import float_copy
 from gainlens.export.card import write_card
-from gainlens.export.engines import Engine, get_engine
+from gainlens.export.engines import ENGINES, Engine, EngineLimitError, get_engine
 from gainlens.export.modeling import plan_of, plan_pairs, slim_config
 from gainlens.export.plan import SlicePlan
 from gainlens.export.slim_model import biases_of
 from gainlens.export.sources import open_source
 from gainlens.files import check_free, written_folder
 from gainlens.model.context import context_of
+from gainlens.model.stored_weights import is_offloaded
 from gainlens.stats.verdicts import Verdict
 
 GATE = 1e-4
@@ -97,6 +98,7 @@ def export_model(
         tokenizer = getattr(slim, "gainlens_tokenizer", None)
     check_free(Path(folder))
     row.check(slim)
+    check_streams(row, slim)
     row.check_tokenizer(tokenizer, int(slim.config.vocab_size))
     _say(row, slim)
     if tokenizer is None:
@@ -141,7 +143,23 @@ def check_plan(model: Any, plan: SlicePlan, engine: str) -> None:
     config = slim_config(source.config, source.family, plan, biases_of(source, plan))
     row = get_engine(engine)
     row.check(SimpleNamespace(config=config))
+    check_streams(row, model)
     _say(row, SimpleNamespace(config=config))
+
+
+def check_streams(engine: Engine, model: Any) -> None:
+    """Raise ``EngineLimitError`` if the weights are not in memory and the engine needs them there.
+
+    Args:
+        engine: that is to write.
+        model: of any of the three kinds, slim or not.
+    """
+    if is_offloaded(model) and not engine.streams:
+        able = ", ".join(repr(name) for name, row in ENGINES.items() if row.streams)
+        raise EngineLimitError(
+            f"engine={engine.name!r} writes from memory, where not all weights of this model are: "
+            f"expected engine={able}, or a model loaded without device_map"
+        )
 
 
 def _say(engine: Engine, slim: Any) -> None:
@@ -186,7 +204,8 @@ def check_parity(engine: Engine, slim: Any, folder: Path, precision: str) -> flo
         if changed <= 2 * parity.difference + 1e-6:  # not trained since
             wanted[1] = parity.logits
     worst = 0.0
-    for got, expected in zip(engine.logits(folder, texts), wanted, strict=True):
+    where = {"": "disk"} if is_offloaded(slim) else None
+    for got, expected in zip(engine.logits(folder, texts, where), wanted, strict=True):
         difference = float((got - expected).abs().max())
         share = difference / max(1.0, float(expected.abs().max()))
         worst = max(worst, difference)

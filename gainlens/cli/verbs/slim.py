@@ -18,6 +18,7 @@ from gainlens.cli.verbs.common import (
     needs,
     next_line,
     open_model,
+    place,
     text,
 )
 from gainlens.data.batches import Tokens
@@ -136,7 +137,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if judges is not None:
         # The full-width loss of a healed model is meaningless: its cut units are unchanged, but the
         # other weights have learned to work without them.
-        intact = full if original is None else load_hf(original, device=options.device)
+        intact = full if original is None else load_hf(original, **place(options.device))
         trained = original is not None
         verdict, rise = judge_slim_by_position(
             thin, intact, judges, options.margin, trained=trained
@@ -222,6 +223,8 @@ def _check(options: argparse.Namespace, out: Path) -> str | None:
         )
     if options.engine == "llama.cpp":
         needs("gguf", "--engine llama.cpp")
+    if options.device == "disk" and options.ledger:
+        raise InputError("--ledger times models in memory: expected none with --device disk")
     if options.plan and options.refit:
         raise InputError("--plan and --refit both define what is kept: expected one of them")
     if options.judge == 1:

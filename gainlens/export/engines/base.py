@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from jaxtyping import Float, Int
 
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
+from gainlens.export.streaming import MadeWeights
+from gainlens.model.stored_weights import StoredWeights, is_offloaded
 
 
 class EngineLimitError(InputError):
@@ -32,11 +35,13 @@ class Engine(ABC):
         name: its name in ``export_model`` and on the command line.
         precisions: formats of the weights, the default first.
         wide_values: whether value heads may be wider than key heads.
+        streams: whether it writes a model whose weights are not in memory.
         reads_gguf: whether its vocabulary comes from a GGUF file instead of a tokenizer.
     """
 
     name: str
     wide_values: bool = True
+    streams: bool = False
     reads_gguf: bool = False
     precisions: tuple[str, ...] = ("f32", "f16", "bf16")
 
@@ -63,13 +68,21 @@ class Engine(ABC):
     def write(self, slim: Any, folder: Path, precision: str, tokenizer: Any | None) -> None:
         """Write the checkpoint into an empty folder."""
 
-    def rounded(self, slim: Any, precision: str) -> dict[str, Float[torch.Tensor, "..."]]:
+    def rounded(self, slim: Any, precision: str) -> Mapping[str, Float[torch.Tensor, "..."]]:
         """The state of a float32 slim model with its weights rounded as the engine rounds them.
 
         The written files are compared with this model, so the tolerance of the parity gate need not
         cover rounding.
         """
         fold = self.query_fold(slim)
+        if is_offloaded(slim):
+            held = StoredWeights(slim)
+
+            def one(name: str) -> torch.Tensor:
+                factor = fold if ".self_attn.q_proj." in name else 1.0
+                return self.round(held[name] * factor, precision) / factor
+
+            return MadeWeights(list(held), one)
         done: dict[int, torch.Tensor] = {}  # tied weights: one tensor with two names
         state = {}
         for name, tensor in slim.state_dict().items():
@@ -93,8 +106,11 @@ class Engine(ABC):
         return 1.0
 
     @abstractmethod
-    def read_back(self, folder: Path) -> Any:
-        """Load the written files as a float32 transformers model, independently of ``slim``."""
+    def read_back(self, folder: Path, device_map: Any = None) -> Any:
+        """Load the written files as a float32 transformers model, independently of ``slim``.
+
+        ``device_map`` is that of transformers, where the engine ``streams``.
+        """
 
     def fault(self, folder: Path, model: Any, precision: str) -> str | None:
         """What is wrong with the files when the engine itself runs them, in one line.
@@ -110,10 +126,12 @@ class Engine(ABC):
         return None
 
     def logits(
-        self, folder: Path, batches: list[Int[torch.Tensor, "_ _"]]
+        self, folder: Path, batches: list[Int[torch.Tensor, "_ _"]], device_map: Any = None
     ) -> list[Float[torch.Tensor, "_ _ _"]]:
-        """Logits of the written files."""
-        model = self.read_back(folder).eval()
+        """Logits of the written files; ``device_map`` as for ``read_back``."""
+        model = (
+            self.read_back(folder, device_map) if device_map else self.read_back(folder)
+        ).eval()
         with torch.no_grad():
             return [model(batch, use_cache=False).logits.float() for batch in batches]
 

@@ -97,6 +97,6 @@ class LlamaCppEngine(Engine):
             return None
         return llama_cpp_itself.fault(file, model, precision)
 
-    def read_back(self, folder: Path) -> Any:
+    def read_back(self, folder: Path, device_map: Any = None) -> Any:
         """Read with gguf into a transformers Llama that takes its frequencies from the file."""
         return READERS[GgufFile(folder / FILE).arch](folder / FILE)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+from gainlens.export.building import streamed_copy
 from gainlens.export.engines.base import DTYPES, Engine
+from gainlens.model.stored_weights import is_offloaded
+
+SHARD = "1GB"
+"""Size of a file of weights that are not in memory when they are written."""
 
 
 class GainlensEngine(Engine):
     """Read back by ``AutoModelForCausalLM.from_pretrained`` after ``import gainlens``."""
 
     name = "gainlens"
+    streams = True
 
     def check(self, slim: Any) -> None:
         """Accept every slim model."""
@@ -20,20 +27,35 @@ class GainlensEngine(Engine):
         """``config.json``, ``model.safetensors`` and the tokenizer's files."""
         save(slim, folder, precision, tokenizer)
 
-    def read_back(self, folder: Path) -> Any:
+    def read_back(self, folder: Path, device_map: Any = None) -> Any:
         """Load with ``load_slim``."""
         import torch
 
         from gainlens.export.slim_model import load_slim
 
-        return load_slim(folder, dtype=torch.float32)
+        return load_slim(folder, dtype=torch.float32, device_map=device_map)
 
 
 def save(model: Any, folder: Path, precision: str, tokenizer: Any | None) -> None:
-    """``save_pretrained`` in another precision without changing the model."""
+    """``save_pretrained`` in another precision without changing the model.
+
+    A model whose weights are not in memory is written in shards of ``SHARD``, one in memory at a
+    time.
+    """
     dtype = DTYPES[precision]
+    tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
+    if is_offloaded(model):
+        copied = streamed_copy(model, dtype)
+        state = {name: t for name, t in copied.state_dict().items() if name not in tied}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded")
+            copied.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return
+    # Converted, tied weights share no memory, by which transformers would know them.
     state = {name: t.to(dtype) if t.is_floating_point() else t
-             for name, t in model.state_dict().items()}  # fmt: skip
+             for name, t in model.state_dict().items() if name not in tied}  # fmt: skip
     before = model.config.dtype
     model.config.dtype = dtype
     try:

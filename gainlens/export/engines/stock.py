@@ -74,12 +74,12 @@ class TransformersEngine(Engine):
         """The softmax scale of the full head."""
         return query_fold(slim)
 
-    def read_back(self, folder: Path) -> Any:
+    def read_back(self, folder: Path, device_map: Any = None) -> Any:
         """Load with the stock class named in the files."""
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False
+            folder, dtype=torch.float32, trust_remote_code=False, device_map=device_map
         )
 
 

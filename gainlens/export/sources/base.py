@@ -20,6 +20,7 @@ from gainlens.model.attention_weights import AttentionWeights
 from gainlens.model.families import Pairing
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.running import model_device
+from gainlens.model.stored_weights import StoredWeights
 
 KeyMap = Float[torch.Tensor, "layer kv_head d_head d_head"]
 """What a key is multiplied by from the right, per head: a diagonal of 0 and 1, or a projection."""
@@ -73,6 +74,8 @@ class Source(ABC):
         reason = family.refuse(config)
         if reason is None:
             reason = next((why for p in model.parameters() if (why := _no_numbers(p))), None)
+        if reason is None and StoredWeights(getattr(model, "original_model", model)).lost:
+            reason = "its weights are not in memory (device meta): load it with them"
         if reason is not None:
             raise UnsupportedModelError(f"{architecture} can't be made slim: {reason}")
         self.family: SlimFamily = family
@@ -143,8 +146,6 @@ class Source(ABC):
 
 def _no_numbers(parameter: Shaped[torch.Tensor, "..."]) -> str | None:
     """Reason why a weight cannot be cut, or None."""
-    if parameter.is_meta:
-        return "its weights are not in memory (device meta): load it without offloading"
     if not parameter.is_floating_point():
         return f"its weights are quantised ({parameter.dtype}): load it in a floating point type"
     return None

@@ -10,8 +10,14 @@ from jaxtyping import Float
 
 from gainlens.errors import UnsupportedModelError
 from gainlens.export.sources.lens import LensSource
-from gainlens.model.attention_layouts import bridge_weights, check_same_layers, plain_tensors
+from gainlens.model.attention_layouts import (
+    bridge_weights,
+    check_same_layers,
+    layer_tensors,
+    plain_tensors,
+)
 from gainlens.model.attention_weights import AttentionWeights
+from gainlens.model.stored_weights import StoredWeights
 from gainlens.model.wrapping import architecture_of
 
 
@@ -26,11 +32,16 @@ class BridgeSource(LensSource):
             )
         inner = model.original_model
         super().__init__(model, inner.config, architecture_of(inner))
-        self.tensors = plain_tensors(inner)
-        check_same_layers(self.tensors, self.family.layout, self.n_layers, self.architecture)
+        self.tensors = StoredWeights(inner)
+        check_same_layers(
+            plain_tensors(inner), self.family.layout, self.n_layers, self.architecture
+        )
 
     def attention(self, layer: int) -> AttentionWeights:
         """See ``Source``."""
+        if self.tensors.elsewhere:  # never trained, so the parts of a joint matrix are the matrix's
+            layout = self.family.layout
+            return layout.read(layer_tensors(self.tensors, layout, layer), self.config)
         return bridge_weights(self.model, self.family.layout, self.config, layer, self.tensors)
 
     def others(self, wanted: list[str]) -> Iterator[tuple[str, Float[torch.Tensor, "..."]]]:

@@ -17,6 +17,7 @@ from gainlens.export.sources.base import Flows, ProjectionMaps, Source, ValueMap
 from gainlens.model.attention_layouts import check_same_layers
 from gainlens.model.attention_weights import AttentionWeights
 from gainlens.model.running import evaluating
+from gainlens.model.stored_weights import StoredWeights
 from gainlens.model.wrapping import architecture_of
 
 
@@ -33,20 +34,19 @@ class HuggingFaceSource(Source):
                 f"slim: expected {expected.__name__} (AutoModelForCausalLM.from_pretrained)"
             )
 
+        self.tensors = StoredWeights(model)
         tensors = dict(model.named_parameters())
         check_same_layers(tensors, self.family.layout, self.n_layers, self.architecture)
 
     def attention(self, layer: int) -> AttentionWeights:
         """See ``Source``."""
-        module = self.model.get_submodule(self.family.attention.format(layer))
-        tensors = {name: p.detach() for name, p in module.named_parameters()}
+        tensors = self.tensors.under(f"{self.family.attention.format(layer)}.")
         return self.family.layout.read(tensors, self.config)
 
     def others(self, wanted: list[str]) -> Iterator[tuple[str, Float[torch.Tensor, "..."]]]:
         """See ``Source``."""
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name in wanted:
-            yield name, parameters[name].detach()
+            yield name, self.tensors[name]
 
     def logits(
         self,
