@@ -56,7 +56,8 @@ def model_fingerprint(model: Any) -> str:
             memory.
     """
     inner = getattr(model, "original_model", model)
-    if (known := _KNOWN.get(inner)) is not None and not getattr(model, "compatibility_mode", False):
+    known = _KNOWN.get(inner) if isinstance(inner, torch.nn.Module) else None
+    if known is not None and not getattr(model, "compatibility_mode", False):
         return known
     digest = hashlib.sha256()
     embedding = _numbers(_embedding(model), "the embedding")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ def read_again(model: Any) -> Iterator[None]:
     if not is_offloaded(model):
         yield
         return
-    hooks: Any = import_module("accelerate.hooks")
     running: dict[int, Read] = {}
 
     def pack(tensor: torch.Tensor) -> Any:
@@ -45,47 +43,44 @@ def read_again(model: Any) -> Iterator[None]:
         weight: torch.Tensor = read().as_strided(*view)
         return weight
 
-    before: list[tuple[Any, Any]] = []
+    noting: list[Any] = []
     try:
         for module in getattr(model, "original_model", model).modules():
             hook = vars(module).get("_hf_hook")
-            stored = [h for h in (hook, *getattr(hook, "hooks", ())) if _stores(h)]
-            if stored:
-                before.append((module, hook))
-                module._hf_hook = hooks.SequentialHook(
-                    hook, _noting(running, stored[0].weights_map)
-                )
+            for one in (hook, *getattr(hook, "hooks", ())):
+                if getattr(one, "weights_map", None) is not None:
+                    _note(one, running)
+                    noting.append(one)
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
-        for module, hook in before:
-            module._hf_hook = hook
+        for one in noting:
+            del one.pre_forward, one.post_forward
 
 
-def _stores(hook: Any) -> bool:
-    return getattr(hook, "weights_map", None) is not None
+def _note(hook: Any, running: dict[int, Read]) -> None:
+    """Let a hook of accelerate note where a module's weights come from while the module runs.
 
+    On the hook itself, since a bridge asks for its class.
+    """
+    load, drop = hook.pre_forward, hook.post_forward
+    mine: list[int] = []
 
-def _noting(running: dict[int, Read], stored: Any) -> Any:
-    """A hook that notes where a module's weights come from while it runs."""
-    hooks: Any = import_module("accelerate.hooks")
+    def pre_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        given = load(module, *args, **kwargs)
+        for leaf, parameter in module.named_parameters(recurse=hook.place_submodules):
+            if not parameter.is_meta:
+                place = parameter.untyped_storage().data_ptr()
+                running[place] = _reader(hook.weights_map, leaf, parameter.device, parameter.dtype)
+                mine.append(place)
+        return given
 
-    class Noting(hooks.ModelHook):  # type: ignore[misc]
-        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-            self.mine = []
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if not parameter.is_meta:
-                    place = parameter.untyped_storage().data_ptr()
-                    running[place] = _reader(stored, leaf, parameter.device, parameter.dtype)
-                    self.mine.append(place)
-            return args, kwargs
+    def post_forward(module: Any, output: Any) -> Any:
+        while mine:  # their memory is free for others from here on
+            running.pop(mine.pop(), None)
+        return drop(module, output)
 
-        def post_forward(self, module: Any, output: Any) -> Any:
-            for place in self.mine:  # its memory is free for others from here on
-                running.pop(place, None)
-            return output
-
-    return Noting()
+    hook.pre_forward, hook.post_forward = pre_forward, post_forward
 
 
 def _reader(stored: Any, leaf: str, device: torch.device, dtype: torch.dtype) -> Read:

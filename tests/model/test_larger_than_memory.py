@@ -121,10 +121,13 @@ def test_other_layouts(name, tmp_path):
     """Norms with an offset, and joint matrices, which a bridge splits."""
     hugging_face(name).save_pretrained(tmp_path, max_shard_size="20KB")
     tokens = family_tokens()
-    gains = gl.probe_gains(load_model(tmp_path, device_map="disk"), tokens, progress=False)
-    whole = gl.probe_gains(load_model(tmp_path), tokens, progress=False)
+    gains, whole = (
+        gl.probe_gains(load_model(tmp_path, device_map=m), tokens, ("qk", "fisher"), progress=False)
+        for m in ("disk", None)
+    )
     assert gains.model == whole.model
-    torch.testing.assert_close(gains.score("qk"), whole.score("qk"), rtol=1e-5, atol=1e-8)
+    for score in ("qk", "fisher"):
+        torch.testing.assert_close(gains.score(score), whole.score(score), rtol=1e-5, atol=1e-8)
 
 
 def test_a_model_that_the_caller_placed(folder, whole):
