@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gainlens.analysis.sweep.curve_shown import rises_line, shown_row
+from gainlens.analysis.sweep.curve_shown import curve_display, rises_line
 from gainlens.analysis.sweep.curve_verdicts import curve_verdicts
 from gainlens.analysis.sweep.points import ORDER_TABLE, Point
 from gainlens.errors import InputError
@@ -23,7 +23,7 @@ from gainlens.probes.gains import CARD, ModelCard
 from gainlens.stats.by_domain import overall
 from gainlens.stats.intervals import bootstrap_interval, group_means, t_interval
 from gainlens.stats.stopping import StoppingRule
-from gainlens.stats.verdicts import MARGIN, Verdict
+from gainlens.stats.verdicts import Verdict
 
 METHODS = ("t", "bootstrap")
 KIND = "surgery"
@@ -280,19 +280,7 @@ class SurgeryCurve(Displayed):
         return plot_surgery(self, ax, margin)
 
     def _display(self) -> Display:
-        from gainlens.plots.markup.results import surgery_chart
-
-        orders = ", ".join(dict.fromkeys(str(p.label or p.order) for p in self.points))
-        return Display(
-            "Rise of the loss in nats per token against the share of key dimensions cut, with "
-            f"95% intervals, for: {orders}; the dashed line is a margin of {MARGIN:g} nats.",
-            lambda alt: surgery_chart(self, MARGIN, alt),
-            table=(
-                ["cut", "share", "seed", "rise (nats)", "95% interval", f"margin {MARGIN:g}"],
-                [shown_row(row) for row in self.table()],
-            ),
-            options={"margin": MARGIN},
-        )
+        return curve_display(self)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; ``from_json`` reads them back."""

@@ -1,9 +1,10 @@
-"""A curve in one line, and its rows in a notebook."""
+"""A curve in one line, and in a notebook: its figure and its rows."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gainlens.plots.notebook import Display
 from gainlens.stats.verdicts import MARGIN
 
 if TYPE_CHECKING:
@@ -20,6 +21,23 @@ def rises_line(curve: SurgeryCurve, most: int = 6) -> str:
         name = p.label or (f"{p.score} {p.scope}" if several else p.order)
         shown.append(f"{name} {p.fraction:.0%} {curve.deltas(i).mean():+.3f}")
     return (", ".join(shown) or "controls only") + (", …" if len(own) > most else "")
+
+
+def curve_display(curve: SurgeryCurve) -> Display:
+    """The figure with the usual margin, and the rows below it."""
+    from gainlens.plots.markup.results import surgery_chart
+
+    orders = ", ".join(dict.fromkeys(str(p.label or p.order) for p in curve.points))
+    return Display(
+        "Rise of the loss in nats per token against the share of key dimensions cut, with "
+        f"95% intervals, for: {orders}; the dashed line is a margin of {MARGIN:g} nats.",
+        lambda alt: surgery_chart(curve, MARGIN, alt),
+        table=(
+            ["cut", "share", "seed", "rise (nats)", "95% interval", f"margin {MARGIN:g}"],
+            [shown_row(row) for row in curve.table()],
+        ),
+        options={"margin": MARGIN},
+    )
 
 
 def shown_row(row: dict[str, Any]) -> list[str]:
