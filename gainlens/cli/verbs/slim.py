@@ -223,6 +223,10 @@ def _check(options: argparse.Namespace, out: Path) -> str | None:
         )
     if options.engine == "llama.cpp":
         needs("gguf", "--engine llama.cpp")
+    if options.device == "disk" and not ENGINES[options.engine].streams:
+        raise InputError(
+            f"--engine {options.engine} writes from memory: with --device disk expected gainlens"
+        )
     if options.device == "disk" and options.ledger:
         raise InputError("--ledger times models in memory: expected none with --device disk")
     if options.plan and options.refit:
