@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+from gainlens.ablation import best_cut
 from gainlens.report.build import Plan
 from gainlens.report.compare_tables import (
     all_tables,
@@ -12,15 +14,24 @@ from gainlens.report.compare_tables import (
     claims_table,
 )
 from gainlens.report.page import PageTable
-from parts.markdown import RESULTS, details, not_yet, recorded, table
+from parts.markdown import RESULTS, details, not_yet, provenance, recorded, table
 
 RECORDS = {
     "SmolLM2-135M": "report_smollm2.json",
     "Gemma 3 270M": "report_gemma3-270m.json",
     "tiny": "report_tiny.json",
+    "GPT-2, from scratch": "report_gpt2.json",
 }
 """Reports of the page, by the model's name there."""
-NAMES = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M", "tiny": "tiny"}
+TOLD = 0.5
+"""Ceiling below which a model's documents are too few to compare scores."""
+DEFAULT = inspect.signature(best_cut).parameters["score"].default
+NAMES = {
+    "smollm2": "SmolLM2-135M",
+    "gemma3-270m": "Gemma 3 270M",
+    "tiny": "tiny",
+    "gpt2": "GPT-2, from scratch",
+}
 
 
 def reports() -> list[tuple[str, dict[str, Any]]]:
@@ -111,8 +122,61 @@ def prediction() -> str:
     )
     return (
         table(head, rows)
-        + f"\n\n{measured} Source: `docs/results/prediction.json`, "
+        + f"\n\n{_across(models, scores)}\n\n{measured} Source: `docs/results/prediction.json`, "
         + "`python benchmarks/prediction.py --model NAME`."
+    )
+
+
+def _across(models: dict[str, Any], scores: list[str]) -> str:
+    """What was reached on each model, and which score does best over all of them."""
+    reached = []
+    for name, entry in models.items():
+        best, ceiling = entry["results"]["best"], entry["results"]["noise"]["ceiling"]
+        of = "" if ceiling is None else f", where a perfect score could reach {ceiling:.2f}"
+        figure = entry["results"]["scores"][best]["spearman"]
+        reached.append(f"{figure:+.2f} on {NAMES.get(name, name)} ({best}{of})")
+    told = [e for e in models.values() if (e["results"]["noise"]["ceiling"] or 0) >= TOLD]
+    means = {
+        key: {
+            score: sum(e["results"]["scores"][score][key] for e in told) / len(told)
+            for score in scores
+        }
+        for key in ("spearman", "within_layers", "with_size")
+    }
+    said = {
+        "spearman": "with the rise",
+        "within_layers": "within layers",
+        "with_size": "with its size",
+    }
+    best_of = [
+        f"{said[key]} **{best}** ({found[best]:+.2f}; `{DEFAULT}` {found[DEFAULT]:+.2f})"
+        for key, found in means.items()
+        for best in [max(found, key=found.__getitem__)]
+    ]
+    return (
+        f"Reached: {'; '.join(reached)}. Best on average over the {len(told)} models "
+        f"with a ceiling of {TOLD:g} or more: "
+        f"{', '.join(best_of)}. `{DEFAULT}` ranks for `best_cut`, by default."
+    )
+
+
+def control() -> str:
+    """What the control without rotation is, and the loss that it was trained to."""
+    facts = recorded(RESULTS / "gpt2_control.json")
+    if facts is None:
+        return not_yet("the control", "python benchmarks/gpt2_control.py")
+    text = facts["text"]
+    losses = ", ".join(
+        f"{row['loss']:.3f} ({row['interval'][0]:.3f} to {row['interval'][1]:.3f}) on "
+        f"{row['documents']} documents of {name}"
+        for name, row in facts["loss"].items()
+    )
+    return (
+        f"{facts['model']}, trained from scratch on {facts['tokens']:,} tokens of "
+        f"{' and '.join(text['trained_on'].split(','))} in rows of {text['length']}. "
+        f"Its tokenizer is that of {text['tokenizer']}. Validation loss in nats per token, with "
+        f"95% intervals: {losses}; a uniform guess costs "
+        f"{facts['uniform_guess']:.2f}. {provenance(facts, 'docs/results/gpt2_control.json')}"
     )
 
 
