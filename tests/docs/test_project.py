@@ -50,9 +50,9 @@ def test_default_places_of_results_are_in_the_folder_of_results():
     }
     there = {path.name for path in (ROOT / "docs/results").iterdir()}
     assert named >= {"probe.json", "engines.json", "coordinate_map_scale.json"}
-    assert named - there <= {"kernels_cuda.json", "rivals.json", "budgets.json", "loading.json"}, (
-        "not recorded"
-    )
+    unrecorded = {"kernels_cuda.json", "rivals.json", "budgets.json", "loading.json"}
+    unrecorded |= {"larger_than_memory.json"}
+    assert named - there <= unrecorded, "not recorded"
 
 
 def prose(text: str) -> str:
