@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
         "--stage", choices=("all", "losses", "speed", "float32", "write"), default="all"
     )
     parser.add_argument("--folders", type=Path, default=cache_root() / "slots")
+    parser.add_argument("--checkpoints", nargs="*", default=CHECKPOINTS, choices=CHECKPOINTS)
     parser.add_argument("--judge", type=int, default=100, help="documents of 256 tokens per text")
     parser.add_argument("--long", type=int, default=8, help="of 2,048 tokens")
     parser.add_argument("--longest", type=int, default=3, help="of 8,192 tokens")
@@ -67,7 +68,7 @@ def main() -> None:
     """Judge, time, write."""
     args = arguments()
     args.work.mkdir(parents=True, exist_ok=True)
-    found = {name: args.folders / f"slim_{name}" for name in CHECKPOINTS}
+    found = {name: args.folders / f"slim_{name}" for name in args.checkpoints}
     missing = {
         name: f"python benchmarks/slots.py --run {name} --steps N --save {folder}"
         for name, folder in found.items()
