@@ -33,12 +33,16 @@ class RoundedCache(DynamicCache):
 
 
 def q8_0(x: torch.Tensor) -> torch.Tensor:
-    """Round blocks of 32 numbers of the last axis; a narrower head is one block."""
-    width = x.shape[-1]
-    blocks = x.reshape(*x.shape[:-1], -1, min(BLOCK, width))
-    scale = (blocks.abs().amax(-1, keepdim=True) / 127).half().to(x)
-    rounded = (blocks / scale.clamp_min(1e-12)).round().clamp(-127, 127) * scale
-    return rounded.reshape(x.shape)
+    """Round blocks of 32 numbers of the last axis; what is left of a head is a block of its own.
+
+    llama.cpp itself takes only heads that are whole blocks.
+    """
+    return torch.cat([_rounded(part) for part in x.split(BLOCK, -1)], -1)
+
+
+def _rounded(blocks: torch.Tensor) -> torch.Tensor:
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).half().to(blocks)
+    return (blocks / scale.clamp_min(1e-12)).round().clamp(-127, 127) * scale
 
 
 @torch.inference_mode()
