@@ -30,6 +30,7 @@ from gainlens.environment import environment
 from gainlens.export import export_model
 from gainlens.files import read_json, write_json
 from gainlens.model.loading import load_tokenizer
+from gainlens.model.zoo import smollm2
 from gainlens.model.zoo.cache import cache_root
 
 HERE = Path(__file__).resolve().parent
@@ -151,7 +152,8 @@ def folders_of(name: str, work: Path) -> tuple[dict[str, Path], dict[str, dict[s
     folders, references = {}, {}
     for title, (slim, engine) in made.items():
         folders[title] = work / title.replace(", ", "_").replace(" ", "-")
-        export_model(slim, folders[title], engine=engine, tokenizer=tokenizer)
+        vocabulary = smollm2.packaged_gguf() if engine == "llama.cpp" else tokenizer
+        export_model(slim, folders[title], engine=engine, tokenizer=vocabulary)
         references[title] = reference(slim, tokenizer, texts)
     return folders, references
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from difflib import get_close_matches
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from gainlens.errors import FileFormatError, GainlensError, InputError
+from gainlens.errors import FileFormatError, GainlensError, InputError, UnsupportedModelError
 from gainlens.files import check_sums
 from gainlens.model.config_limits import check_config
 from gainlens.model.stored_weights import StoredWeights
@@ -67,7 +68,8 @@ def load_model(
             can't be written, or the hub is needed but there is no network; a device map that
             transformers refuses, or whose files are not safetensors.
         FileFormatError: a file of weights is truncated, or not what its index says.
-        UnsupportedModelError: TransformerLens has no such kind, or doesn't know the architecture.
+        UnsupportedModelError: TransformerLens has no such kind, doesn't know the architecture, or
+            is older than 4.0 with a device map.
 
     Example:
         >>> model = gl.load_model("tiny")
@@ -188,6 +190,12 @@ def _check_map(name: str, device: str | torch.device, device_map: DeviceMap) -> 
         raise InputError("device_map: 'tiny' has no folder of safetensors, and needs none")
     if find_spec("accelerate") is None:
         raise InputError("device_map needs: pip install accelerate")
+    release = version("transformer-lens")
+    if release.startswith("3."):
+        raise UnsupportedModelError(
+            f"device_map: transformer-lens {release} copies weights that are not in memory; "
+            "expected 4.0 or later"
+        )
 
 
 def _has_tokenizer(name: str | os.PathLike[str]) -> bool:

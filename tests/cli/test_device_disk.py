@@ -10,6 +10,7 @@ from calls import status_of
 from gainlens.model.loading import load_hf, load_tokenizer
 
 pytest.importorskip("accelerate")
+pytestmark = pytest.mark.one_env  # refused on transformer-lens 3
 
 TEXT = ["--n-docs", "4", "--length", "32"]
 CUT = ["--judge", "4", "--score", "qk", "--scope", "head", "--refit-rounds", "0"]

@@ -18,6 +18,7 @@ from gainlens.model.loading import load_hf, load_model, load_tokenizer
 from gainlens.model.stored_weights import StoredWeights, is_offloaded
 
 pytest.importorskip("accelerate")
+pytestmark = pytest.mark.one_env  # refused on transformer-lens 3
 
 TOKENS = torch.randint(0, 1024, (2, 24), generator=torch.Generator().manual_seed(1))
 TWO = {

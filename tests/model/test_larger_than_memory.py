@@ -18,6 +18,7 @@ from gainlens.model.loading import load_hf, load_model, load_tokenizer
 from gainlens.model.stored_weights import StoredWeights, is_offloaded
 
 accelerate_offload = pytest.importorskip("accelerate.utils.offload")
+pytestmark = pytest.mark.one_env  # refused on transformer-lens 3
 
 TOKENS = torch.randint(0, 1024, (2, 16), generator=torch.Generator().manual_seed(1))
 INDEX = "model.safetensors.index.json"

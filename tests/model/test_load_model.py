@@ -540,3 +540,10 @@ def test_packaged_names_are_listed():
     with pytest.raises(InputError, match="smollm2"):
         load_model("nobody-at-all/no-such-model")
     assert loading.PACKAGED == ("gemma3-270m", "smollm2", "tiny")
+
+
+@pytest.mark.skipif(not HAS_HOOKED, reason="transformer-lens 4 reads weights from disk")
+def test_weights_on_disk_need_transformer_lens_4(tmp_path):
+    load_hf("tiny").save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match=r"expected 4\.0 or later"):
+        load_model(tmp_path / "model", device_map="disk")
