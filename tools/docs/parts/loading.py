@@ -18,7 +18,7 @@ def page() -> str:
     why: dict[str, list[str]] = {}
     for name, row in cells.items():
         for who, found in row.items():
-            if found is not None and not found["loads"]:
+            if found is not None and not found["loads"] and found["why"] != "another format":
                 why.setdefault(f"{who}: {found['why']}", []).append(name)
     versions = {found["engine"] for row in cells.values() for found in row.values()
                 if found is not None and found["loads"]}  # fmt: skip
