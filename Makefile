@@ -156,7 +156,7 @@ acceptance: engines  ## engines, speed of the slim model, a slim 1B model (long)
 	touch $@
 
 # lm-evaluation-harness, whose dependencies are not those of gainlens.
-.engines/harness.stamp: install
+.engines/harness.stamp:
 	test -x .engines/harness/bin/python || $(PYTHON) -m venv .engines/harness
 	.engines/harness/bin/python -m pip install -q -c constraints/bridge.txt torch
 	.engines/harness/bin/python -m pip install -q -c constraints/bridge.txt lm_eval -e .

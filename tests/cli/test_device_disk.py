@@ -6,8 +6,7 @@ import json
 
 import pytest
 from calls import status_of
-
-from gainlens.model.loading import load_hf, load_tokenizer
+from sharded import sharded_tiny
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.one_env  # refused on transformer-lens 3
@@ -18,10 +17,7 @@ CUT = ["--judge", "4", "--score", "qk", "--scope", "head", "--refit-rounds", "0"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    where = tmp_path_factory.mktemp("sharded")
-    load_hf("tiny").save_pretrained(where, max_shard_size="1MB")
-    load_tokenizer("tiny").save_pretrained(where)
-    return where
+    return sharded_tiny(tmp_path_factory.mktemp("sharded"))
 
 
 def test_slim_says_and_writes_the_same(folder, tmp_path, capsys):

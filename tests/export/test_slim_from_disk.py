@@ -8,13 +8,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from sharded import sharded_tiny
 from slim_families import CONFIGS, random_keep, shape_of
 
 import gainlens as gl
 from gainlens.errors import FileFormatError
 from gainlens.export.engines import EngineLimitError, own
 from gainlens.export.speed_ledger import sizes
-from gainlens.model.loading import load_hf, load_model, load_tokenizer
+from gainlens.model.loading import load_hf, load_model
 from gainlens.model.stored_weights import StoredWeights, is_offloaded
 
 pytest.importorskip("accelerate")
@@ -35,10 +36,7 @@ TWO = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    where = tmp_path_factory.mktemp("sharded")
-    load_hf("tiny").save_pretrained(where, max_shard_size="1MB")
-    load_tokenizer("tiny").save_pretrained(where)
-    return where
+    return sharded_tiny(tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,13 @@ import pytest
 import torch
 from families import family_tokens, hugging_face
 from safetensors.torch import load_file, save_file
+from sharded import sharded_tiny
 
 import gainlens as gl
 from gainlens.errors import FileFormatError, GainlensError, InputError, UnsupportedModelError
 from gainlens.model.fingerprint import model_fingerprint
 from gainlens.model.forward import token_losses
-from gainlens.model.loading import load_hf, load_model, load_tokenizer
+from gainlens.model.loading import load_hf, load_model
 from gainlens.model.stored_weights import StoredWeights, is_offloaded
 
 accelerate_offload = pytest.importorskip("accelerate.utils.offload")
@@ -36,12 +37,7 @@ TWO = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The tiny model in four files."""
-    where = tmp_path_factory.mktemp("sharded")
-    load_hf("tiny").save_pretrained(where, max_shard_size="1MB")
-    load_tokenizer("tiny").save_pretrained(where)
-    assert len(list(where.glob("*.safetensors"))) == 4
-    return where
+    return sharded_tiny(tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.fixture(scope="module")
