@@ -29,6 +29,7 @@ from gainlens.data.document_identity import text_fingerprint
 from gainlens.data.overlap import document_identities, shares_text
 from gainlens.data.texts import Texts
 from gainlens.environment import environment
+from gainlens.export.judging import score_slim
 from gainlens.files import read_json, write_json
 from gainlens.model.loading import load_hf
 from gainlens.model.zoo.cache import cache_root
@@ -48,6 +49,7 @@ RUNS = {  # scope, share of key dimensions that is cut, share of value dimension
 SEEN, UNSEEN = "sotu,stdlib", "pydoc"
 LENGTHS = (2048, 1024, 512, 256)
 BUCKETS = (0, 64, 256, 512, 1024)
+TASK_LENGTH = 1024
 
 
 def main() -> None:
@@ -55,8 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", choices=RUNS, default="universal-50")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--calibration", type=int, default=32, help="documents, of both texts")
-    parser.add_argument("--rounds", type=int, default=2, help="of the fit, at most")
+    parser.add_argument("--calibration", type=int, default=96, help="documents, of both texts")
+    parser.add_argument("--rounds", type=int, default=4, help="of the fit, at most")
     parser.add_argument("--steps", type=int, default=0, help="of healing; 0: none")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--train", default="q,k,v,o")
@@ -72,8 +74,9 @@ def main() -> None:
     parser.add_argument(
         "--again", help="a record: judge its rises again, without documents that share text"
     )
+    parser.add_argument("--save", type=Path, help="write the healed model as a slim folder as well")
     parser.add_argument(
-        "--save", type=Path, help="write the healed model as a slim folder, and judge nothing"
+        "--tasks", type=int, default=0, help="prompts of each task that the healed model answers"
     )
     parser.add_argument("--cache", type=Path, default=cache_root() / "slots")
     parser.add_argument(
@@ -111,18 +114,14 @@ def main() -> None:
     trains = tuple(args.train.split(","))
     plan = gl.SlicePlan.from_cut(cut, values=values)
     known = args.cache / f"{args.run}_{cut.digest()[:12]}_{text_fingerprint(list(short))[:12]}.json"
-    untrained: dict = {}
-    if args.save:
-        pass  # what it costs is judged of the folder
-    elif known.exists():
+    if known.exists():
         untrained = read_json(known)
     else:
         student = Student(model, plan, trains, text=training[:VALUE_DOCUMENTS])
         untrained = judged(student, short, long, fraction, trained=False)
         write_json(known, untrained)
         del student
-    if untrained:
-        said(summary(untrained))
+    said(summary(untrained))
     healed = None
     if args.steps:
         run = train_virtual_width(
@@ -147,7 +146,7 @@ def main() -> None:
             shutil.rmtree(args.save, ignore_errors=True)
             gl.export_model(slim, args.save, tokenizer=tokenizer)
             said(f"{slim.num_parameters():,} weights in {args.save}")
-            return
+            del slim
         for text in (short, long):
             run.check_apart(text)
         healed = judged(run.student, short, long, fraction, trained=True)
@@ -159,6 +158,12 @@ def main() -> None:
             "facts": run.facts,
         }
         said(summary(healed))
+        if args.tasks:
+            slim = gl.slim(run.model, run.plan, training[:VALUE_DOCUMENTS])
+            healed["tasks"] = on_tasks(
+                slim, load_hf(args.model), tokenizer, TASK_LENGTH, args.tasks, args.seed
+            )
+            said({row["task"]: row["difference"] for row in healed["tasks"] if row["shows"]})
     write_json(
         args.out or f"docs/results/slots_{args.run}.json",
         {
@@ -353,6 +358,24 @@ def described(text) -> dict:
         "tokens": sum(text.lengths),
         "sha256": text_fingerprint(list(text)),
     }
+
+
+def on_tasks(model, intact, tokenizer, length: int, n: int, seed: int) -> list[dict]:
+    """Tasks that a mean loss hardly shows; those at chance are marked."""
+    scores = score_slim(model, intact, tokenizer, lengths=(length,), n=n, seed=seed)
+    return [
+        {
+            "task": row.task,
+            "model": row.label,
+            "exact": row.exact_match,
+            "choice": row.choice,
+            "chance": row.chance,
+            "shows": row.shows,
+            "difference": row.difference,
+            "interval": list(row.interval),
+        }
+        for row in scores.rows
+    ]
 
 
 def plain(facts: dict) -> dict:

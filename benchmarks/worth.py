@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from worth_losses import about, intact_losses, judged, on_tasks, texts_that_judge
+from slots import on_tasks
+from worth_losses import about, intact_losses, judged, texts_that_judge
 from worth_profile import float32
 from worth_speed import LLAMA, in_llama_cpp, in_python
 

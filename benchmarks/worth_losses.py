@@ -15,7 +15,7 @@ from gainlens.analysis.damage_by_position import judge_by_position
 from gainlens.data.batches import TOKENS_PER_BATCH, batches
 from gainlens.data.overlap import document_identities
 from gainlens.data.texts import Texts
-from gainlens.export.judging import score_slim, token_losses
+from gainlens.export.judging import token_losses
 from gainlens.model.fast_copy import family_head
 from gainlens.model.forward import cross_entropy
 from gainlens.stats.verdicts import MARGIN
@@ -130,24 +130,6 @@ def judged(
             "by_position": by_position.table(),
         }
     return found
-
-
-def on_tasks(model: Any, intact: Any, tokenizer: Any, length: int, n: int, seed: int) -> list[Any]:
-    """Tasks that a mean loss hardly shows; those at chance are marked."""
-    scores = score_slim(model, intact, tokenizer, lengths=(length,), n=n, seed=seed)
-    return [
-        {
-            "task": row.task,
-            "model": row.label,
-            "exact": row.exact_match,
-            "choice": row.choice,
-            "chance": row.chance,
-            "shows": row.shows,
-            "difference": row.difference,
-            "interval": list(row.interval),
-        }
-        for row in scores.rows
-    ]
 
 
 def about(texts: dict[str, Texts]) -> dict[str, Any]:

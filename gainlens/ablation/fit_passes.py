@@ -43,7 +43,7 @@ def fit_in_passes(
     stride = settings.spacing(record.lengths)
     for number in range(2, settings.passes + 1):
         hooks = cut_of(found).hooks(model)
-        with record_attention(model, documents, stride, hooks, record.attention) as given:
+        with record_attention(model, documents, stride, hooks, record.attention, progress) as given:
             # From the start again: maps that have seen all text can't be compared on half of it.
             found = fit_heads(
                 record,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,6 +29,10 @@ TOKENS_PER_DIMENSION = 64
 """Tokens of calibration text per dimension of a head below which a fit is warned about: heads of 64
 dimensions fit well on some 4,000, and one of 256 was worse than plain selection on 768."""
 
+AMPLE = 64
+"""Queries of a head's group, and tokens, per dimension beyond which the smallest ridge is tried
+first."""
+
 PART_SIZE = 1 << 18
 """Logits of a part that holds more than one document, at most."""
 
@@ -43,7 +47,7 @@ class Settings:
         InputError: one that is out of range.
     """
 
-    rounds: int = 2
+    rounds: int = 4
     iterations: int = 12
     ridge: float | Sequence[float] = RIDGES
     uniform: float = 0.2
@@ -236,35 +240,33 @@ def fit_held_out(
 ) -> tuple[Maps, Choice, tuple[float, float]]:
     """The maps fitted to all text, by the settings that one half chose for the other.
 
-    Tried are one query map for the group against one for each of its heads, at the ridge in the
-    middle, and then larger or smaller ridges as long as they help.
+    Tried are one query map for the group against one for each of its heads, at the ridge to begin
+    with, and then larger or smaller ridges as long as they help, each for one round; the best goes
+    on, as long as its further rounds help.
 
     Returns:
         The maps (``start`` where no fit was better), the choice, and the misfit of the second half
         before and after a fit to the first.
     """
-    plain = best = misfit(judges, start)
+    plain = misfit(judges, start)
     ridges = sorted(settings.ridges)
-    middle = len(ridges) // 2
-    chosen = Choice(ridges[middle], 0, False)
-    how = {"rounds": settings.rounds, "iterations": settings.iterations}
+    first = min(len(ridges) // 2, 0 if _ample(fits, start) else len(ridges))
+    running: dict[tuple[float, bool], Iterator[Maps]] = {}
+    errors: dict[tuple[float, bool], float] = {}
+
+    def rounds_of(problem: Problem, ridge: float, shared: bool, rounds: int) -> Iterator[Maps]:
+        n = settings.iterations
+        return fit_rounds(problem, start, rounds=rounds, iterations=n, ridge=ridge, shared=shared)
 
     def tried(ridge: float, shared: bool) -> float:
-        nonlocal best, chosen
-        lowest = float("inf")
-        rounds = fit_rounds(fits, start, ridge=ridge, shared=shared, **how)
-        for n, maps in enumerate(rounds, 1):
-            error = misfit(judges, maps)
-            lowest = min(lowest, error)
-            if error < best:
-                best, chosen = error, Choice(ridge, n, shared)
-        return lowest
+        running[ridge, shared] = rounds_of(fits, ridge, shared, settings.rounds)
+        errors[ridge, shared] = misfit(judges, next(running[ridge, shared]))
+        return errors[ridge, shared]
 
     ways = (False, True) if len(start[0]) > 1 else (False,)
-    errors = {shared: tried(ridges[middle], shared) for shared in ways}
-    shared = min(ways, key=errors.__getitem__)
-    for side in (ridges[middle + 1 :], ridges[:middle][::-1]):
-        before = errors[shared]
+    shared = min(ways, key=lambda way: tried(ridges[first], way))
+    for side in (ridges[first + 1 :], ridges[:first][::-1]):
+        before = errors[ridges[first], shared]
         helped = False
         for ridge in side:
             error = tried(ridge, shared)
@@ -273,12 +275,24 @@ def fit_held_out(
             before, helped = error, True
         if helped:  # the other side is worse then
             break
-    if chosen.rounds == 0:
-        return start, chosen, (plain, best)
-    how["rounds"] = chosen.rounds
-    whole = together(fits, judges)
-    fitted = fit_rounds(whole, start, ridge=chosen.ridge, shared=chosen.shared, **how)
-    return list(fitted)[-1], chosen, (plain, best)
+    ridge, shared = min(errors, key=errors.__getitem__)
+    best, rounds = errors[ridge, shared], 1
+    for n, maps in enumerate(running[ridge, shared], 2):
+        error = misfit(judges, maps)
+        if error >= best:
+            break
+        best, rounds = error, n
+    if best >= plain:
+        return start, Choice(ridge, 0, False), (plain, plain)
+    fitted = rounds_of(together(fits, judges), ridge, shared, rounds)
+    return list(fitted)[-1], Choice(ridge, rounds, shared), (plain, best)
+
+
+def _ample(problem: Problem, start: Maps) -> bool:
+    """Whether there are queries enough for a fit that is hardly held back."""
+    n_queries = sum(part.at.numel() for part in problem.parts)
+    n_tokens = sum(part.keys.shape[0] * part.keys.shape[1] for part in problem.parts)
+    return min(n_queries * len(start[0]), n_tokens) >= AMPLE * start[1].shape[-1]
 
 
 def head_parts(

@@ -65,10 +65,15 @@ class Part:
             error = error * self.slope
         return error - (self.weights * error).sum(-1, keepdim=True)
 
-    def pulled(self, error: torch.Tensor) -> torch.Tensor:
-        """Half the derivative of the weighted squares by the logits."""
-        pull = self.weights * self.centred(error)
-        return pull if self.slope is None else pull * self.slope
+    def pulled_(self, error: torch.Tensor) -> torch.Tensor:
+        """Half the derivative of the weighted squares by the logits; overwrites ``error``.
+
+        The weights of a query sum to 1, so w·(e - Σw·e) is w·e - w·Σw·e.
+        """
+        if self.slope is not None:
+            error.mul_(self.slope)
+        error.mul_(self.weights).addcmul_(self.weights, -error.sum(-1, keepdim=True))
+        return error if self.slope is None else error.mul_(self.slope)
 
 
 Maps = tuple[torch.Tensor, torch.Tensor]
@@ -123,7 +128,7 @@ def misfit(problem: Problem, maps: Maps) -> float:
     total, count = 0.0, 0
     for part in problem.parts:
         q = part.query_turn(part.queries @ _transposed(m_q))
-        k = part.turn(part.keys @ m_k.T)
+        k = part.turn.of_product(part.keys, m_k)
         error = part.centred(problem.scale * q @ k.mT - part.logits)
         total += float((part.weights * error.square()).sum(dtype=torch.float64))
         count += part.weights[..., 0].numel()
@@ -159,7 +164,7 @@ def _solve_queries(
     ridge: float,
     shared: bool,
 ) -> Float[torch.Tensor, "group kept d_head"]:
-    keys = [turn(p.keys @ m_k.T) for p, (_, turn) in zip(problem.parts, turns, strict=True)]
+    keys = [turn.of_product(p.keys, m_k) for p, (_, turn) in zip(problem.parts, turns, strict=True)]
 
     def joined(x: torch.Tensor) -> torch.Tensor:
         return x.sum(0, keepdim=True) if shared else x
@@ -172,10 +177,10 @@ def _solve_queries(
         total = torch.zeros_like(m)
         for n, part in enumerate(problem.parts):
             field = turns[n][0](part.queries @ _transposed(m))
-            total += back(n, part.pulled(problem.scale * field @ keys[n].mT))
+            total += back(n, part.pulled_(problem.scale * field @ keys[n].mT))
         return total
 
-    right = sum(back(n, part.pulled(part.logits)) for n, part in enumerate(problem.parts))
+    right = sum(back(n, part.pulled_(part.logits.clone())) for n, part in enumerate(problem.parts))
     left = joined(_query_curvature(problem, turns, keys))
     n_heads = len(start)
     if shared:
@@ -224,19 +229,20 @@ def _solve_keys(
         turn(part.queries @ _transposed(m_q))
         for part, (turn, _) in zip(problem.parts, turns, strict=True)
     ]
+    scaled = [problem.scale * q for q in queries]
 
     def back(n: int, pull: torch.Tensor) -> torch.Tensor:
-        field = turns[n][1].adjoint((problem.scale * pull.mT @ queries[n]).sum(0))
-        return field.flatten(0, 1).mT @ problem.parts[n].keys.flatten(0, 1)
+        pulled = (pull.mT @ scaled[n]).sum(0)
+        return turns[n][1].product_gradient(problem.parts[n].keys, pulled)
 
     def normal(m: torch.Tensor) -> torch.Tensor:
         total = torch.zeros_like(m)
         for n, part in enumerate(problem.parts):
-            field = turns[n][1](part.keys @ m[0].T)
-            total += back(n, part.pulled(problem.scale * queries[n] @ field.mT))
+            field = turns[n][1].of_product(part.keys, m[0])
+            total += back(n, part.pulled_(scaled[n] @ field.mT))
         return total
 
-    right = sum(back(n, part.pulled(part.logits)) for n, part in enumerate(problem.parts))
+    right = sum(back(n, part.pulled_(part.logits.clone())) for n, part in enumerate(problem.parts))
     plain = [turn.adjoint(q) for q, (turn, _) in zip(queries, turns, strict=True)]
     left = problem.scale**2 * sum((q.mT @ q).sum((0, 1)) for q in plain)
     return _conjugate_gradients(

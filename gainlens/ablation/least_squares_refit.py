@@ -28,7 +28,7 @@ def refit(
     tokens: Tokens,
     mask: KeyMask,
     *,
-    rounds: int = 2,
+    rounds: int = 4,
     iterations: int = 12,
     ridge: float | Sequence[float] = RIDGES,
     uniform: float = 0.2,
@@ -86,7 +86,7 @@ def refit(
         rows = select[mask.keep[layer, head]]
         return rows.expand(sites.group_size, -1, -1).clone(), rows
 
-    with record_attention(model, documents, spacing) as record:
+    with record_attention(model, documents, spacing, progress=progress) as record:
         found = fit_in_passes(
             model, documents, record, mask.keep, None, plain,
             lambda found: RefitCut(mask, found.queries, found.keys),

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
 from gainlens.data.batches import TOKENS_PER_BATCH
 from gainlens.errors import UnsupportedModelError
@@ -153,6 +154,7 @@ def record_attention(
     stride: int,
     hooks: Sequence[Hook] = (),
     attention: Sequence[Attention] | None = None,
+    progress: bool = False,
 ) -> RecordedAttention:
     """Run the text once and keep every layer's keys, and the queries of every ``stride`` positions.
 
@@ -164,6 +166,7 @@ def record_attention(
         hooks: those of a cut; queries and keys are recorded before they change them, so each layer
             is recorded as the cut layers before it leave it.
         attention: of each layer, if known already.
+        progress: show a progress bar over tokens.
 
     Raises:
         UnsupportedModelError: attention that is more than causal with one scale, a window and a
@@ -188,7 +191,10 @@ def record_attention(
         if found.wants_turn(layer, x.shape[1]):
             found.add_turn(layer, x.shape[1], following.turn(letter, layer, x.shape[1]).alone())
 
-    with attached(model, [*query_key_hooks(sites, record, following=following), *hooks]):
+    with (
+        attached(model, [*query_key_hooks(sites, record, following=following), *hooks]),
+        tqdm(total=sum(lengths), desc="record", unit="token", disable=not progress) as bar,
+    ):
         first = 0
         while first < len(documents):
             most = max(1, TOKENS_PER_BATCH // lengths[first])
@@ -204,6 +210,7 @@ def record_attention(
                     }
                 )
             waiting.clear()
+            bar.update(sum(lengths[first:last]))
             first = last
     return found
 

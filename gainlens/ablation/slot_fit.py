@@ -53,7 +53,7 @@ def fit_slots(
     grid: bool = False,
     budget: str = "even",
     context: int | None = None,
-    rounds: int = 3,
+    rounds: int = 4,
     iterations: int = 12,
     ridge: float | Sequence[float] = RIDGES,
     uniform: float = 0.2,
@@ -128,7 +128,7 @@ def fit_slots(
     facts = text_facts(model, documents)
     spacing = settings.spacing([len(d) for d in documents])
     n_slots = max(1, round((1 - fraction) * sites.d_head / 2))
-    with record_attention(model, documents, spacing) as record:
+    with record_attention(model, documents, spacing, progress=progress) as record:
         reach = attended_distances(record, settings.uniform)[..., :context]
         frequencies, assigned, turned, explained = choose(
             sites, importance.double(), reach, n_slots, scope, grid, budget

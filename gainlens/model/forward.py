@@ -24,9 +24,13 @@ HEAD_POSITIONS = 64
 
 
 def forward_layers(model: Any, tokens: Int[torch.Tensor, "document pos"]) -> None:
-    """Run every layer in eval mode to fire its hooks, without logits or gradients."""
+    """Run every layer in eval mode to fire its hooks, without gradients.
+
+    No logits are computed where the head can be left out: they would take a fifth of the time on a
+    vocabulary of 49,152, and more than half on one of 262,144.
+    """
     with torch.inference_mode(), held(model), evaluating(model):
-        model(tokens.to(model_device(model)), return_type=None)
+        before_head(model, tokens.to(model_device(model)))
 
 
 def token_losses(

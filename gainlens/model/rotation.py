@@ -91,6 +91,22 @@ class Turn:
         turned: torch.Tensor = x * cos - x[..., self.partner.to(x.device)] * sin
         return turned
 
+    def of_product(
+        self, x: Float[torch.Tensor, "*rest pos wide"], matrix: Float[torch.Tensor, "dim wide"]
+    ) -> Float[torch.Tensor, "*rest pos dim"]:
+        """``x @ matrix.T``, rotated. Partners are swapped in the matrix, not at every position."""
+        turned: torch.Tensor = (x @ matrix[self.partner].T).mul_(self.sin)
+        return turned.addcmul_(x @ matrix.T, self.cos)
+
+    def product_gradient(
+        self, x: Float[torch.Tensor, "*rest pos wide"], pull: Float[torch.Tensor, "*rest pos dim"]
+    ) -> Float[torch.Tensor, "dim wide"]:
+        """The gradient by the matrix of ``of_product`` that ``pull`` on its output gives."""
+        flat = x.flatten(0, -2)
+        still, swapped = ((pull * f).flatten(0, -2).mT @ flat for f in (self.cos, self.sin))
+        found: torch.Tensor = still + swapped[self.partner]
+        return found
+
     def heads(
         self, x: Float[torch.Tensor, "batch pos head dim"], inverse: bool = False
     ) -> Float[torch.Tensor, "batch pos head dim"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 import warnings
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
@@ -14,11 +13,13 @@ from typing import Any
 import torch
 
 from gainlens.ablation import Cut, KeyMask, best_cut
+from gainlens.ablation.kinds import load_cut
 from gainlens.analysis import CoordinateMap, SurgeryCurve, coordinate_map, surgery
 from gainlens.analysis.damage_by_place import damage_by_head
 from gainlens.analysis.map.evidence import similarity_table, with_evidence
 from gainlens.analysis.map.files import plain
 from gainlens.analysis.sweep.evaluator import Evaluator
+from gainlens.data.document_identity import text_fingerprint
 from gainlens.data.loading import load_texts
 from gainlens.data.splits import Split
 from gainlens.data.texts import Texts
@@ -26,6 +27,7 @@ from gainlens.environment import environment
 from gainlens.errors import InputError
 from gainlens.files import locked, write_json, written_folder
 from gainlens.model import key_sites
+from gainlens.model.fingerprint import model_fingerprint
 from gainlens.probes import KeyGains, probe_gains
 from gainlens.report.claims import all_claims, best_claim
 from gainlens.report.figures import DAMAGE_FRACTION, Damage, draw_figures
@@ -36,6 +38,7 @@ from gainlens.report.page_figures import page_figures
 from gainlens.report.progress import Stages, stage_costs
 from gainlens.report.reach import Reach, measure_reach
 from gainlens.report.sections import all_sections
+from gainlens.report.unfinished import Unfinished
 
 KIND = "gainlens-report"
 REFITTED = "fisher, layer, refitted"
@@ -83,7 +86,7 @@ class Plan:
     price_docs: int = 6
     task_prompts: int = 4
     task_length: int = 1024
-    refit_rounds: int = 2
+    refit_rounds: int = 4
     seed: int = 0
     device: str = "cpu"
 
@@ -178,7 +181,8 @@ def check_report_folder(out: str | Path) -> Path:
 def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
     """Run the plan and write the page, the figures and the numbers to ``out``.
 
-    The folder appears in one step at the end and replaces an old report if there is one.
+    The folder appears in one step at the end and replaces an old report if there is one. A killed
+    run goes on after its last finished part: see ``gainlens.report.unfinished``.
 
     Returns:
         The content of ``report.json``.
@@ -194,57 +198,85 @@ def build_report(model: Any, plan: Plan, out: str | Path) -> dict[str, Any]:
 
 
 def _build(model: Any, plan: Plan, out: Path) -> dict[str, Any]:
-    started = time.monotonic()
     texts = _texts(model, plan, "calibration"), _texts(model, plan, "validation")
     calibration, validation = (text.stacked() for text in texts)
+    kept = Unfinished(
+        out,
+        {
+            "plan": asdict(plan),
+            "model": model_fingerprint(model),
+            "texts": [text_fingerprint(list(text)) for text in texts],
+            "versions": environment()["versions"],
+        },
+    )
     stages = Stages(stage_costs(plan, key_sites(model).shape))
     with closing(stages):
         with stages.stage("probe"):
-            gains = probe_gains(model, calibration)
+            gains = kept.file(
+                "gains.safetensors",
+                lambda: probe_gains(model, calibration),
+                lambda file, found: found.save(file),
+                KeyGains.load,
+            )
         with stages.stage("refit"):
-            cuts, without = refitted_cuts(model, calibration, plan)
+            cuts, without = refitted_cuts(model, calibration, plan, kept)
         evaluator = Evaluator(model)
         with stages.stage("surgery"):
-            curve = surgery(
-                model,
-                texts[1],
-                gains,
-                plan.all_fractions,
-                score=plan.score,
-                seeds=plan.seeds,
-                cuts=cuts,
-                evaluator=evaluator,
+            curve = kept.file(
+                "surgery.json",
+                lambda: surgery(
+                    model,
+                    texts[1],
+                    gains,
+                    plan.all_fractions,
+                    score=plan.score,
+                    seeds=plan.seeds,
+                    cuts=cuts,
+                    evaluator=evaluator,
+                ),
+                lambda file, found: found.save(file),
+                SurgeryCurve.load,
             )
         with stages.stage("damage"):
-            damage = damage_by_place(evaluator, validation, gains, plan)
+            damage = kept.part(
+                "damage", lambda: damage_by_place(evaluator, validation, gains, plan)
+            )
         with stages.stage("reach"):
             quietest = {f"{plan.score}, head, zeroed": KeyMask.quietest(gains, 0.5, plan.score)}
-            reach = measure_reach(evaluator, plan, gains, {**cuts, **quietest}, texts)
+            reach = measure_reach(evaluator, plan, gains, {**cuts, **quietest}, texts, kept)
         with stages.stage("map"):
-            cmap = with_evidence(
-                model,
-                calibration[: plan.evidence_docs],
-                validation[: plan.evidence_docs],
-                coordinate_map(gains, seed=plan.seed),
-                gains,
-                score=tuple(dict.fromkeys((plan.score, "std", "rms"))),
-                fractions=(0.25, 0.5),
-                patch=validation[: plan.damage_docs, : plan.damage_length]
-                if plan.damage_docs
-                else False,
-                seed=plan.seed,
-                evaluator=evaluator,
+            cmap = kept.file(
+                "map.safetensors",
+                lambda: with_evidence(
+                    model,
+                    calibration[: plan.evidence_docs],
+                    validation[: plan.evidence_docs],
+                    coordinate_map(gains, seed=plan.seed),
+                    gains,
+                    score=tuple(dict.fromkeys((plan.score, "std", "rms"))),
+                    fractions=(0.25, 0.5),
+                    patch=validation[: plan.damage_docs, : plan.damage_length]
+                    if plan.damage_docs
+                    else False,
+                    seed=plan.seed,
+                    evaluator=evaluator,
+                ),
+                lambda file, found: found.save(file),
+                CoordinateMap.load,
             )
-    seconds = time.monotonic() - started
     with written_folder(out, "--out", replace=True) as beside:
-        return _write(beside, plan, gains, curve, cmap, damage, reach, without, seconds)
+        facts = _write(beside, plan, gains, curve, cmap, damage, reach, without, kept.seconds)
+    kept.done()
+    return facts
 
 
 def _texts(model: Any, plan: Plan, split: Split) -> Texts:
     return load_texts(plan.text, model, n_docs=plan.n_docs, length=plan.length, split=split)
 
 
-def refitted_cuts(model: Any, calibration: torch.Tensor, plan: Plan) -> tuple[dict[str, Cut], str]:
+def refitted_cuts(
+    model: Any, calibration: torch.Tensor, plan: Plan, kept: Unfinished
+) -> tuple[dict[str, Cut], str]:
     """The best cut at 0.5 without training, both refitted and only zeroed.
 
     Pairs are ranked by ``fisher`` within each layer. The kept query and key dimensions are then
@@ -254,12 +286,19 @@ def refitted_cuts(model: Any, calibration: torch.Tensor, plan: Plan) -> tuple[di
         The cuts by name, and the reason if there are none because the model does not support it.
     """
     if plan.refit_rounds < 1:
-        return {}, "It was skipped in this run; --refit-rounds 2 adds it to the table."
+        return {}, "It was skipped in this run; --refit-rounds 4 adds it to the table."
+    reason = "its attention is not described by the fit"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        cut = best_cut(model, calibration, 0.5, rounds=plan.refit_rounds)
+        cut: Cut = kept.file(
+            "cut.safetensors",
+            lambda: best_cut(model, calibration, 0.5, rounds=plan.refit_rounds),
+            lambda file, found: found.save(file),
+            load_cut,
+        )
     if cut.maps is None:
-        return {}, f"It is not available for this model: {said[-1].message}."
+        reason = kept.part("without", lambda: str(said[-1].message) if said else reason)
+        return {}, f"It is not available for this model: {reason}."
     zeroed = KeyMask(cut.keep, {k: v for k, v in cut.all_facts.items() if k != "refit"})
     return {REFITTED: cut, "fisher, layer, zeroed": zeroed}, ""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from gainlens.ablation import Cut, KeyMask, best_cut
@@ -26,6 +27,7 @@ from gainlens.stats.intervals import bootstrap_interval
 
 if TYPE_CHECKING:
     from gainlens.report.build import Plan
+    from gainlens.report.unfinished import Unfinished
 
 SHORTEST = 64
 """Tokens of a long document, at least: on shorter ones there is no position to speak of."""
@@ -76,6 +78,7 @@ def measure_reach(
     gains: KeyGains,
     cuts: Mapping[str, Cut],
     texts: tuple[Texts, Texts],
+    kept: Unfinished,
 ) -> Reach:
     """Everything in ``Reach`` that the plan asks for.
 
@@ -85,35 +88,63 @@ def measure_reach(
         gains: of the calibration text.
         cuts: by name; the first is the best, which the tasks score.
         texts: short documents for calibration and for validation.
+        kept: parts of a killed run.
     """
     model, (calibration, validation) = evaluator.model, texts
-    skipped: list[str] = []
-    long = dict(long_texts(model, plan, skipped))
-    by_position = {
-        name: rise_by_position(model, text, cuts, buckets=plan.buckets, evaluator=evaluator)
-        for name, text in long.items()
-    }
-    by_distance = controls = ranks = None
-    if long:
-        first = [text[0] for text in long.values()]
+    all_skipped: list[str] = []
+
+    def part(name: str, make: Callable[[list[str]], Any]) -> Any:
+        """A result, and the reasons for what is missing from it."""
+
+        def both() -> tuple[Any, list[str]]:
+            said: list[str] = []
+            return make(said), said
+
+        found, said = kept.part(name, both)
+        all_skipped.extend(said)
+        return found
+
+    @cache
+    def long() -> tuple[dict[str, Texts], list[str]]:
+        said: list[str] = []
+        return dict(long_texts(model, plan, said)), said
+
+    def position(said: list[str]) -> dict[str, PositionRise]:
+        found, missing = long()
+        said += missing
+        return {
+            name: rise_by_position(model, text, cuts, buckets=plan.buckets, evaluator=evaluator)
+            for name, text in found.items()
+        }
+
+    def distance(said: list[str]) -> DistanceChange | None:
+        first = [text[0] for text in long()[0].values()]
         try:
-            by_distance = change_by_distance(model, first, cuts, evaluator=evaluator)
+            return change_by_distance(model, first, cuts, evaluator=evaluator) if first else None
         except UnsupportedModelError as error:
-            skipped.append(f"change of attention by distance: {error}")
-    if plan.damage_docs:
+            said.append(f"change of attention by distance: {error}")
+            return None
+
+    def controls(said: list[str]) -> SideControls | None:
+        if not plan.damage_docs:
+            return None
         some = list(validation[: plan.damage_docs])
         mask = KeyMask.quietest(gains, FRACTION, plan.score)
-        controls = side_controls(model, some, gains, mask, seeds=plan.seeds[:1])
-        ranks = effective_rank(model, list(calibration[: plan.damage_docs]))
+        return side_controls(model, some, gains, mask, seeds=plan.seeds[:1])
+
+    def ranks(said: list[str]) -> EffectiveRank | None:
+        some = list(calibration[: plan.damage_docs])
+        return effective_rank(model, some) if some else None
+
     return Reach(
-        by_position,
-        by_distance,
-        across_texts(evaluator, plan, skipped),
-        tasks_of(evaluator, plan, cuts, skipped),
-        controls,
-        ranks,
-        price_of(evaluator, plan, texts),
-        tuple(skipped),
+        part("by_position", position),
+        part("by_distance", distance),
+        part("across_texts", lambda said: across_texts(evaluator, plan, said)),
+        part("tasks", lambda said: tasks_of(evaluator, plan, cuts, said)),
+        part("controls", controls),
+        part("ranks", ranks),
+        part("price", lambda said: price_of(evaluator, plan, texts)),
+        tuple(all_skipped),
     )
 
 

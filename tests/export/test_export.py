@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from slim_families import CONFIGS, random_keep, shape_of
 
 import gainlens as gl
@@ -26,6 +27,7 @@ from gainlens.export import (
 )
 from gainlens.export.building import float_copy
 from gainlens.export.engines import stock
+from gainlens.export.engines.base import DTYPES
 from gainlens.export.engines.llama_cpp import llama_from_gguf
 
 TOKENS = torch.randint(3, 96, (3, 40), generator=torch.Generator().manual_seed(5))
@@ -289,6 +291,18 @@ def test_half_precision_models_are_written_exactly(stock_slim, engine, dtype, tm
     folder = export_model(thin, tmp_path / "out", engine)
     read = ENGINES[engine].read_back(folder)
     torch.testing.assert_close(logits(read), logits(float_copy(thin)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("engine", ["gainlens", "transformers"])
+def test_a_folder_says_the_precision_of_its_weights(stock_slim, engine, precision, tmp_path):
+    """Engines load in the type that config.json names, so it is that of the file."""
+    thin = stock_slim["llama"]
+    folder = export_model(thin, tmp_path / "out", engine, precision=precision)
+    held = {t.dtype for t in load_file(folder / "model.safetensors").values()}
+    assert held - {torch.int64} == {DTYPES[precision]}, "which dimensions stay is whole numbers"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert loaded.dtype == DTYPES[precision] and thin.config.dtype == torch.float32
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")

