@@ -27,6 +27,7 @@ import torch
 from slots import SEEN, UNSEEN, apart, described, plain, texts_of
 
 import gainlens as gl
+from gainlens.ablation.fitting import RIDGES
 from gainlens.ablation.recipe import RANKING_DOCUMENTS, RANKING_LENGTH, ranking_gains
 from gainlens.data.document_identity import text_fingerprint
 from gainlens.data.overlap import document_identities
@@ -51,13 +52,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="gemma3-270m", help="a name or a folder")
     parser.add_argument("--name", help="of the model in the record (default: --model)")
-    parser.add_argument("--calibration", type=int, default=64, help="documents, of both texts")
+    parser.add_argument("--calibration", type=int, default=128, help="documents, of both texts")
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 256], help="of those")
-    parser.add_argument("--rounds", type=int, default=2, help="of the fit, at most")
+    parser.add_argument("--rounds", type=int, default=6, help="of the fit, at most")
     parser.add_argument(
-        "--stride", type=int, default=4, help="every how many queries one is fitted"
+        "--stride", type=int, default=8, help="every how many queries one is fitted"
     )
-    parser.add_argument("--ridge", type=float, nargs="*", default=[0.1], help="to choose from")
+    parser.add_argument("--ridge", type=float, nargs="*", default=RIDGES, help="to choose from")
     parser.add_argument(
         "--judge", type=int, default=24, help="documents of 256 tokens of each text"
     )

@@ -20,7 +20,7 @@ import numpy as np
 from slots import LENGTHS, SEEN, apart, described, judges
 
 import gainlens as gl
-from gainlens.ablation import fit_slots
+from gainlens.ablation import fit_slots, refit
 from gainlens.ablation.recipe import ranking_gains
 from gainlens.data.overlap import document_identities
 from gainlens.environment import environment
@@ -45,10 +45,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--fraction", type=float, default=0.5)
-    parser.add_argument("--calibration", type=int, default=16, help="documents, of both texts")
+    parser.add_argument("--calibration", type=int, default=32, help="documents, of both texts")
     parser.add_argument("--judge", type=int, default=50, help="documents of each text")
     parser.add_argument("--long", type=int, default=1, help="not judged here")
-    parser.add_argument("--rounds", type=int, default=2, help="of the fit, at most")
+    parser.add_argument("--rounds", type=int, default=6, help="of the fit, at most")
+    parser.add_argument(
+        "--stride", type=int, default=16, help="every how many queries one is fitted"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=cache_root() / "budgets")
     parser.add_argument("--out", type=Path, default=Path("docs/results/budgets.json"))
@@ -66,7 +69,7 @@ def main() -> None:
     gains = None
     rows: dict[str, Any] = {}
     for name, how in ROWS.items():
-        asked = [args.fraction, args.calibration, args.judge, args.rounds, *how]
+        asked = [args.fraction, args.calibration, args.judge, args.rounds, args.stride, *how]
         kept = args.cache / ("_".join(str(part) for part in asked) + ".json")
         if not kept.exists():
             gains = gains or ranking_gains(bridge, calibration)
@@ -91,20 +94,12 @@ def main() -> None:
 def row_of(args, bridge, plain, calibration, gains, how, short, before) -> dict[str, Any]:
     """Fit one row and judge it."""
     kind, share = how
+    fit = {"rounds": args.rounds, "stride": args.stride}
     if kind == "pairs":
-        cut = gl.best_cut(
-            bridge, calibration, args.fraction, share, gains=gains, rounds=args.rounds
-        )
+        mask = gl.KeyMask.quietest(gains, args.fraction, "fisher", share)
+        cut = refit(bridge, calibration, mask, **fit)
     else:
-        cut = fit_slots(
-            bridge,
-            calibration,
-            gains,
-            args.fraction,
-            "layer",
-            budget=share,
-            rounds=args.rounds,
-        )
+        cut = fit_slots(bridge, calibration, gains, args.fraction, "layer", budget=share, **fit)
     student = Student(plain, gl.SlicePlan.from_cut(cut))
     after = np.concatenate([student.losses(batch) for batch in student.batches(short)])
     verdicts = rise_verdicts(

@@ -36,25 +36,31 @@ from gainlens.data.document_identity import text_fingerprint
 from gainlens.data.overlap import document_identities
 from gainlens.data.texts import Texts
 from gainlens.environment import environment
-from gainlens.files import write_json
+from gainlens.files import read_json, write_json
 from gainlens.model.loading import load_hf
+from gainlens.model.zoo.cache import cache_root
 from gainlens.stats.loss_rise import rise_verdicts
 from gainlens.stats.verdicts import MARGIN
 from gainlens.training.student import Student
 
+LOW_RANK = "low rank per head"
+
 
 def main() -> None:
-    """Cut, judge, write."""
+    """Cut, judge, write; rows that are done stay in ``--cache``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--fraction", type=float, nargs="+", default=[0.5, 0.75])
-    parser.add_argument("--calibration", type=int, default=32, help="documents, of both texts")
+    parser.add_argument("--calibration", type=int, default=64, help="documents, of both texts")
     parser.add_argument("--judge", type=int, default=100, help="short documents of each text")
     parser.add_argument("--long", type=int, default=8, help="documents of 2,048 tokens of each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", type=Path, default=cache_root() / "rivals")
     parser.add_argument("--out", type=Path, default=Path("docs/results/rivals.json"))
     args = parser.parse_args()
     begun = time.time()
+    args.cache.mkdir(parents=True, exist_ok=True)
+    asked = f"{args.calibration}_{args.judge}_{args.long}_{args.seed}"
     bridge = gl.load_model(args.model)
     calibration = gl.load_tokens(SEEN, bridge, n_docs=args.calibration, length=LENGTHS)
     short, long = judges(args, bridge)
@@ -73,16 +79,20 @@ def main() -> None:
             "fisher, per layer": gl.KeyMask.quietest(gains, fraction, "fisher", "layer"),
             "random pairs, per head": gl.KeyMask.random(gains, fraction, args.seed),
         }
-        for name, mask in masks.items():
-            student = Student(intact, gl.SlicePlan.from_cut(mask))
-            after = losses_of(student, short, long)
-            rows[f"{name}, {fraction:g}"] = judged(before, after, short, long, fraction)
-        thin = load_hf(args.model)
-        project(thin, keys, fraction)
-        after = losses_of(Student(thin, gl.SlicePlan.identity(thin)), short, long)
-        rows[f"low rank per head, {fraction:g}"] = judged(before, after, short, long, fraction)
-        for name, row in rows.items():
-            print(f"{time.time() - begun:5.0f} s  {name:28s} {summary(row)}", flush=True)
+        for name in (*masks, LOW_RANK):
+            kept = args.cache / f"{name}_{fraction}_{asked}.json".replace(" ", "-")
+            if not kept.exists():
+                if name in masks:
+                    student = Student(intact, gl.SlicePlan.from_cut(masks[name]))
+                else:
+                    thin = load_hf(args.model)
+                    project(thin, keys, fraction)
+                    student = Student(thin, gl.SlicePlan.identity(thin))
+                after = losses_of(student, short, long)
+                write_json(kept, judged(before, after, short, long, fraction))
+            rows[f"{name}, {fraction:g}"] = read_json(kept)
+            shown = summary(read_json(kept))
+            print(f"{time.time() - begun:5.0f} s  {name:28s} {shown}", flush=True)
     write_json(
         args.out,
         {

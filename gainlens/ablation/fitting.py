@@ -47,8 +47,8 @@ class Settings:
         InputError: one that is out of range.
     """
 
-    rounds: int = 4
-    iterations: int = 12
+    rounds: int = 6
+    iterations: int = 6
     ridge: float | Sequence[float] = RIDGES
     uniform: float = 0.2
     stride: int | None = None
@@ -240,9 +240,9 @@ def fit_held_out(
 ) -> tuple[Maps, Choice, tuple[float, float]]:
     """The maps fitted to all text, by the settings that one half chose for the other.
 
-    Tried are one query map for the group against one for each of its heads, at the ridge to begin
-    with, and then larger or smaller ridges as long as they help, each for one round; the best goes
-    on, as long as its further rounds help.
+    On ample text the smallest ridge comes first, otherwise the one in the middle, where one query
+    map for the group is tried against one for each of its heads. Then come larger or smaller ridges
+    as long as they help, each for one round. The best goes on, as long as further rounds help.
 
     Returns:
         The maps (``start`` where no fit was better), the choice, and the misfit of the second half
@@ -250,7 +250,8 @@ def fit_held_out(
     """
     plain = misfit(judges, start)
     ridges = sorted(settings.ridges)
-    first = min(len(ridges) // 2, 0 if _ample(fits, start) else len(ridges))
+    ample = _ample(fits, start)
+    first = 0 if ample else len(ridges) // 2
     running: dict[tuple[float, bool], Iterator[Maps]] = {}
     errors: dict[tuple[float, bool], float] = {}
 
@@ -263,7 +264,7 @@ def fit_held_out(
         errors[ridge, shared] = misfit(judges, next(running[ridge, shared]))
         return errors[ridge, shared]
 
-    ways = (False, True) if len(start[0]) > 1 else (False,)
+    ways = (False, True) if len(start[0]) > 1 and not ample else (False,)
     shared = min(ways, key=lambda way: tried(ridges[first], way))
     for side in (ridges[first + 1 :], ridges[:first][::-1]):
         before = errors[ridges[first], shared]

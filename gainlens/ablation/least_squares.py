@@ -206,8 +206,8 @@ def _query_curvature(
         turn = part.query_turn
         w = part.weights if part.slope is None else part.weights * part.slope.square()
         mean = (part.weights if part.slope is None else part.weights * part.slope) @ k
-        outer = (k.unsqueeze(-1) * k.unsqueeze(-2)).flatten(2)
-        second = (w @ outer).reshape(*w.shape[:-1], kept, kept)
+        k = k.unsqueeze(1)
+        second = (w.unsqueeze(-1) * k).mT @ k
         bent = second - mean.unsqueeze(-1) * mean.unsqueeze(-2)  # [group, doc, query, kept, kept]
         half = turn.adjoint(bent.permute(0, 3, 1, 2, 4))  # rotates the last dimension
         both = turn.adjoint(half.permute(0, 4, 2, 3, 1))

@@ -33,7 +33,7 @@ def best_cut(
     *,
     score: str = "fisher",
     gains: KeyGains | None = None,
-    rounds: int = 4,
+    rounds: int = 6,
     progress: bool = True,
 ) -> Cut:
     """Rank the rotary pairs, cut the quietest, and refit what stays by least squares.

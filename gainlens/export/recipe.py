@@ -13,7 +13,7 @@ from gainlens.export.plan_files import without_cut_file
 
 
 def refitted(
-    model: Any, tokens: Any, plan: SlicePlan, *, rounds: int = 4, progress: bool = True
+    model: Any, tokens: Any, plan: SlicePlan, *, rounds: int = 6, progress: bool = True
 ) -> SlicePlan:
     """The plan with maps from ``gainlens.ablation.refit``, or unchanged with a warning.
 

@@ -86,7 +86,7 @@ class Plan:
     price_docs: int = 6
     task_prompts: int = 4
     task_length: int = 1024
-    refit_rounds: int = 4
+    refit_rounds: int = 6
     seed: int = 0
     device: str = "cpu"
 
@@ -286,7 +286,7 @@ def refitted_cuts(
         The cuts by name, and the reason if there are none because the model does not support it.
     """
     if plan.refit_rounds < 1:
-        return {}, "It was skipped in this run; --refit-rounds 4 adds it to the table."
+        return {}, "It was skipped in this run; --refit-rounds 6 adds it to the table."
     reason = "its attention is not described by the fit"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

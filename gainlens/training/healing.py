@@ -80,7 +80,7 @@ class Healing:
     value_fraction: float | None = None
     score: str = "fisher"
     scope: Scope = "layer"
-    refit_rounds: int = 4
+    refit_rounds: int = 6
     rounds: int = 1
     monitor: int = 8
     judge: int = 32

@@ -145,7 +145,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": "zero",
         "help": "replacement values of cut dimensions",
     },
-    "refit_rounds": {"type": whole(0), "default": 4, "help": "least-squares refit rounds; 0: none"},
+    "refit_rounds": {"type": whole(0), "default": 6, "help": "least-squares refit rounds; 0: none"},
     "seeds": {"type": whole(1), "default": 3, "help": "number of random controls"},
     "judge": {"type": whole(0), "help": "number of validation documents for the verdict"},
     "margin": {"type": nats, "default": MARGIN, "help": "rise of the loss, in nats, that counts as "

@@ -209,7 +209,7 @@ def _cut(options: argparse.Namespace, model: Any) -> tuple[SlicePlan, Tokens | N
         scope,
         score=score,
         gains=gains,
-        rounds=4 if rounds is None else rounds,
+        rounds=6 if rounds is None else rounds,
     )
     return SlicePlan.from_cut(cut, values=values), tokens
 

@@ -28,7 +28,8 @@ def page() -> str:
         table(["stage", "peak resident memory", "time", "of the processor"], rows)
         + f"\n\n{facts['model']}: {facts['n_weights'] / 1e9:.2f} billion weights, "
         f"{facts['weights_gb']:.1f} GB of {facts['stored']}, computed in {facts['computed']}; "
-        f"private memory limited to {facts['limit_gb']:g} GB; {facts['documents']} documents of "
+        f"in a memory control group of {facts['limit_gb']:g} GB, page cache included; "
+        f"{facts['documents']} documents of "
         f"{facts['length']} tokens, {facts['fraction']:.0%} of the keys cut{quiet}. A small model "
         f"({small['layers']} layers of {small['d_model']}) gave "
         + ("the same mask and the same bytes" if equal else "ANOTHER RESULT")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ RECORDS = {
     "GPT-2, from scratch": "report_gpt2.json",
 }
 """Reports of the page, by the model's name there."""
+HOME = re.compile(r"(?<![\w.~-])/(root|home/[^/\s]+|Users/[^/\s]+)/")
+"""Home folder of whoever made a record."""
 TOLD = 0.5
 """Ceiling below which a model's documents are too few to compare scores."""
 DEFAULT = inspect.signature(best_cut).parameters["score"].default
@@ -82,7 +85,8 @@ def _made(named: list[tuple[str, dict[str, Any]]]) -> str:
     for name, facts in named:
         plan = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["plan"].items()}
         lines.append(
-            f"- {name}: `{Plan(**plan).command()}`, {facts['seconds']:,.0f} s, gainlens "
+            f"- {name}: `{HOME.sub('~/', Plan(**plan).command())}`, {facts['seconds']:,.0f} s, "
+            f"gainlens "
             f"{facts['versions']['gainlens']}, torch {facts['versions']['torch']}, "
             f"{facts['machine']['processor']} (`docs/results/{RECORDS[name]}`)"
         )

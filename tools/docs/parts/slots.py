@@ -6,7 +6,16 @@ from typing import Any
 
 from parts.markdown import RESULTS, not_yet, provenance, recorded, table
 
-ORDER = ("layer-50", "universal-50", "universal-50-values", "layer-75", "universal-75")
+ORDER = (
+    "layer-50-untrained",
+    "layer-50",
+    "universal-50-untrained",
+    "universal-50",
+    "universal-50-values",
+    "layer-75",
+    "universal-75",
+)
+"""Runs; ``-untrained`` ones are cuts with the present fit that nobody has healed yet."""
 
 
 def page() -> str:
@@ -30,11 +39,11 @@ def page() -> str:
         table(head, rows),
         f"Rise of the loss in nats per token, with 99% intervals, on {', '.join(counts)}; by "
         f"position on long documents of {' and '.join(first['untrained']['by_position'])}. Fitted "
-        f"on {calibration['documents']} documents of {' and '.join(calibration['texts'])} "
-        f"({calibration['tokens']:,} tokens); nothing was learned from "
+        f"on {' and '.join(calibration['texts'])}; nothing was learned from "
         f"{', '.join(n for n in texts if n not in calibration['texts'])}.",
         *(
-            f"{_name(facts)}: fitted in {facts['fit']['seconds']:.0f} s"
+            f"{_name(facts)} ({facts['text']['calibration']['tokens']:,} tokens) in "
+            f"{facts['fit']['seconds']:.0f} s"
             + (
                 f"; healed on {facts['healed']['facts']['tokens']:,} tokens"
                 if facts["healed"]
@@ -120,7 +129,8 @@ def budgets() -> str:
 
 def _name(facts: dict[str, Any]) -> str:
     """What a run cuts."""
-    name = f"{facts['fraction']:.0%} {facts['scope']}"
+    documents = facts["text"]["calibration"]["documents"]
+    name = f"{facts['fraction']:.0%} {facts['scope']}, fitted on {documents} documents"
     values = facts.get("values_kept")
     return name if values is None else f"{name}, {1 - values:.0%} of the values"
 
