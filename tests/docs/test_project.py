@@ -51,7 +51,6 @@ def test_default_places_of_results_are_in_the_folder_of_results():
     there = {path.name for path in (ROOT / "docs/results").iterdir()}
     assert named >= {"probe.json", "engines.json", "coordinate_map_scale.json"}
     unrecorded = {"kernels_cuda.json", "rivals.json", "budgets.json"}
-    unrecorded |= {"larger_than_memory.json"}
     assert named - there <= unrecorded, "not recorded"
 
 
