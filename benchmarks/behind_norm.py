@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the model in the record (default: --model)")
     parser.add_argument("--calibration", type=int, default=128, help="documents, of both texts")
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 256], help="of those")
+    parser.add_argument("--windows", type=int, default=1, help="rows of each document")
     parser.add_argument("--rounds", type=int, default=6, help="of the fit, at most")
     parser.add_argument(
         "--stride", type=int, default=8, help="every how many queries one is fitted"
@@ -78,7 +79,9 @@ def main() -> None:
         print(f"{time.time() - started:6.0f} s  {text}", flush=True)
 
     bridge = gl.load_model(args.model)
-    calibration = gl.load_tokens(SEEN, bridge, n_docs=args.calibration, length=args.lengths)
+    calibration = gl.load_tokens(
+        SEEN, bridge, n_docs=args.calibration, length=args.lengths, windows=args.windows
+    )
     cut, seconds = cut_of(args, bridge, calibration)
     said(f"{cut!r} in {seconds:.0f} s")
     short = judges(args, bridge, calibration)
@@ -145,7 +148,7 @@ def main() -> None:
 
 def cut_of(args, model, calibration):
     """The cut, from the cache or made, and how long it took to make."""
-    text = f"{args.calibration}x{'-'.join(map(str, args.lengths))}"
+    text = f"{args.calibration}x{args.windows}x{'-'.join(map(str, args.lengths))}"
     ridges = "-".join(f"{r:g}" for r in args.ridge)
     gains_file = args.cache / f"gains_{text}.safetensors"
     file = args.cache / f"cut_{text}_{args.rounds}_{args.stride}_{ridges}.safetensors"
@@ -215,7 +218,8 @@ def kept_json(file: Path, make) -> dict:
 def measured(args) -> dict:
     """``probe_memory`` in a process of its own."""
     words = [sys.executable, __file__, "--model", args.model, "--probe-memory"]
-    words += ["--calibration", str(args.calibration), "--lengths", *map(str, args.lengths)]
+    words += ["--calibration", str(args.calibration), "--windows", str(args.windows)]
+    words += ["--lengths", *map(str, args.lengths)]
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -223,14 +227,18 @@ def measured(args) -> dict:
 def probe_memory(args) -> dict:
     """Gigabytes that the ranking of ``best_cut`` takes beyond the loaded model."""
     model = gl.load_model(args.model)
-    tokens = gl.load_tokens(SEEN, model, n_docs=args.calibration, length=args.lengths)
+    tokens = gl.load_tokens(
+        SEEN, model, n_docs=args.calibration, length=args.lengths, windows=args.windows
+    )
     weights = sum(
         p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values()
     )
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     before = pages * resource.getpagesize()
     ranking_gains(model, tokens, progress=False)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which starts at what the process that started this one held.
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
     return {
         "weights_gb": weights / 1e9,
         "loaded_gb": before / 1e9,
