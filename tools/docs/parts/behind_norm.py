@@ -62,10 +62,12 @@ def _reached(facts: dict[str, Any]) -> str:
         return f"The target of {target:g} nats is reached on every text."
     missed = ", ".join(f"{rise:+.3f} on {name}" for name, rise in over.items())
     fit, text = facts["fit"], facts["text"]["calibration"]
+    shared, heads = fit.get("heads_with_one_query_map", 0), sum(fit["ridges_chosen"].values())
+    one = f" Of {heads} groups of query heads {shared} do best with one map for all." * (shared > 0)
     return (
-        f"The target of {target:g} nats is missed: {missed}. The fit carries over badly: the "
+        f"The target of {target:g} nats is missed: {missed}. The "
         f"misfit of the attention is {fit['misfit_after']:.2f} nats per query on the text that was "
         f"fitted, and {fit['held_out_after']:.2f} on one half of it for a fit to the other "
         f"({fit['held_out_before']:.2f} without a fit). Each head was fitted to "
-        f"{text['tokens'] // fit['stride']:,} queries, every {fit['stride']}th."
+        f"{text['tokens'] // fit['stride']:,} queries, every {fit['stride']}th.{one}"
     )
