@@ -29,7 +29,7 @@ from gainlens.errors import FileFormatError, GainlensError
 from gainlens.files import read_json, write_json
 from gainlens.report.figures import Damage
 
-KIND, SECONDS = "gainlens-report-part", "seconds.json"
+KIND, HEADER, SECONDS = "gainlens-report-part", "header.json", "seconds.json"
 RESULTS: dict[str, Any] = {
     found.__name__: found
     for found in (
@@ -61,11 +61,8 @@ class Unfinished:
         self.folder = out.with_name(f".{out.name}.unfinished")
         text = json.dumps(made_with, sort_keys=True, default=str)
         self._digest = hashlib.sha256(text.encode()).hexdigest()
-        header = self.folder / "header.json"
-        if self._known(header) != self._digest:
+        if self._known(self.folder / HEADER) != self._digest:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir()
-            self._write(header, self._digest)
         self._seconds: dict[str, float] = self._known(self.folder / SECONDS) or {}
 
     @property
@@ -100,6 +97,9 @@ class Unfinished:
                 pass  # edited or damaged: made again
         started = time.monotonic()
         value = make()
+        if not self.folder.exists():  # a mistake that is found before leaves nothing behind
+            self.folder.mkdir(parents=True)
+            self._write(self.folder / HEADER, self._digest)
         save(path, value)
         self._seconds[name] = time.monotonic() - started
         self._write(self.folder / SECONDS, self._seconds)

@@ -9,6 +9,7 @@ import pytest
 
 from gainlens.analysis.effective_rank import EffectiveRank
 from gainlens.analysis.sweep.evaluator import Evaluator
+from gainlens.errors import InputError
 from gainlens.report import build, reach
 from gainlens.report.build import Plan, build_report
 from gainlens.report.unfinished import Unfinished, packed, unpacked
@@ -83,6 +84,15 @@ def test_a_damaged_part_is_made_again(tmp_path):
     again = Unfinished(tmp_path / "report", {"plan": 1})
     assert again.part("damage", lambda: (3,)) == (3,)
     assert Unfinished(tmp_path / "report", {"plan": 1}).part("damage", lambda: 0) == (3,)
+
+
+def test_a_mistake_before_the_first_part_leaves_nothing(tiny, tmp_path):
+    with pytest.raises(InputError):
+        build_report(tiny, replace(PLAN, text="sotu", n_docs=100_000), tmp_path / "report")
+    kept = Unfinished(tmp_path / "report", {})
+    with pytest.raises(ZeroDivisionError):
+        kept.part("damage", lambda: 1 / 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_results_survive_their_file():
