@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--out", default="docs/results/prediction.json")
     args = parser.parse_args()
     path, name = Path(args.out), args.name or args.model
-    kept = json.loads(path.read_text(encoding="utf-8"))["models"] if path.is_file() else {}
+    kept = recorded(path)
     if args.again:
         args.calibration = kept[name]["calibration_documents"]
         args.seed, args.units = kept[name]["seed"], len(kept[name]["units"])
@@ -112,6 +112,7 @@ def main() -> None:
         "rise_by_document": [[float(f"{x:.3g}") for x in row] for row in rises],
         **environment(),
     }
+    kept = recorded(path)  # another run may have written meanwhile
     write_json(
         path,
         {
@@ -120,6 +121,11 @@ def main() -> None:
         },
     )
     print(json.dumps(entry["results"], indent=1))
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """The entries of the record, by model."""
+    return json.loads(path.read_text(encoding="utf-8"))["models"] if path.is_file() else {}
 
 
 def scored(
