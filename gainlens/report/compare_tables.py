@@ -77,6 +77,7 @@ def all_tables(reports: Named) -> list[PageTable]:
     """All tables below the claims; one that no report has anything for is left out."""
     tables = [
         overview(reports),
+        worth_table(reports),
         map_table(reports),
         cuts_table(reports),
         texts_table(reports),
@@ -106,6 +107,39 @@ def overview(reports: Named) -> PageTable:
         "intact loss (nats per token)": lambda facts: f"{facts['intact_loss']:.3f}",
     }
     return _columns("Models and texts", "", reports, rows)
+
+
+def _cache_bytes(facts: Facts) -> int:
+    """Keys and values of a token in float16, values as wide as keys."""
+    m = facts["model"]
+    return 2 * 2 * int(m["n_layers"]) * int(m["n_kv_heads"]) * int(m["d_head"])
+
+
+def worth_table(reports: Named) -> PageTable:
+    """What half of the key dimensions are worth, and what they cost without training."""
+
+    def cache(share_of_keys: float) -> Callable[[Facts], str]:
+        def said(facts: Facts) -> str:
+            share = (share_of_keys + 1) / 2
+            found = f"{_cache_bytes(facts) * share:,.0f}"
+            return found if share == 1 else f"{found} (× {share:g})"
+
+        return said
+
+    def cost(facts: Facts) -> str:
+        verdict = (facts.get("best_cut") or {}).get("verdict")
+        if not verdict:
+            return NONE
+        texts = len(verdict.get("domain") or ())
+        return f"{verdict['estimate']:+.3f}" + (f", worst of {texts} texts" if texts > 1 else "")
+
+    rows = {
+        "cache, float16 (bytes per token)": cache(1),
+        "with half of the key dimensions": cache(0.5),
+        "with half of the values too": lambda facts: f"{_cache_bytes(facts) / 2:,.0f} (× 0.5)",
+        "cost of half of the keys, refitted (nats per token)": cost,
+    }
+    return _columns("What it is worth", "", reports, rows)
 
 
 def map_table(reports: Named) -> PageTable:

@@ -19,6 +19,7 @@ from gainlens.report.compare_tables import (
     map_table,
     position_table,
     texts_table,
+    worth_table,
 )
 
 pytestmark = pytest.mark.one_env
@@ -103,6 +104,15 @@ def test_tables_match_rows_by_what_they_are(record, other):
     assert column(mapped, "a")["mean cosine between layers"] == (
         f"{record['map']['summary']['cosine']:.3f}"
     )
+    worth = column(worth_table(named), "a")
+    model = record["model"]
+    both = 4 * model["n_layers"] * model["n_kv_heads"] * model["d_head"]
+    assert worth["cache, float16 (bytes per token)"] == f"{both:,}"
+    assert worth["with half of the key dimensions"] == f"{both * 3 // 4:,} (× 0.75)"
+    assert worth["with half of the values too"] == f"{both // 2:,} (× 0.5)"
+    estimate = record["best_cut"]["verdict"]["estimate"]
+    (cost,) = (value for name, value in worth.items() if name.startswith("cost of half"))
+    assert cost.startswith(f"{estimate:+.3f}, worst of ")
     random = [r for r in record["surgery"] if r["order"] == "random" and r["fraction"] == 0.5]
     cuts = next(t for t in all_tables(named) if t.caption.startswith("Every cut"))
     mean = sum(r["delta"] for r in random) / len(random)

@@ -58,13 +58,13 @@ def claims() -> str:
 
 
 def numbers() -> str:
-    """What each model is, and its map."""
-    return _tables(lambda found: found[:2])
+    """What each model is, what half of its keys is worth, and its map."""
+    return _tables(lambda found: found[:3])
 
 
 def cuts() -> str:
     """Cuts, texts, positions and tasks."""
-    return _tables(lambda found: found[2:])
+    return _tables(lambda found: found[3:])
 
 
 def _tables(choose: Callable[[list[PageTable]], list[PageTable]]) -> str:
