@@ -115,7 +115,6 @@ def findings() -> str:
     speed = recorded(RESULTS / "slim_ledger.json")
     if report is None or healed is None or speed is None:
         return not_yet("the findings", "make report bench-heal acceptance")
-    best = report["best_cut"]
     mapped, margin = report["map"], healed["verdict"]["margin"]
     ratios = [row["decode_ratio"] for row in speed["contexts"]]
     contexts = [row["context"] for row in speed["contexts"]]
