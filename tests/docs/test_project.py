@@ -50,7 +50,7 @@ def test_default_places_of_results_are_in_the_folder_of_results():
     }
     there = {path.name for path in (ROOT / "docs/results").iterdir()}
     assert named >= {"probe.json", "engines.json", "coordinate_map_scale.json"}
-    unrecorded = {"kernels_cuda.json", "rivals.json", "budgets.json"}
+    unrecorded = {"kernels_cuda.json", "budgets.json"}
     assert named - there <= unrecorded, "not recorded"
 
 
