@@ -25,8 +25,8 @@ from gainlens.analysis.effective_rank import EffectiveRank
 from gainlens.analysis.map.universality import UniversalityPrice
 from gainlens.analysis.side_controls import SideControls
 from gainlens.analysis.task_scores import GroupRow, TaskRow, TaskScores
-from gainlens.errors import FileFormatError, GainlensError
-from gainlens.files import read_json, write_json
+from gainlens.errors import GainlensError
+from gainlens.files import opened, read_json, sealed, write_json
 from gainlens.report.figures import Damage
 
 KIND, HEADER, SECONDS = "gainlens-report-part", "header.json", "seconds.json"
@@ -111,14 +111,11 @@ class Unfinished:
 
     @staticmethod
     def _write(file: Path, content: Any) -> None:
-        write_json(file, {"kind": KIND, "content": content})
+        write_json(file, sealed(KIND, {"content": content}))
 
     @staticmethod
     def _read(file: Path) -> Any:
-        found = read_json(file)
-        if not isinstance(found, dict) or found.get("kind") != KIND:
-            raise FileFormatError(f"{file} holds no part of a report")
-        return found["content"]
+        return opened(read_json(file), KIND, str(file))["content"]
 
     def _known(self, file: Path) -> Any:
         """Content of a file; None where there is none, or a damaged one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from parts.markdown import RESULTS, not_yet, recorded, table
 
-COMMAND = "python benchmarks/larger_than_memory.py"
+COMMAND = "python benchmarks/larger_than_memory.py --refit"
 
 
 def page() -> str:
