@@ -16,21 +16,21 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import gainlens as gl
 from gainlens.ablation.recipe import ranking_gains
 from gainlens.analysis.damage_by_position import PositionRise, position_rise
 from gainlens.analysis.map.universality import slot_moves
-from gainlens.data.document_identity import text_fingerprint
+from gainlens.data.document_identity import tensor_digest, text_fingerprint
 from gainlens.data.overlap import document_identities, shares_text
 from gainlens.data.texts import Texts
 from gainlens.environment import environment
 from gainlens.export.judging import score_slim
-from gainlens.files import read_json, write_json
+from gainlens.files import load_tensors, read_json, save_tensors, write_json
 from gainlens.model.loading import load_hf
 from gainlens.model.zoo.cache import cache_root
 from gainlens.stats.loss_rise import rise_verdicts
@@ -118,7 +118,7 @@ def main() -> None:
         untrained = read_json(known)
     else:
         student = Student(model, plan, trains, text=training[:VALUE_DOCUMENTS])
-        untrained = judged(student, short, long, fraction, trained=False)
+        untrained = judged(student, short, long, fraction, args.cache, trained=False)
         write_json(known, untrained)
         del student
     said(summary(untrained))
@@ -149,7 +149,7 @@ def main() -> None:
             del slim
         for text in (short, long):
             run.check_apart(text)
-        healed = judged(run.student, short, long, fraction, trained=True)
+        healed = judged(run.student, short, long, fraction, args.cache, trained=True)
         healed |= {
             "curve": [
                 {**row, "loss": None if row["loss"] is None else round(row["loss"], 5)}
@@ -303,14 +303,38 @@ def texts_of(parts: list[tuple[str, list]]) -> Texts:
     )
 
 
-def judged(student: Student, short: Texts, long: Texts, fraction: float, *, trained: bool) -> dict:
+class Intact:
+    """The intact model's loss at each position, kept in a file: every run is compared with it."""
+
+    def __init__(self, student: Student, folder: Path) -> None:
+        self.student = student
+        self.file = folder / f"intact_{student.fingerprint[:12]}.safetensors"
+        self.known = load_tensors(self.file, "losses")[0] if self.file.exists() else {}
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        """``[document, next_pos]`` of a batch."""
+        key = tensor_digest([batch])
+        if key not in self.known:
+            self.known[key] = self.student.token_losses(batch, intact=True)
+        return self.known[key]
+
+    def save(self) -> None:
+        """For the next run."""
+        save_tensors(self.file, "losses", self.known, {})
+
+
+def judged(
+    student: Student, short: Texts, long: Texts, fraction: float, folder: Path, *, trained: bool
+) -> dict:
     """Verdicts by text at 256 tokens, and the rise by position on long documents by text."""
+    intact = Intact(student, folder)
     rise = np.concatenate(
         [
-            student.losses(batch) - student.losses(batch, intact=True)
+            (student.token_losses(batch).double() - intact(batch).double()).mean(1).numpy()
             for batch in student.batches(short)
         ]
     )
+    intact.save()
     verdicts = rise_verdicts(
         rise, fraction, MARGIN, trained=trained, domains=short.domains, lengths=short.lengths
     )
@@ -320,12 +344,13 @@ def judged(student: Student, short: Texts, long: Texts, fraction: float, *, trai
         found = position_rise(
             [row[None] for row in text],
             {args_name(trained): (fraction, student.token_losses)},
-            partial(student.token_losses, intact=True),
+            intact,
             buckets=BUCKETS,
             text=text_fingerprint(list(text)),
             progress=False,
         )
         by_position[name] = found.to_json()
+        intact.save()
     return {
         "verdicts": {name: verdict.to_json() for name, verdict in verdicts.items()},
         "rises": [round(float(r), 6) for r in rise],

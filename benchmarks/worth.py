@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--judge", type=int, default=100, help="documents of 256 tokens per text")
     parser.add_argument("--long", type=int, default=8, help="of 2,048 tokens")
     parser.add_argument("--longest", type=int, default=3, help="of 8,192 tokens")
-    parser.add_argument("--calibration", type=int, default=32, help="documents that were fitted")
+    parser.add_argument("--calibration", type=int, default=64, help="documents that were fitted")
     parser.add_argument("--task-prompts", type=int, default=12)
     parser.add_argument("--task-length", type=int, default=1024)
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 4096, 8000])
@@ -116,7 +116,7 @@ def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
             rows[name] = read_json(kept)
             continue
         if not before:
-            before = intact_losses(intact, texts)
+            before = intact_losses(intact, texts, args.work)
             print("the intact model is read", flush=True)
         model = intact if name == INTACT else gl.load_slim(folders[name])
         fraction = 0.0 if name == INTACT else 1 - plan_of(model.config).fraction_kept

@@ -18,10 +18,12 @@ from gainlens.export.plan import SlicePlan
 from gainlens.export.values import ValuePath
 from gainlens.training.norm_maps import NormMaps
 from gainlens.training.slices import Layout, Place, Slice, from_rows, module_at, places_of, to_rows
+from gainlens.training.slot_turns import SlotTurns
 
-TRAINABLE = ("q", "k", "v", "o", "mlp", "norm", "embedding")
+TRAINABLE = ("q", "k", "v", "o", "mlp", "norm", "embedding", "frequencies")
 """Names accepted by ``train=``. For q and k only the kept units are trained; where a norm acts
-before the maps of the cut, these are the kept rows of the maps."""
+before the maps of the cut, these are the kept rows of the maps. ``frequencies`` are those of a slot
+cut; heads that share a set go on sharing it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,7 @@ def find_slices(
     train: tuple[str, ...],
     maps: NormMaps | None = None,
     paths: Sequence[ValuePath | None] = (),
+    slots: SlotTurns | None = None,
 ) -> list[Slice]:
     """The slices of a model.
 
@@ -63,13 +66,18 @@ def find_slices(
         maps: those behind a norm, whose rows are trained in the place of the projections'.
         paths: thin values by layer, where training starts from: the first rows of each value head
             hold them, the others are ghosts.
+        slots: the frequencies of the plan's slots.
 
     Raises:
         InputError: a name in ``train`` is unknown, or the model has no such weights; thin values of
-            a model that is no transformers model, or without ``v`` and ``o`` in ``train``.
+            a model that is no transformers model, or without ``v`` and ``o`` in ``train``;
+            ``frequencies`` of a plan without slots, or whose slots are a grid.
         UnsupportedModelError: the projections are stored in an unknown form.
     """
     check_train(train)
+    if "frequencies" in train and (slots is None or plan.facts.get("grid")):
+        found = "no slots" if slots is None else "slots on a grid"
+        raise InputError(f"train={train!r}: this plan has {found}; expected slots free to move")
     thin = any(path is not None for path in paths)
     if thin and kind != "huggingface":
         raise InputError(
@@ -105,6 +113,8 @@ def find_slices(
             slices.append(Slice(name, "other", parameter, places[id(parameter)], leaf=leaf))
     if maps is not None:
         slices += maps.slices(plan.keep, train)
+    if slots is not None:
+        slices += slots.slices(train)
     if not any(part.leaf is not None for part in slices):
         raise InputError(f"train={train!r}: this model has no such weights, so nothing is active")
     return slices

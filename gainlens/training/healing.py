@@ -34,11 +34,12 @@ from gainlens.probes import KeyGains
 from gainlens.stats.loss_rise import rise_verdict
 from gainlens.stats.verdicts import MARGIN
 from gainlens.training.folder import fitted_cut, with_maps
+from gainlens.training.plans import check_plan, thin_values
 from gainlens.training.processes import Processes, gather_gains
 from gainlens.training.rounds import nested_plans
 from gainlens.training.run import TrainingRun, row_digests
 from gainlens.training.settings import Settings
-from gainlens.training.student import Student, check_plan, thin_values
+from gainlens.training.student import Student
 from gainlens.training.virtual_width import train_virtual_width
 
 FIGURE = "loss.png"

@@ -97,11 +97,16 @@ class NormMaps(nn.Module):
             )
         return found
 
-    def present(self, facts: Mapping[str, Any] | None = None) -> HeadMaps:
+    def present(
+        self,
+        facts: Mapping[str, Any] | None = None,
+        frequencies: Float[torch.Tensor, "layer kv_head rotary_pair"] | None = None,
+    ) -> HeadMaps:
         """The stored maps, as of a cut.
 
         Args:
             facts: more of them.
+            frequencies: of the slots, where they have changed.
         """
         found = {}
         for letter in "qk":
@@ -109,7 +114,8 @@ class NormMaps(nn.Module):
             whole = torch.stack(rows)
             found[letter] = whole.reshape(len(rows), -1, whole.shape[2], whole.shape[2])
         about = {**self._facts, **(facts or {})}
-        return HeadMaps(found["q"], found["k"], about, self._frequencies)
+        turning = self._frequencies if frequencies is None else frequencies
+        return HeadMaps(found["q"], found["k"], about, turning)
 
     def _turn(self, layer: int, n_pos: int) -> Turn:
         """The model's rotation in a layer; layers that agree share it."""

@@ -13,8 +13,9 @@ from gainlens.ablation.key_mask import KeyMask, Scope
 from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan, as_plan
 from gainlens.probes import KeyGains
+from gainlens.training.plans import plan_digest
 from gainlens.training.settings import Settings
-from gainlens.training.student import Student, plan_digest
+from gainlens.training.student import Student
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Settings:
     batch: int = 4
     lr: float = 1e-3
     other_lr: float | None = None
+    frequency_lr: float | None = None
     optimizer: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
@@ -69,7 +70,7 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name}={value!r}: expected a whole number of at least {least}")
-        for name in ("lr", "other_lr", "clip", "stop_margin"):
+        for name in ("lr", "other_lr", "frequency_lr", "clip", "stop_margin"):
             value = getattr(self, name)
             if value is None and name != "lr":
                 continue
@@ -93,9 +94,15 @@ class Settings:
         return warm * ((1 - done) if self.decay == "linear" else 1.0)
 
     def rate(self, group: str) -> float:
-        """Maximum learning rate of a weight group; by default ``lr`` / 3 outside W_Q, W_K."""
+        """Maximum learning rate of a weight group.
+
+        By default ``lr`` / 3 outside W_Q and W_K, and ``lr`` / 10 of the slots' frequencies, which
+        act on every layer and the more the further apart two tokens are.
+        """
         if group == "qk":
             return self.lr
+        if group == "frequencies":
+            return self.lr / 10 if self.frequency_lr is None else self.frequency_lr
         return self.lr / 3 if self.other_lr is None else self.other_lr
 
     def make_optimizer(self, groups: Sequence[tuple[str, list[torch.Tensor]]]) -> Any:

@@ -51,7 +51,7 @@ class Slice:
 
     Attributes:
         name: name of the parameter.
-        group: ``qk`` or ``other``; each has its own learning rate.
+        group: ``qk``, ``other`` or ``frequencies``; each has its own learning rate.
         stored: the parameter, unchanged until ``write``.
         places: every module attribute that holds it (tied weights have two).
         layout: see ``Layout``.

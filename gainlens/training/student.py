@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 
 from gainlens.data.batches import Tokens, batches
-from gainlens.data.document_identity import tensor_digest
 from gainlens.errors import InputError, SilentSiteError
 from gainlens.export.adapters import check_no_adapters
 from gainlens.export.after_norm import maps_follow
@@ -29,7 +28,9 @@ from gainlens.model.recorder import query_key_hooks
 from gainlens.model.running import evaluating
 from gainlens.model.sites import Stage
 from gainlens.training.find import find_slices
+from gainlens.training.halves import Halves
 from gainlens.training.norm_maps import NormMaps
+from gainlens.training.plans import check_plan, thin_values
 from gainlens.training.processes import Processes
 from gainlens.training.sharding import Shards, check_whole, sharded
 from gainlens.training.slices import (
@@ -61,7 +62,8 @@ class Student:
             norm on queries and keys where there is one.
         train: which weights to train; see ``gainlens.training.find.TRAINABLE``.
         precision: ``float32``, or ``bfloat16`` for matrix products in bfloat16 with weights,
-            residual stream, gradients and optimiser in float32.
+            residual stream, gradients and optimiser in float32. While a run lasts, matrices that
+            are not trained are held in bfloat16 as well.
         text: needed for a plan that cuts values: thin values start from the best ones for it.
 
     Attributes:
@@ -128,16 +130,28 @@ class Student:
         pairing = self.family.pairs(self.config).pairing
         self._slots: SlotTurns | None = None
         if plan.frequencies is not None:
-            self._slots = SlotTurns(plan.frequencies, source.rotary_frequencies(), pairing)
+            own = source.rotary_frequencies()
+            self._slots = SlotTurns(plan.frequencies, own, pairing, plan.keep)
+            if "frequencies" in train:
+                self._slots.to(self.device)
         self.maps: NormMaps | None = None
         if plan.maps is not None and maps_follow(self.family, self.config, plan.maps):
             own = source.rotary_frequencies()
             self.maps = NormMaps(plan.maps, own, pairing, next(root.parameters()))
         self.slices: list[Slice] = find_slices(
-            root, kind, self.family, self.config, plan, tuple(train), self.maps, self.paths
+            root,
+            kind,
+            self.family,
+            self.config,
+            plan,
+            self.train,
+            self.maps,
+            self.paths,
+            self._slots,
         )
         norm = self.family.key_norm(self.config)
         self._keep = None if norm is None else plan.keep.to(self.device)
+        self._halves: Halves | None = None
         self._hooks: list[Hook] = []
         if self.fast_copy is None and self._keep is not None:
             self._hooks = self._rotated_hooks()
@@ -188,11 +202,24 @@ class Student:
         for part in self.slices:
             part.write()
 
+    def frequencies(self) -> Float[torch.Tensor, "layer kv_head rotary_pair"] | None:
+        """Those of the plan's slots as last written, radians per token; None without slots."""
+        return None if self._slots is None else self._slots.frequencies()
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Around all forward passes of a run: no stored parameter takes a gradient."""
         with evaluating(self.root), frozen(self.root):
-            yield
+            outer, self._halves = self._halves, self._halves or self._untrained()
+            try:
+                yield
+            finally:
+                self._halves = outer
+
+    def _untrained(self) -> Halves | None:
+        if self.fast_copy is None:
+            return None
+        return Halves(self.root, {id(part.stored) for part in self.slices})
 
     @contextmanager
     def sharded(self, processes: Processes) -> Iterator[None]:
@@ -304,7 +331,9 @@ class Student:
     @contextmanager
     def _autocast(self) -> Iterator[None]:
         on = self.precision == "bfloat16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on):
+        halves = self._halves if on and self.shards is None else None
+        casting = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+        with casting, nullcontext() if halves is None else halves.swapped():
             yield
 
     def _hidden(self, tokens: torch.Tensor, cut: bool, seen: QueriesKeys | None) -> torch.Tensor:
@@ -369,24 +398,3 @@ class Student:
                 seen.append((found[layer], x))
 
         return query_key_hooks(sites, record, detach=False)
-
-
-def check_plan(plan: SlicePlan) -> None:
-    """Raise ``InputError`` for a plan that names no units of the model's own."""
-    if plan.basis != "own":
-        raise InputError(
-            f"plan has basis {plan.basis!r}: virtual width trains the model's own units "
-            "(basis='own')"
-        )
-
-
-def thin_values(plan: SlicePlan) -> bool:
-    """Whether the plan cuts values."""
-    return plan.value_widths is not None and set(plan.value_widths) != {plan.shape[2]}
-
-
-def plan_digest(plan: SlicePlan) -> str:
-    """A hash of what a plan keeps, of its slots' frequencies, and of the widths of its values."""
-    slots = [] if plan.frequencies is None else [plan.frequencies]
-    widths = [torch.tensor(plan.value_widths)] if thin_values(plan) else []
-    return tensor_digest([plan.keep, *slots, *widths])

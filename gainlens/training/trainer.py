@@ -19,9 +19,10 @@ from gainlens.errors import GainlensError
 from gainlens.stats.stopping import skew_interval
 from gainlens.training.checkpoint import load_checkpoint, save_checkpoint
 from gainlens.training.objectives import attention_divergence, get_objective
+from gainlens.training.plans import plan_digest
 from gainlens.training.processes import Processes
 from gainlens.training.settings import Settings
-from gainlens.training.student import QueriesKeys, Student, plan_digest
+from gainlens.training.student import QueriesKeys, Student
 
 CHECKED = 256
 """Number of tokens on which weights are checked before they are saved."""
@@ -55,11 +56,11 @@ class Trainer:
         self.watched, self.tokens_per_batch = watched, tokens_per_batch
         self.objective = get_objective(settings.objective)
         self.processes = Processes.here()
-        groups: dict[str, list[torch.Tensor]] = {"qk": [], "other": []}
+        groups: dict[str, list[torch.Tensor]] = {"qk": [], "other": [], "frequencies": []}
         for part in student.slices:
             if part.leaf is not None:
                 groups[part.group].append(part.leaf)
-        self.leaves = groups["qk"] + groups["other"]
+        self.leaves = [leaf for some in groups.values() for leaf in some]
         self.optimizer = settings.make_optimizer(list(groups.items()))
         self.curve: list[dict[str, Any]] = []
         self.seconds = 0.0

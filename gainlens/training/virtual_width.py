@@ -15,6 +15,7 @@ from gainlens.errors import InputError
 from gainlens.export.plan import SlicePlan
 from gainlens.files import check_writable, locked
 from gainlens.model.fingerprint import model_fingerprint
+from gainlens.training.plans import check_plan, thin_values
 from gainlens.training.rounds import (
     Round,
     as_rounds,
@@ -27,7 +28,7 @@ from gainlens.training.rounds import (
 from gainlens.training.run import TrainingRun, row_digests
 from gainlens.training.settings import Settings
 from gainlens.training.sharding import launched_sharded
-from gainlens.training.student import Student, check_plan, thin_values
+from gainlens.training.student import Student
 from gainlens.training.trainer import Trainer
 
 VALUE_DOCUMENTS = 32
@@ -89,8 +90,9 @@ def train_virtual_width(
         progress: show a progress bar.
         settings: see ``gainlens.training.Settings``: ``objective`` (``divergence``,
             ``next_token``), ``train`` (``q``, ``k``, ``v``, ``o``, ``mlp``, ``norm``,
-            ``embedding``), ``batch`` (documents per step over all processes), ``lr`` (of W_Q and
-            W_K), ``other_lr`` (a third of it by default), ``optimizer``, ``betas``,
+            ``embedding``, and ``frequencies`` of slots), ``batch`` (documents per step over all
+            processes), ``lr`` (of W_Q and W_K), ``other_lr`` (a third of it by default),
+            ``frequency_lr`` (a tenth by default), ``optimizer``, ``betas``,
             ``weight_decay``, ``momentum``, ``clip`` (norm of the gradient), ``warmup`` (steps),
             ``decay``, ``attention`` (weight of the divergence of the attention of every layer),
             ``precision``, ``seed``, ``check_every`` (steps), ``stop_margin`` (nats; stop when the
@@ -167,10 +169,12 @@ def train_virtual_width(
     fingerprint = model_fingerprint(model)
     maps = None
     if student.maps is not None:
-        maps = student.maps.present({"fingerprint": fingerprint, "trained": True})
+        about = {"fingerprint": fingerprint, "trained": True}
+        maps = student.maps.present(about, student.frequencies())
     trained_plan = replace(
         plans[-1],
         maps=maps,
+        frequencies=student.frequencies(),
         fingerprint=fingerprint,
         facts={**plans[-1].facts, "trained": chosen.to_json()},
     )

@@ -24,6 +24,7 @@ from gainlens.export import (
     export_model,
     load_slim,
     slim,
+    writing,
 )
 from gainlens.export.building import float_copy
 from gainlens.export.engines import stock
@@ -257,6 +258,18 @@ def test_nothing_is_left_when_the_gate_fails(stock_slim, engine, which, tmp_path
     with pytest.raises(ParityError, match="nothing was written"):
         export_model(thin, tmp_path / "deep/er/out", engine, precision=row.precisions[which])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("which", [0, -1])
+@pytest.mark.parametrize("engine", ["transformers", "llama.cpp"])
+def test_rounding_alone_is_no_fault(stock_slim, engine, which, tmp_path, monkeypatch):
+    """A bound below what float32 can tell: float64 tells, unless the model is too large for it."""
+    thin, precision = stock_slim["llama"], ENGINES[engine].precisions[which]
+    monkeypatch.setattr(writing, "GATE", 1e-10)
+    export_model(thin, tmp_path / "out", engine, precision=precision)
+    monkeypatch.setattr(writing, "EXACT", 0)
+    with pytest.raises(ParityError):
+        export_model(thin, tmp_path / "large", engine, precision=precision)
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])

@@ -41,6 +41,19 @@ def test_divergence_has_its_gradient():
     torch.testing.assert_close(student.grad, student.detach().softmax(-1) - teacher.softmax(-1))
 
 
+def test_divergence_scales_and_reads_nothing_twice():
+    """The gradient of a weighted sum, in float32, beside torch's own; its inputs stay."""
+    student, teacher = random(6, 9).float().requires_grad_(), random(6, 9, seed=1).float()
+    kept = student.detach().clone(), teacher.clone()
+    (divergence(student, teacher, torch.zeros(6, dtype=torch.long)) / 7).backward()
+    own = student.detach().clone().requires_grad_()
+    (torch.nn.functional.kl_div(
+        own.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="sum"
+    ) / 7).backward()  # fmt: skip
+    torch.testing.assert_close(student.grad, own.grad)
+    assert torch.equal(student.detach(), kept[0]) and torch.equal(teacher, kept[1])
+
+
 def test_next_token_is_minus_the_log_probability():
     logits, targets = random(3, 6), torch.tensor([5, 0, 2])
     wanted = -sum(

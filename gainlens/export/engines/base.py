@@ -126,14 +126,20 @@ class Engine(ABC):
         return None
 
     def logits(
-        self, folder: Path, batches: list[Int[torch.Tensor, "_ _"]], device_map: Any = None
+        self,
+        folder: Path,
+        batches: list[Int[torch.Tensor, "_ _"]],
+        device_map: Any = None,
+        dtype: torch.dtype = torch.float32,
     ) -> list[Float[torch.Tensor, "_ _ _"]]:
-        """Logits of the written files; ``device_map`` as for ``read_back``."""
+        """Logits of the written files in ``dtype``; ``device_map`` as for ``read_back``."""
         model = (
             self.read_back(folder, device_map) if device_map else self.read_back(folder)
         ).eval()
+        if dtype != torch.float32:
+            model = model.to(dtype)
         with torch.no_grad():
-            return [model(batch, use_cache=False).logits.float() for batch in batches]
+            return [model(batch, use_cache=False).logits.to(dtype) for batch in batches]
 
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
