@@ -261,15 +261,24 @@ def test_nothing_is_left_when_the_gate_fails(stock_slim, engine, which, tmp_path
 
 
 @pytest.mark.parametrize("which", [0, -1])
-@pytest.mark.parametrize("engine", ["transformers", "llama.cpp"])
-def test_rounding_alone_is_no_fault(stock_slim, engine, which, tmp_path, monkeypatch):
-    """A bound below what float32 can tell: float64 tells, unless the model is too large for it."""
-    thin, precision = stock_slim["llama"], ENGINES[engine].precisions[which]
-    monkeypatch.setattr(writing, "GATE", 1e-10)
+@pytest.mark.parametrize("engine", ["gainlens", "transformers", "llama.cpp"])
+def test_what_only_float32_shows_is_no_fault(stock_slim, engine, which, tmp_path, monkeypatch):
+    """Rounding that the model amplifies is gone in float64; larger models are not run in it."""
+    thin, row = stock_slim["llama"], ENGINES[engine]
+    precision, real, looks = row.precisions[which], type(row).logits, []
+
+    def amplified(self, folder, batches, device_map=None, dtype=torch.float32):
+        looks.append(dtype)
+        found = real(self, folder, batches, device_map, dtype)
+        return [x + 1e-2 * (dtype == torch.float32) for x in found]
+
+    monkeypatch.setattr(type(row), "logits", amplified)
     export_model(thin, tmp_path / "out", engine, precision=precision)
+    assert looks == [torch.float32, torch.float64]
     monkeypatch.setattr(writing, "EXACT", 0)
-    with pytest.raises(ParityError):
+    with pytest.raises(ParityError, match="nothing was written"):
         export_model(thin, tmp_path / "large", engine, precision=precision)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
