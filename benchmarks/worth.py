@@ -174,14 +174,20 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
     filler = filler_of(args)
     rows: list[dict[str, Any]] = []
     begun = time.time()
+    caches = {name: ["f16", "q8_0"] for name in files}
+    states = "_".join(digest_of(folder) for folder in folders.values())
     for context in args.contexts:
         some = [batch for batch in args.batches if batch * context <= args.slots]
-        rows += in_python(in_engine, args.model, [context], some, args.steps)
-        if LLAMA.exists():
-            caches = {name: ["f16", "q8_0"] for name in files}
-            rows += in_llama_cpp(
-                files, caches, filler, [context], some, args.steps, args.turns, args.work
-            )
+        asked = [context, *some, args.steps, args.turns]
+        kept = args.work / f"speed_{'_'.join(str(n) for n in asked)}_{states}.json"
+        if not kept.exists():
+            found = in_python(in_engine, args.model, [context], some, args.steps)
+            if LLAMA.exists():
+                found += in_llama_cpp(
+                    files, caches, filler, [context], some, args.steps, args.turns, args.work
+                )
+            write_json(kept, {"rows": found})
+        rows += read_json(kept)["rows"]
     cells = [
         {"context": c, "batch": b, "not_run": f"more than {args.slots:,} tokens of caches"}
         for c in args.contexts

@@ -230,10 +230,7 @@ def doubling(found: dict[str, Any]) -> str:
     context, batch = max({(r["context"], r["batch"]) for r in rows}, key=lambda c: c[0] * c[1])
     first = next(iter(sized.values()))
     weights, cache = first["weight_bytes_f16"], first["intact_cache_bytes_f16"] * context * batch
-    said = [
-        f"Doubling, judged at {context:,} tokens × {batch}, where the intact cache is "
-        f"{cache / weights:.1f} times the weights (both in f16)."
-    ]
+    lines = []
     for row in sorted(rows, key=lambda r: -r["ratio"]):
         if (row["context"], row["batch"]) != (context, batch) or row["checkpoint"] not in sized:
             continue
@@ -243,12 +240,14 @@ def doubling(found: dict[str, Any]) -> str:
         share = about["share_in_q8_0" if row["cache"] == "q8_0" else "share_of_intact"]
         bytes_alone = (weights + cache) / (about["weight_bytes_f16"] + share * cache)
         verdict = worst(found, row["checkpoint"], row["cache"])
-        cost = "" if verdict is None else f", {verdict['estimate']:+.3f} nats, {verdict['status']}"
-        said.append(
-            f"{row['checkpoint']}, {row['engine']}, {row['cache']}: × {row['ratio']:.2f} "
-            f"(bytes read would give × {bytes_alone:.2f}{cost})."
-        )
-    return " ".join(said)
+        cost = "–" if verdict is None else f"{verdict['estimate']:+.3f}, {verdict['status']}"
+        measured, alone = f"× {row['ratio']:.2f}", f"× {bytes_alone:.2f}"
+        lines.append((row["checkpoint"], row["engine"], row["cache"], measured, alone, cost))
+    head = ["checkpoint", "engine", "cache", "measured", "by bytes alone", "rise on the worst text"]
+    return (
+        f"Doubling, judged at {context:,} tokens × {batch}, where the intact cache is "
+        f"{cache / weights:.1f} times the weights (both in f16):\n\n{table(head, lines)}"
+    )
 
 
 def in_float32(found: dict[str, Any]) -> str:
@@ -282,20 +281,22 @@ def in_float32(found: dict[str, Any]) -> str:
 
 
 def limits(found: dict[str, Any]) -> str:
-    """What was not run, and why."""
-    said = [f"{where}: {why}" for where, why in found["speed"]["limits"].items()]
-    said += [
-        f"{row['context']:,} × {row['batch']}: {row['not_run']}"
-        for row in found["speed"]["not_run"]
-    ]
+    """What was not run, and why: a line per reason."""
+    by_reason: dict[str, list[str]] = {}
+    for where, why in found["speed"]["limits"].items():
+        by_reason.setdefault(why, []).append(where)
+    for row in found["speed"]["not_run"]:
+        by_reason.setdefault(row["not_run"], []).append(f"{row['context']:,} × {row['batch']}")
     for row in found["speed"]["rows"]:
         if "not_run" in row:
-            said.append(
-                f"{row['checkpoint']} in {row['engine']} ({row['cache']}) at "
-                f"{row['context']:,} × {row['batch']}: {row['not_run']}"
-            )
-    said += [f"{name}: {why}" for name, why in found["not_made"].items()]
-    return "Not run: " + "; ".join(said) + "." if said else ""
+            where = f"{row['checkpoint']} in {row['engine']} ({row['cache']}) at "
+            where += f"{row['context']:,} × {row['batch']}"
+            by_reason.setdefault(row["not_run"], []).append(where)
+    for name, why in found["not_made"].items():
+        by_reason.setdefault(why, []).append(name)
+    if not by_reason:
+        return ""
+    return table(["not run", "why"], [("; ".join(w), why) for why, w in by_reason.items()])
 
 
 def picture(figure: Any, found: dict[str, Any]) -> None:
