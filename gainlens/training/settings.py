@@ -119,8 +119,11 @@ class Settings:
         return torch.optim.AdamW(rows, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {**asdict(self), "train": list(self.train), "betas": list(self.betas)}
+        """Plain values; without a rate of frequencies where none is set, as runs had it before."""
+        plain = {**asdict(self), "train": list(self.train), "betas": list(self.betas)}
+        if self.frequency_lr is None:
+            del plain["frequency_lr"]
+        return plain
 
 
 def _is_number(value: Any) -> bool:
