@@ -237,8 +237,10 @@ def sizes(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     plan = SlicePlan.load(folder / "slice_plan.json")
     keys, values = plan.cache_bytes_per_token(plan.shape[2], 2)
     whole = 2 * plan.shape[0] * plan.shape[1] * plan.shape[2] * 2
+    trained = plan.facts.get("trained") or {}
     return {
         "plan": {"fraction_kept": plan.fraction_kept, "shared": plan.shared},
+        "healed": {key: trained.get(key) for key in ("steps", "batch")},
         "cache_bytes_f16": keys + values,
         "share_of_intact": (keys + values) / whole,
         "share_in_q8_0": (keys + values) * Q8_BYTES / 2 / whole,

@@ -33,6 +33,8 @@ LOADING = {
     "llama.cpp": ("sh", "llama-server -m {folder}/model.gguf"),
 }
 """Language and code, by engine."""
+IDENTITIES = ("documents", "texts", "text", "fingerprint", "monitor")
+"""Facts of a plan that are hashes."""
 NOT_MEASURED = (
     "None was given when this folder was written, so nothing is claimed about its quality: "
     "`curve.verdict(fraction, margin)` of `gainlens.surgery`, or the run of "
@@ -88,7 +90,7 @@ def write_card(
         rows.append(("maps of queries and keys", f"{added:,} weights, after the norm"))
     language, code = LOADING[engine.name]
     call = command or f'gainlens.export_model(slim, "{name}", engine="{engine.name}")'
-    facts = [f"- {key}: {_plain(value)}" for key, value in sorted(plan.facts.items())]
+    facts = [f"- {key}: {_plain(value)}" for key, value in sorted(plan.facts.items()) if _told(key)]
     limits = [f"- {note}" for note in engine.notes(slim)]
     version = environment()["versions"]["gainlens"]
     sections = [
@@ -122,7 +124,20 @@ def _span(widths: tuple[int, ...]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
+def _told(key: str) -> bool:
+    """Hashes of weights and texts are for programs, and stay in the plan's own file."""
+    return key not in IDENTITIES
+
+
 def _plain(value: Any) -> str:
     """Any value as one line of text."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 200 else text[:197] + "..."
+    if isinstance(value, dict):
+        told = {k: v for k, v in value.items() if _told(k) and v is not None}
+        text = "; ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in told.items())
+    elif isinstance(value, list | tuple):
+        text = ", ".join(_plain(v) for v in value)
+    elif isinstance(value, float):
+        text = f"{value:.4g}"
+    else:
+        text = " ".join(str(value).split())
+    return text if len(text) <= 300 else text[:297] + "..."

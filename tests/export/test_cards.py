@@ -198,3 +198,18 @@ def test_tokenizer_template_and_settings_go_along(tiny, tmp_path):
         model = bare if engine == "gainlens" else slim(hf, SlicePlan(keep))
         with pytest.warns(UserWarning, match=f"gets no tokenizer: pass tokenizer= .{wanted}"):
             export_model(model, tmp_path / engine, engine)
+
+
+def test_a_card_tells_how_it_was_chosen_and_no_hashes(originals, tmp_path):
+    hf, digest = originals["llama"], "9f" * 32
+    facts = {
+        "score": "fisher", "fingerprint": None, "documents": ["62:03wg"], "texts": [digest],
+        "refit": {"method": "least squares", "ridge": [0.01, 0.1], "fingerprint": digest},
+        "trained": {"steps": 280, "train": ["q", "k"], "clip": None, "lr": 0.001},
+    }  # fmt: skip
+    thin = slim(hf, SlicePlan(random_keep(shape_of(hf), 16), facts=facts))
+    said = (export_model(thin, tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    assert "- score: fisher" in said
+    assert "- refit: method least squares; ridge 0.01, 0.1\n" in said
+    assert "- trained: steps 280; train q, k; lr 0.001\n" in said
+    assert digest not in said and "62:03wg" not in said

@@ -162,8 +162,18 @@ def losses(found: dict[str, Any]) -> str:
     return (
         f"{table(head, rows)}\n\nRise of the loss in nats per token over the intact model on the "
         f"worst text, and its verdict at 0.02: {counts}. A cache in q8_0 is rounded in "
-        "transformers as llama.cpp rounds it."
+        f"transformers as llama.cpp rounds it.{_healing(found)}"
     )
+
+
+def _healing(found: dict[str, Any]) -> str:
+    """For how long the folders were trained."""
+    said = [
+        f"{name} {about['healed']['steps']}"
+        for name, about in found["checkpoints"].items()
+        if about.get("healed", {}).get("steps")
+    ]
+    return f" Healed for steps of two documents: {', '.join(said)}." if said else ""
 
 
 def tasks(found: dict[str, Any]) -> str:
