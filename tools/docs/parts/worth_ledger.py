@@ -76,6 +76,7 @@ def ratios(found: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for row in found["speed"]["rows"]:
         base = baselines(found, row["engine"]).get((row["context"], row["batch"]))
+        base = row.get("intact_beside", base)  # where memory did not hold all rows side by side
         if base and "tokens_per_second" in row:
             rows.append({**row, "ratio": row["tokens_per_second"] / base})
     return rows
