@@ -170,11 +170,11 @@ def losses(found: dict[str, Any]) -> str:
 def _healing(found: dict[str, Any]) -> str:
     """For how long the folders were trained."""
     said = [
-        f"{name} {about['healed']['steps']}"
+        f"{name} for {healed['steps']} steps of {healed['batch']} documents"
         for name, about in found["checkpoints"].items()
-        if about.get("healed", {}).get("steps")
+        if (healed := about.get("healed", {})).get("steps")
     ]
-    return f" Healed for steps of two documents: {', '.join(said)}." if said else ""
+    return f" Healed: {', '.join(said)}." if said else ""
 
 
 def tasks(found: dict[str, Any]) -> str:
