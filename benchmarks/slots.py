@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -304,18 +306,20 @@ def texts_of(parts: list[tuple[str, list]]) -> Texts:
 
 
 class Intact:
-    """The intact model's loss at each position, kept in a file: every run is compared with it."""
+    """The intact model's loss at each position, kept in a file: every run is compared with it.
 
-    def __init__(self, student: Student, folder: Path) -> None:
-        self.student = student
-        self.file = folder / f"intact_{student.fingerprint[:12]}.safetensors"
-        self.known = load_tensors(self.file, "losses")[0] if self.file.exists() else {}
+    ``read`` gives the losses ``[document, next_pos]`` of a batch.
+    """
+
+    def __init__(self, read: Callable[[torch.Tensor], torch.Tensor], file: Path) -> None:
+        self.read, self.file = read, file
+        self.known = load_tensors(file, "losses")[0] if file.exists() else {}
 
     def __call__(self, batch: torch.Tensor) -> torch.Tensor:
-        """``[document, next_pos]`` of a batch."""
+        """Losses of a batch, ``[document, next_pos]``."""
         key = tensor_digest([batch])
         if key not in self.known:
-            self.known[key] = self.student.token_losses(batch, intact=True)
+            self.known[key] = self.read(batch)
         return self.known[key]
 
     def save(self) -> None:
@@ -327,7 +331,10 @@ def judged(
     student: Student, short: Texts, long: Texts, fraction: float, folder: Path, *, trained: bool
 ) -> dict:
     """Verdicts by text at 256 tokens, and the rise by position on long documents by text."""
-    intact = Intact(student, folder)
+    intact = Intact(
+        partial(student.token_losses, intact=True),
+        folder / f"intact_{student.fingerprint[:12]}.safetensors",
+    )
     rise = np.concatenate(
         [
             (student.token_losses(batch).double() - intact(batch).double()).mean(1).numpy()

@@ -8,17 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from slots import LENGTHS, SEEN, UNSEEN, apart, described
+from slots import LENGTHS, SEEN, UNSEEN, Intact, apart, described
 from transformers.cache_utils import DynamicCache
 
 import gainlens as gl
 from gainlens.analysis.damage_by_position import judge_by_position
 from gainlens.data.batches import TOKENS_PER_BATCH, batches
-from gainlens.data.document_identity import text_fingerprint
 from gainlens.data.overlap import document_identities
 from gainlens.data.texts import Texts
 from gainlens.export.judging import token_losses
-from gainlens.files import load_tensors, save_tensors
 from gainlens.model.fast_copy import family_head
 from gainlens.model.forward import cross_entropy
 from gainlens.stats.verdicts import MARGIN
@@ -94,14 +92,9 @@ def texts_that_judge(
 
 def intact_losses(model: Any, texts: dict[str, Texts], work: Path) -> dict[str, list[torch.Tensor]]:
     """Next-token losses of the model that was cut, per context and batch; kept in ``work``."""
-    found = {}
-    for name, text in texts.items():
-        file = work / f"intact_{name}_{text_fingerprint(list(text))[:12]}.safetensors"
-        if not file.exists():
-            read = [token_losses(model, run) for run in runs_of(model, text)]
-            save_tensors(file, "losses", {f"{i:04d}": one for i, one in enumerate(read)}, {})
-        kept, _ = load_tensors(file, "losses")
-        found[name] = [kept[key] for key in sorted(kept)]
+    intact = Intact(partial(token_losses, model), work / "intact.safetensors")
+    found = {name: [intact(run) for run in runs_of(model, text)] for name, text in texts.items()}
+    intact.save()
     return found
 
 

@@ -34,7 +34,7 @@ LOADING = {
 }
 """Language and code, by engine."""
 IDENTITIES = ("documents", "texts", "text", "fingerprint", "monitor")
-"""Facts of a plan that are hashes."""
+"""Facts of a plan that are hashes: they are for programs, and stay in the plan's own file."""
 NOT_MEASURED = (
     "None was given when this folder was written, so nothing is claimed about its quality: "
     "`curve.verdict(fraction, margin)` of `gainlens.surgery`, or the run of "
@@ -90,7 +90,11 @@ def write_card(
         rows.append(("maps of queries and keys", f"{added:,} weights, after the norm"))
     language, code = LOADING[engine.name]
     call = command or f'gainlens.export_model(slim, "{name}", engine="{engine.name}")'
-    facts = [f"- {key}: {_plain(value)}" for key, value in sorted(plan.facts.items()) if _told(key)]
+    facts = [
+        f"- {key}: {_plain(value)}"
+        for key, value in sorted(plan.facts.items())
+        if key not in IDENTITIES
+    ]
     limits = [f"- {note}" for note in engine.notes(slim)]
     version = environment()["versions"]["gainlens"]
     sections = [
@@ -124,15 +128,10 @@ def _span(widths: tuple[int, ...]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _told(key: str) -> bool:
-    """Hashes of weights and texts are for programs, and stay in the plan's own file."""
-    return key not in IDENTITIES
-
-
 def _plain(value: Any) -> str:
     """Any value as one line of text."""
     if isinstance(value, dict):
-        told = {k: v for k, v in value.items() if _told(k) and v is not None}
+        told = {k: v for k, v in value.items() if k not in IDENTITIES and v is not None}
         text = "; ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in told.items())
     elif isinstance(value, list | tuple):
         text = ", ".join(_plain(v) for v in value)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 
 import torch
 
-from gainlens.training.slices import places_of
+from gainlens.training.slices import Slice, places_of, swapped
 
 
 class Halves:
@@ -24,25 +24,15 @@ class Halves:
 
     def __init__(self, root: torch.nn.Module, trained: Collection[int]) -> None:
         stored = {id(parameter): parameter for parameter in root.parameters()}
-        self._places = [
-            (module, leaf, stored[key])
-            for key, places in places_of(root).items()
-            for module, leaf in places
-            if type(module) is torch.nn.Linear
-            and key not in trained
-            and stored[key].dtype == torch.float32
-        ]
-        self._copies: list[torch.Tensor] = []
+        self._parts: list[Slice] = []
+        for key, places in places_of(root).items():
+            linear = [place for place in places if type(place[0]) is torch.nn.Linear]
+            if linear and key not in trained and stored[key].dtype == torch.float32:
+                self._parts.append(Slice(linear[0][1], "other", stored[key], linear))
+        self._copies: list[tuple[Slice, torch.Tensor]] = []
 
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
+    def swapped(self) -> AbstractContextManager[None]:
         """Inside the ``with``, the copies, made for the first one, replace their matrices."""
         if not self._copies:
-            self._copies = [weight.detach().to(torch.bfloat16) for *_, weight in self._places]
-        try:
-            for (module, leaf, _), copy in zip(self._places, self._copies, strict=True):
-                module._parameters[leaf] = copy  # type: ignore[assignment]
-            yield
-        finally:
-            for module, leaf, weight in self._places:
-                module._parameters[leaf] = weight
+            self._copies = [(p, p.stored.detach().to(torch.bfloat16)) for p in self._parts]
+        return swapped(self._copies)

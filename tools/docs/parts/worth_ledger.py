@@ -39,13 +39,14 @@ def short() -> str:
 
 
 def worst(found: dict[str, Any], checkpoint: str, cache: str) -> dict[str, Any] | None:
-    """The verdict at the longest context that was judged, by its worst text; None without one."""
+    """The verdict at the worst context that was judged, by its worst text; None without one."""
     if checkpoint == INTACT and cache != "q8_0":
         return {"estimate": 0.0, "status": "is the baseline"}
     rows = ((found["losses"] or {}).get("rows") or {}).get(checkpoint, {})
     judged = rows.get("q8_0" if cache == "q8_0" else "f32")
     if not judged:
         return None
+    judged = {**rows.get("f32", {}), **judged}  # where q8_0 was not judged, it costs no less
     verdicts = [one["verdict"] for one in judged.values()]
     return max(verdicts, key=lambda v: v["estimate"])
 
