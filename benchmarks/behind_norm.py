@@ -171,7 +171,7 @@ def cut_of(args, model, calibration):
 def judges(args, model, calibration) -> Texts:
     """Validation documents of three texts that share none with the calibration text."""
     parts = []
-    for name in (*SEEN.split(","), UNSEEN):
+    for name in f"{SEEN},{UNSEEN}".split(","):
         every = gl.load_tokens(name, model, n_docs="all", length=256, split="validation")
         parts.append((name, list(every[: args.judge])))
     text = texts_of(parts)

@@ -4,9 +4,10 @@
 
 The cut is ``gainlens.best_cut``: ranked by ``fisher``, fitted to the intact attention logits on
 calibration speeches and source files of mixed lengths. With ``--steps`` it is then healed on
-training speeches and source files of mixed lengths. Validation documents that chose and trained
-nothing judge both: speeches, source files, and documentation, from which nothing was learned;
-short documents of each, and long ones of the first two by position.
+training speeches and source files of mixed lengths, and with ``--own`` on text that the intact
+model wrote (``benchmarks/own_text.py``). Validation documents that chose and trained nothing judge
+both: speeches, source files, and documentation, from which nothing was learned; short documents of
+each, and long ones of the first two by position.
 
 Gains, cuts and checkpoints stay in ``--cache``; a run that is killed goes on from there.
 """
@@ -22,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from own_text import own_text
 
 import gainlens as gl
 from gainlens.ablation.recipe import ranking_gains
-from gainlens.analysis.damage_by_position import PositionRise, position_rise
+from gainlens.analysis.damage_by_position import position_rise
 from gainlens.analysis.map.universality import slot_moves
 from gainlens.data.document_identity import tensor_digest, text_fingerprint
 from gainlens.data.overlap import document_identities, shares_text
@@ -48,7 +50,7 @@ RUNS = {  # scope, share of key dimensions that is cut, share of value dimension
     "universal-75": ("universal", 0.75, None),
     "universal-50-values": ("universal", 0.5, 0.5),
 }
-SEEN, UNSEEN = "sotu,stdlib", "pydoc"
+SEEN, UNSEEN = "sotu,stdlib", "pydoc,docstrings"
 LENGTHS = (2048, 1024, 512, 256)
 BUCKETS = (0, 64, 256, 512, 1024)
 TASK_LENGTH = 1024
@@ -73,9 +75,7 @@ def main() -> None:
     parser.add_argument(
         "--frequencies", action="store_true", help="record the slots of the cut; judge nothing"
     )
-    parser.add_argument(
-        "--again", help="a record: judge its rises again, without documents that share text"
-    )
+    parser.add_argument("--own", type=Path, help="heal on this text of the model's own as well")
     parser.add_argument("--save", type=Path, help="write the healed model as a slim folder as well")
     parser.add_argument(
         "--tasks", type=int, default=0, help="prompts of each task that the healed model answers"
@@ -103,13 +103,12 @@ def main() -> None:
     training = gl.load_tokens(
         SEEN, bridge, n_docs="all", length=LENGTHS, split="training", windows="all"
     )
+    if args.own:
+        training = beside(training, own_text(args.own))
     tokenizer = bridge.tokenizer
     del bridge
     used = document_identities([*training, *calibration], tokenizer)
     kept = [apart(text, used, tokenizer) for text in (short, long)]
-    if args.again:
-        judge_again(args.again, short, long, kept)
-        return
     short, long = (text.chosen(some) for text, some in zip((short, long), kept, strict=True))
     model = load_hf(args.model)
     model.tokenizer = tokenizer
@@ -134,7 +133,7 @@ def main() -> None:
             monitor=gl.load_tokens(
                 SEEN, tokenizer, n_docs=args.calibration + 16, length=256
             )[args.calibration :],
-            checkpoint=args.cache / f"{args.run}_{args.steps}x{args.batch}_{args.seed}.safetensors",
+            checkpoint=args.cache / checkpoint_name(args),
             batch=args.batch,
             train=trains,
             lr=args.lr,
@@ -157,7 +156,7 @@ def main() -> None:
                 {**row, "loss": None if row["loss"] is None else round(row["loss"], 5)}
                 for row in run.curve
             ],
-            "facts": run.facts,
+            "facts": run.facts | {"refit": plain(run.facts.get("refit") or {})},
         }
         said(summary(healed))
         if args.tasks:
@@ -189,6 +188,20 @@ def main() -> None:
             **environment(),
         },
     )
+
+
+def beside(training: Texts, own: Texts) -> Texts:
+    """Both texts, with twice as many rows of ``training`` as of ``own``, spread over all of it."""
+    some = training[:: max(1, len(training) // (2 * len(own)))][: 2 * len(own)]
+    groups = (*some.groups, *(max(some.groups) + 1 + group for group in own.groups))
+    return Texts((*some.rows, *own.rows), (*some.domains, *own.domains), groups)
+
+
+def checkpoint_name(args) -> str:
+    """Of the run that heals."""
+    frequencies = "_f" if "frequencies" in args.train else ""
+    own = "_own" if args.own else ""
+    return f"{args.run}_{args.steps}x{args.batch}_{args.seed}{own}{frequencies}.safetensors"
 
 
 def cut_of(args, model, calibration, scope: str, fraction: float):
@@ -238,9 +251,9 @@ def slots_of(args, cut) -> dict:
 
 
 def judges(args, model) -> tuple[Texts, Texts]:
-    """Short documents of three texts, and long ones of the two that were learned from."""
+    """Short documents of every text, and long ones of the two that were learned from."""
     parts = []
-    for name in (*SEEN.split(","), UNSEEN):
+    for name in f"{SEEN},{UNSEEN}".split(","):
         every = gl.load_tokens(name, model, n_docs="all", length=256, split="validation")
         parts.append((name, list(every[: args.judge])))
     long = gl.load_tokens(SEEN, model, n_docs=2 * args.long, length=[2048], split="validation")
@@ -256,45 +269,6 @@ def apart(text: Texts, used, tokenizer) -> list[int]:
     while any(shared := shares_text(text.chosen(rows), used, tokenizer)):
         rows = [row for row, like in zip(rows, shared, strict=True) if not like]
     return rows
-
-
-def judge_again(file: str, short: Texts, long: Texts, kept: list[list[int]]) -> None:
-    """Take documents out of a record that share text with what chose or trained."""
-    record = read_json(file)
-    for state in ("untrained", "healed"):
-        row = record[state]
-        if row is None or len(row["rises"]) != len(short):
-            continue
-        rises = np.array(row["rises"])[kept[0]]
-        some = short.chosen(kept[0])
-        verdicts = rise_verdicts(
-            rises,
-            record["fraction"],
-            MARGIN,
-            trained=state == "healed",
-            domains=some.domains,
-            lengths=some.lengths,
-        )
-        row["verdicts"] = {name: verdict.to_json() for name, verdict in verdicts.items()}
-        row["rises"] = [float(r) for r in rises]
-        for name, found in row["by_position"].items():
-            own = [i for i in range(len(long)) if long.domains[i] == name]
-            stay = [n for n, i in enumerate(own) if i in kept[1]]
-            rise = PositionRise(
-                (state,),
-                (record["fraction"],),
-                tuple((r["first"], r["last"]) for r in found["rows"]),
-                np.array(found["rise"], dtype=np.float64)[:, :, stay],
-                tuple(r["n_tokens"] * len(stay) // len(own) for r in found["rows"]),
-                tuple(found["lengths"][n] for n in stay),
-                tuple(range(len(stay))),
-                found["text"],
-            )
-            row["by_position"][name] = rise.to_json()
-        print(state, summary(row), flush=True)
-    for name, text, some in (("short", short, kept[0]), ("long", long, kept[1])):
-        record["text"][name] = described(text.chosen(some))
-    write_json(file, record)
 
 
 def texts_of(parts: list[tuple[str, list]]) -> Texts:

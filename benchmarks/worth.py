@@ -24,6 +24,7 @@ from worth_profile import float32
 from worth_speed import LLAMA, in_llama_cpp, in_python
 
 import gainlens as gl
+from gainlens.data.document_identity import text_fingerprint
 from gainlens.environment import environment
 from gainlens.export import ParityError, SlicePlan, export_model
 from gainlens.export.engines import EngineLimitError
@@ -52,6 +53,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--long", type=int, default=8, help="of 2,048 tokens")
     parser.add_argument("--longest", type=int, default=3, help="of 8,192 tokens")
     parser.add_argument("--calibration", type=int, default=64, help="documents that were fitted")
+    parser.add_argument(
+        "--rounded", nargs="*", default=["256", "2048"], help="contexts judged in q8_0 as well"
+    )
     parser.add_argument("--task-prompts", type=int, default=12)
     parser.add_argument("--task-length", type=int, default=1024)
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 4096, 8000])
@@ -105,37 +109,39 @@ def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
     intact = load_hf(args.model)
     intact.tokenizer = tokenizer
     print({name: len(text) for name, text in texts.items()}, flush=True)
-    before: dict[str, list[torch.Tensor]] = {}
-    shorter = {name: text for name, text in texts.items() if name != "8192"}
     rows: dict[str, Any] = {}
     for name in (INTACT, *folders):
-        asked = [args.judge, args.long, args.longest, args.task_prompts, args.task_length]
-        state = "original" if name == INTACT else digest_of(folders[name])
-        kept = args.work / f"losses_{name}_{state}_{'_'.join(str(n) for n in asked)}.json"
-        if kept.exists():
-            rows[name] = read_json(kept)
-            continue
-        if not before:
-            before = intact_losses(intact, texts, args.work)
-            print("the intact model is read", flush=True)
         model = intact if name == INTACT else gl.load_slim(folders[name])
         fraction = 0.0 if name == INTACT else 1 - plan_of(model.config).fraction_kept
+        state = "original" if name == INTACT else digest_of(folders[name])
         row = rows[name] = {}
-        begun = time.time()
         for cache in ("f32", "q8_0"):
             if name == INTACT and cache == "f32":
                 continue
-            row[cache] = judged(
-                model, before, texts if cache == "f32" else shorter, fraction,
-                rounded=cache == "q8_0", trained=name != INTACT,
-            )  # fmt: skip
+            row[cache] = {}
+            for context, text in texts.items():
+                if context not in args.rounded and cache == "q8_0":
+                    continue
+                asked = f"{name}_{state}_{cache}_{context}_{text_fingerprint(list(text))[:8]}"
+                kept = args.work / f"loss_{asked}.json"
+                if not kept.exists():
+                    before = intact_losses(intact, text, args.work)
+                    rounded, trained = cache == "q8_0", name != INTACT
+                    found = judged(model, before, text, fraction, rounded=rounded, trained=trained)
+                    write_json(kept, found)
+                row[cache][context] = read_json(kept)
+                verdict = row[cache][context]["verdict"]
+                shown = f"{verdict['estimate']:+.4f} {verdict['status']}"
+                print(f"{name}, {cache}, {context} tokens: {shown}", flush=True)
         if name != INTACT and args.task_prompts > 1:
-            row["tasks"] = on_tasks(
-                model, intact, tokenizer, args.task_length, args.task_prompts, args.seed
-            )
-        write_json(kept, row)
-        shown = {c: r["256"]["by_text"] for c, r in row.items() if c != "tasks"}
-        print(f"{name}: {shown} ({time.time() - begun:.0f} s)", flush=True)
+            asked = f"{name}_{state}_{args.task_length}_{args.task_prompts}_{args.seed}"
+            kept = args.work / f"tasks_{asked}.json"
+            if not kept.exists():
+                scores = on_tasks(
+                    model, intact, tokenizer, args.task_length, args.task_prompts, args.seed
+                )
+                write_json(kept, {"rows": scores})
+            row["tasks"] = read_json(kept)["rows"]
     return {
         "text": about(texts),
         "tasks": {"length": args.task_length, "n": args.task_prompts},

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from slots import LENGTHS, SEEN, UNSEEN, Intact, apart, described
+from slots import LENGTHS, SEEN, Intact, apart, described
 from transformers.cache_utils import DynamicCache
 
 import gainlens as gl
@@ -21,6 +21,8 @@ from gainlens.model.fast_copy import family_head
 from gainlens.model.forward import cross_entropy
 from gainlens.stats.verdicts import MARGIN
 
+UNSEEN = "docstrings"
+"""Text from which nothing was learned, with more documents than ``pydoc`` has."""
 BLOCK = 32
 """Numbers that share a scale in llama.cpp's q8_0."""
 
@@ -75,7 +77,7 @@ def texts_that_judge(
             continue
         parts = []
         for text in (*SEEN.split(","), UNSEEN):
-            if text == UNSEEN and length > 256:
+            if text == UNSEEN and length > 2048:
                 continue  # it has no documents of this length
             every = gl.load_tokens(
                 text, tokenizer, n_docs="all", length=[length], split="validation"
@@ -90,11 +92,13 @@ def texts_that_judge(
     return found
 
 
-def intact_losses(model: Any, texts: dict[str, Texts], work: Path) -> dict[str, list[torch.Tensor]]:
-    """Next-token losses of the model that was cut, per context and batch; kept in ``work``."""
-    intact = Intact(partial(token_losses, model), work / "intact.safetensors")
-    found = {name: [intact(run) for run in runs_of(model, text)] for name, text in texts.items()}
-    intact.save()
+def intact_losses(model: Any, text: Texts, work: Path) -> list[torch.Tensor]:
+    """Next-token losses of the model that was cut, per batch of a text; kept in ``work``."""
+    intact = Intact(partial(token_losses, model), work / f"intact_{max(text.lengths)}.safetensors")
+    known = len(intact.known)
+    found = [intact(run) for run in runs_of(model, text)]
+    if len(intact.known) > known:
+        intact.save()
     return found
 
 
@@ -105,34 +109,30 @@ def runs_of(model: Any, text: Texts) -> list[torch.Tensor]:
 
 def judged(
     model: Any,
-    before: dict[str, list[torch.Tensor]],
-    texts: dict[str, Texts],
+    before: list[torch.Tensor],
+    text: Texts,
     fraction: float,
     *,
     rounded: bool,
     trained: bool,
 ) -> dict[str, Any]:
-    """Verdict and rise by position at each context; every text is judged, and the worst decides."""
+    """Verdict and rise by position at one context; every text is judged, and the worst decides."""
     read = partial(rounded_losses if rounded else token_losses, model)
-    found = {}
-    for name, text in texts.items():
-        runs = runs_of(model, text)
-        after = [read(run) for run in runs]
-        verdict, by_position = judge_by_position(
-            text, runs, (after, before[name]), fraction, MARGIN, name="model", trained=trained
-        )
-        rise = np.concatenate(
-            [(a.double().mean(1) - b.double().mean(1)).numpy()
-             for a, b in zip(after, before[name], strict=True)]
-        )  # fmt: skip
-        of = np.array(text.domains)
-        print(f"  {name} tokens: {verdict.estimate:+.4f} {verdict.status}", flush=True)
-        found[name] = {
-            "verdict": verdict.to_json(),
-            "by_text": {one: float(rise[of == one].mean()) for one in text.names},
-            "by_position": by_position.table(),
-        }
-    return found
+    runs = runs_of(model, text)
+    after = [read(run) for run in runs]
+    verdict, by_position = judge_by_position(
+        text, runs, (after, before), fraction, MARGIN, name="model", trained=trained
+    )
+    rise = np.concatenate(
+        [(a.double().mean(1) - b.double().mean(1)).numpy()
+         for a, b in zip(after, before, strict=True)]
+    )  # fmt: skip
+    of = np.array(text.domains)
+    return {
+        "verdict": verdict.to_json(),
+        "by_text": {one: float(rise[of == one].mean()) for one in text.names},
+        "by_position": by_position.table(),
+    }
 
 
 def about(texts: dict[str, Texts]) -> dict[str, Any]:

@@ -49,9 +49,10 @@ def load_tokens(
 
     Args:
         source: ``"sotu"`` (speeches), ``"stdlib"`` (Python's own source files), ``"pydoc"``
-            (its help topics), a ``.txt`` or ``.jsonl`` file, a folder of them, a dataset on the
-            Hugging Face hub (``"name"`` or ``"name:config"``), or strings, one per document (a
-            list, a pandas Series, a column, a generator). Several comma-separated names, such as
+            (its help topics), ``"docstrings"`` (NumPy's and PyTorch's), a ``.txt`` or ``.jsonl``
+            file, a folder of them, a dataset on the Hugging Face hub (``"name"`` or
+            ``"name:config"``), or strings, one per document (a list, a pandas Series, a column,
+            a generator). Several comma-separated names, such as
             ``"sotu,stdlib,pydoc"``, are interleaved, with ``n_docs`` documents in total.
         model: the model that will read the tokens (its tokenizer and context length are used),
             or a tokenizer.

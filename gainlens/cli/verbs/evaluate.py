@@ -44,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="written by gainlens slim or train, or a model's name")
     parser.add_argument("--original", help="the intact model, to compute the rise of the loss")
     parser.add_argument(
-        "--text", type=names, default=("sotu",), help="texts: sotu, stdlib, pydoc, files or folders"
+        "--text",
+        type=names,
+        default=("sotu",),
+        help="texts: sotu, stdlib, pydoc, docstrings, files or folders",
     )
     add(parser, "margin", n_docs=16, length=None)
     parser.add_argument(
