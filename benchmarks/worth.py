@@ -1,6 +1,6 @@
 """What the checkpoints cost and how fast they are, in the engines that people run.
 
-    make worth          # or: python benchmarks/worth.py [--stage losses | speed | float32 | write]
+    make worth          # or: python benchmarks/worth.py [--stage NAME]
 
 Rows are slim folders that exist: ``benchmarks/slots.py --steps N --save FOLDER`` writes the healed
 ones. Each is loaded from its folder. Its loss is judged on validation text that chose and trained
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from slots import on_tasks
 from worth_losses import about, intact_losses, judged, texts_that_judge
 from worth_profile import float32
 from worth_speed import LLAMA, in_llama_cpp, in_python
+from worth_tasks import on_tasks
 
 import gainlens as gl
 from gainlens.data.document_identity import text_fingerprint
@@ -37,6 +37,7 @@ from gainlens.model.zoo.cache import cache_root
 ROOT = Path(__file__).resolve().parent.parent
 INTACT = "intact"
 CHECKPOINTS = ("layer-50", "universal-50", "universal-50-values", "layer-75", "universal-75")
+STAGES = ("losses", "tasks", "speed", "float32")
 Q8_BYTES = 34 / 32
 
 
@@ -44,9 +45,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument(
-        "--stage", choices=("all", "losses", "speed", "float32", "write"), default="all"
-    )
+    parser.add_argument("--stage", choices=("all", *STAGES, "write"), default="all")
     parser.add_argument("--folders", type=Path, default=cache_root() / "slots")
     parser.add_argument("--checkpoints", nargs="*", default=CHECKPOINTS, choices=CHECKPOINTS)
     parser.add_argument("--judge", type=int, default=100, help="documents of 256 tokens per text")
@@ -56,7 +55,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rounded", nargs="*", default=["256", "2048"], help="contexts judged in q8_0 as well"
     )
-    parser.add_argument("--task-prompts", type=int, default=12)
+    parser.add_argument("--task-checkpoints", nargs="*", default=CHECKPOINTS, choices=CHECKPOINTS)
+    parser.add_argument("--task-prompts", type=int, default=24)
     parser.add_argument("--task-length", type=int, default=1024)
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 4096, 8000])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
@@ -81,7 +81,7 @@ def main() -> None:
     }
     folders = {name: folder for name, folder in found.items() if folder.is_dir()}
     parts = {}
-    for stage, run in (("losses", losses), ("speed", speeds), ("float32", in_float32)):
+    for stage, run in zip(STAGES, (losses, tasks, speeds, in_float32), strict=True):
         kept = args.work / f"{stage}.json"
         if args.stage in ("all", stage):
             write_json(kept, run(args, folders))
@@ -93,9 +93,7 @@ def main() -> None:
             "model": args.model,
             "checkpoints": {name: sizes(args, folder) for name, folder in folders.items()},
             "not_made": missing,
-            "losses": parts["losses"],
-            "speed": parts["speed"],
-            "float32": parts["float32"],
+            **parts,
             "seed": args.seed,
             **environment(),
         },
@@ -133,20 +131,20 @@ def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
                 verdict = row[cache][context]["verdict"]
                 shown = f"{verdict['estimate']:+.4f} {verdict['status']}"
                 print(f"{name}, {cache}, {context} tokens: {shown}", flush=True)
-        if name != INTACT and args.task_prompts > 1:
-            asked = f"{name}_{state}_{args.task_length}_{args.task_prompts}_{args.seed}"
-            kept = args.work / f"tasks_{asked}.json"
-            if not kept.exists():
-                scores = on_tasks(
-                    model, intact, tokenizer, args.task_length, args.task_prompts, args.seed
-                )
-                write_json(kept, {"rows": scores})
-            row["tasks"] = read_json(kept)["rows"]
-    return {
-        "text": about(texts),
-        "tasks": {"length": args.task_length, "n": args.task_prompts},
-        "rows": rows,
-    }
+    return {"text": about(texts), "rows": rows}
+
+
+def tasks(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]:
+    """Tasks on which the intact model is above chance, of every checkpoint."""
+    asked = [name for name in args.task_checkpoints if name in folders]
+    states = "_".join(digest_of(folders[name]) for name in asked)
+    kept = args.work / f"tasks_{args.task_length}_{args.task_prompts}_{args.seed}_{states}.json"
+    if not kept.exists():
+        tokenizer = load_tokenizer(args.model)
+        some = {name: folders[name] for name in asked}
+        options = (args.task_length, args.task_prompts, args.seed)
+        write_json(kept, on_tasks(some, load_hf(args.model), tokenizer, *options))
+    return dict(read_json(kept))
 
 
 def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]:

@@ -77,8 +77,8 @@ def texts_that_judge(
             continue
         parts = []
         for text in (*SEEN.split(","), UNSEEN):
-            if text == UNSEEN and length > 2048:
-                continue  # it has no documents of this length
+            if text == UNSEEN and length > 256:
+                continue  # it has hardly any document of this length
             every = gl.load_tokens(
                 text, tokenizer, n_docs="all", length=[length], split="validation"
             )

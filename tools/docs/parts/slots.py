@@ -11,6 +11,7 @@ ORDER = (
     "layer-50",
     "universal-50-untrained",
     "universal-50",
+    "universal-50-own",
     "universal-50-values",
     "layer-75",
     "universal-75",
@@ -25,22 +26,27 @@ def page() -> str:
     if not runs:
         return not_yet("the cuts by text and position", "python benchmarks/slots.py")
     rows = []
+    # Later runs are judged on more texts than earlier ones.
+    first = max(runs.values(), key=lambda facts: len(facts["untrained"]["verdicts"]))
+    texts = list(first["untrained"]["verdicts"])
     for facts in runs.values():
         for state in ("untrained", "healed"):
             if facts[state] is not None:
-                rows.append((_name(facts), state, *_row(facts[state])))
-    first = next(iter(runs.values()))
-    texts = list(first["untrained"]["verdicts"])
+                how = f"{state}, on own text too" if state == "healed" and _own(facts) else state
+                rows.append((_name(facts), how, *_row(facts[state], texts)))
     head = ["half or more of the pairs cut, scope", "", *(f"{name}, 256 tokens" for name in texts)]
     head += ["worst positions of 2,048", "verdicts at 0.02"]
     counts = [f"{v['n_documents']} of {n}" for n, v in first["untrained"]["verdicts"].items()]
+    owned = any(_own(facts) for facts in runs.values())
+    said = " Own text is what the intact model wrote by itself (`benchmarks/own_text.py`)."
     calibration = first["text"]["calibration"]
     parts = [
         table(head, rows),
         f"Rise of the loss in nats per token, with 99% intervals, on {', '.join(counts)}; by "
         f"position on long documents of {' and '.join(first['untrained']['by_position'])}. Fitted "
         f"on {' and '.join(calibration['texts'])}; nothing was learned from "
-        f"{', '.join(n for n in texts if n not in calibration['texts'])}.",
+        f"{', '.join(n for n in texts if n not in calibration['texts'])}."
+        + (said if owned else ""),
         *(
             f"{_name(facts)} ({facts['text']['calibration']['tokens']:,} tokens) in "
             f"{facts['fit']['seconds']:.0f} s"
@@ -85,7 +91,7 @@ def rivals() -> str:
     texts = list(next(iter(facts["rows"].values()))["verdicts"])
     head = ["way, share of the keys cut", *(f"{name}, 256 tokens" for name in texts)]
     head += ["worst positions of 2,048", "verdicts at 0.02"]
-    rows = [(name, *_row(row)) for name, row in facts["rows"].items()]
+    rows = [(name, *_row(row, texts)) for name, row in facts["rows"].items()]
     return f"{table(head, rows)}\n\n{provenance(facts, 'docs/results/rivals.json')}"
 
 
@@ -135,10 +141,17 @@ def _name(facts: dict[str, Any]) -> str:
     return name if values is None else f"{name}, {1 - values:.0%} of the values"
 
 
-def _row(judged: dict[str, Any]) -> tuple[str, ...]:
+def _own(facts: dict[str, Any]) -> bool:
+    """Whether a run was healed on text that the model wrote as well."""
+    return "own" in (facts["text"]["training"] or {"texts": ()})["texts"]
+
+
+def _row(judged: dict[str, Any], texts: list[str]) -> tuple[str, ...]:
     short = [
         f"{v['estimate']:+.3f} [{v['interval'][0]:+.3f}, {v['interval'][1]:+.3f}]"
-        for v in judged["verdicts"].values()
+        if (v := judged["verdicts"].get(name))
+        else "–"
+        for name in texts
     ]
     rise, where, text = max(
         (row["rise"], f"{row['first']:,}–{row['last']:,}", name)

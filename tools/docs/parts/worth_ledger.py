@@ -23,7 +23,8 @@ def page() -> str:
         return not_yet("what the checkpoints cost and how fast they are", "make worth")
     parts = [answer(found)]
     if found["losses"]:
-        parts += [losses(found), tasks(found)]
+        parts += [losses(found)]
+    parts.append(tasks(found))
     if found["speed"]:
         parts += [speeds(found), doubling(found), in_float32(found), limits(found)]
     parts.append(provenance(found, "docs/results/worth.json"))
@@ -180,30 +181,28 @@ def _healing(found: dict[str, Any]) -> str:
 
 def tasks(found: dict[str, Any]) -> str:
     """Tasks on which the intact model is above chance."""
-    rows = []
-    for checkpoint, judged in found["losses"]["rows"].items():
-        shown = [row for row in judged.get("tasks", ()) if row["shows"]]
-        intact = {row["task"]: row for row in shown if row["model"] == INTACT}
-        for row in shown:
-            if row["model"] == INTACT:
-                continue
-            before = intact[row["task"]]
-            rows.append(
-                (
-                    checkpoint,
-                    row["task"],
-                    f"{before['exact']:.0%} → {row['exact']:.0%}",
-                    f"{before['choice']:.0%} → {row['choice']:.0%}",
-                    f"{row['difference']:+.3f} ({interval(row['interval'])})",
-                )
-            )
-    if not rows:
-        return ""
-    about = found["losses"]["tasks"]
+    about = found.get("tasks")
+    if not about:
+        return not_yet("the tasks", "make worth")
+    intact = {row["task"]: row for row in about["rows"] if row["label"] == INTACT}
+    rows = [
+        (
+            row["label"],
+            row["task"],
+            f"{intact[row['task']]['exact_match']:.0%} → {row['exact_match']:.0%}",
+            f"{intact[row['task']]['choice']:.0%} → {row['choice']:.0%}",
+            f"{row['difference']:+.3f} ({interval(row['interval'])})",
+        )
+        for name in found["checkpoints"]
+        for row in about["rows"]
+        if row["label"] == name
+    ]
     head = ["checkpoint", "task", "exact", "chosen", "log-probability of the answer"]
     return (
         f"{table(head, rows)}\n\n{about['n']} prompts of {about['length']:,} tokens per task, the "
-        "same for both models; tasks on which the intact model is at chance are left out."
+        "same for all models. *Exact*: greedy decoding gives the answer; *chosen*: it is likelier "
+        "than every wrong one. The intact model is not above chance on "
+        f"{', '.join(about['at_chance'])}, so a cut can lose nothing there that could be seen."
     )
 
 
