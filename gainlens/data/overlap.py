@@ -67,7 +67,7 @@ def shares_text(
         tokenizer: the model's.
     """
     rows = list(_rows(documents))
-    known = [_Known.of(kind) for kind in _unpacked(chosen)]
+    known = _unpacked(chosen)
     found = []
     for row, own in zip(rows, _without_formulas(rows, tokenizer), strict=True):
         part = max(k.share(p) for k, p in zip(known, own, strict=True))
@@ -129,9 +129,16 @@ class _Known:
     weights: np.ndarray
 
     @classmethod
-    def of(cls, documents: list[tuple[np.ndarray, float]]) -> _Known:
-        pieces = np.concatenate([np.empty(0, np.uint64), *(p for p, _ in documents)])
-        weights = np.concatenate([np.empty(0), *(np.full(len(p), w) for p, w in documents)])
+    def of(cls, packed: list[bytes], counts: list[int]) -> _Known:
+        """Of each document the bytes of its pieces, six each, and the number that they represent.
+
+        All documents at once: a text of many windows has tens of thousands.
+        """
+        kept = np.array([len(one) // 6 for one in packed], np.int64)
+        eight = np.zeros((int(kept.sum()), 8), np.uint8)
+        eight[:, :6] = np.frombuffer(b"".join(packed), np.uint8).reshape(-1, 6)
+        pieces = eight.view("<u8")[:, 0].astype(np.uint64)
+        weights = np.repeat(np.array(counts, np.float64) / np.maximum(1, kept), kept)
         order = np.lexsort((-weights, pieces))
         first = np.unique(pieces[order], return_index=True)[1]
         return cls(pieces[order][first], weights[order][first])
@@ -187,19 +194,21 @@ def _packed(pieces: np.ndarray) -> str:
     return f"{len(pieces)}:{base64.b64encode(plain).decode()}"
 
 
-def _unpacked(identities: Iterable[str]) -> tuple[list[tuple[np.ndarray, float]], ...]:
-    kinds: tuple[list[tuple[np.ndarray, float]], ...] = ([], [])
+def _unpacked(identities: Iterable[str]) -> list[_Known]:
+    packed: tuple[list[bytes], list[bytes]] = ([], [])
+    counts: tuple[list[int], list[int]] = ([], [])
     for identity in identities:
         try:
-            parts = [part.split(":") for part in identity.split("|")]
-            for kind, (count, packed) in zip(kinds, parts, strict=True):
-                six = np.frombuffer(base64.b64decode(packed, validate=True), np.uint8)
-                eight = np.pad(six.reshape(-1, 6), ((0, 0), (0, 2)))
-                pieces = np.ascontiguousarray(eight).view("<u8")[:, 0].astype(np.uint64)
-                kind.append((pieces, int(count) / max(1, len(pieces))))
+            for kind, part in zip((0, 1), identity.split("|"), strict=True):
+                count, letters = part.split(":")
+                plain = base64.b64decode(letters, validate=True)
+                if len(plain) % 6:
+                    raise ValueError(f"{len(plain)} bytes")
+                packed[kind].append(plain)
+                counts[kind].append(int(count))
         except ValueError as error:
             raise InputError(
                 f"{identity[:40]!r} is not a document identity: the file is damaged or was written "
                 "by an older gainlens; gather the gains or make the cut again"
             ) from error
-    return kinds
+    return [_Known.of(*kind) for kind in zip(packed, counts, strict=True)]
