@@ -32,8 +32,7 @@ def page() -> str:
     for facts in runs.values():
         for state in ("untrained", "healed"):
             if facts[state] is not None:
-                how = f"{state}, on own text too" if state == "healed" and _own(facts) else state
-                rows.append((_name(facts), how, *_row(facts[state], texts)))
+                rows.append((_name(facts), _how(facts, state), *_row(facts[state], texts)))
     head = ["half or more of the pairs cut, scope", "", *(f"{name}, 256 tokens" for name in texts)]
     head += ["worst positions of 2,048", "verdicts at 0.02"]
     counts = [f"{v['n_documents']} of {n}" for n, v in first["untrained"]["verdicts"].items()]
@@ -71,7 +70,7 @@ def _reached(facts: dict[str, Any]) -> str:
     margin = next(iter(judged["verdicts"].values()))["margin"]
     far = max(row["rise"] for f in judged["by_position"].values() for row in f["rows"])
     met = "below" if max(*rises, far) < margin else "not below"
-    what = f"{_name(facts)}, {state}"
+    what = f"{_name(facts)}, {_how(facts, state)}"
     said = (
         f"{what}: a rise of {min(rises):+.3f} to {max(rises):+.3f} nats on 256 tokens, at most "
         f"{far:+.3f} by position up to 2,048; {met} the margin of {margin:g}."
@@ -144,6 +143,11 @@ def _name(facts: dict[str, Any]) -> str:
 def _own(facts: dict[str, Any]) -> bool:
     """Whether a run was healed on text that the model wrote as well."""
     return "own" in (facts["text"]["training"] or {"texts": ()})["texts"]
+
+
+def _how(facts: dict[str, Any], state: str) -> str:
+    """The state, and on what it was healed."""
+    return f"{state}, on own text too" if state == "healed" and _own(facts) else state
 
 
 def _row(judged: dict[str, Any], texts: list[str]) -> tuple[str, ...]:

@@ -116,7 +116,9 @@ def answer(found: dict[str, Any]) -> str:
     quantised = [r for r in ratios(found) if r["checkpoint"] == INTACT and r["cache"] == "q8_0"]
     if quantised:
         rival = max(quantised, key=lambda row: row["ratio"])
-        said.append(f"The intact model with its cache in q8_0 is at most {_times(rival)}.")
+        verdict = worst(found, INTACT, "q8_0")
+        cost = "" if verdict is None else f", at {verdict['estimate']:+.4f} nats"
+        said.append(f"The intact model with its cache in q8_0 is at most {_times(rival)}{cost}.")
     return " ".join(said)
 
 
@@ -193,9 +195,9 @@ def tasks(found: dict[str, Any]) -> str:
             f"{intact[row['task']]['choice']:.0%} → {row['choice']:.0%}",
             f"{row['difference']:+.3f} ({interval(row['interval'])})",
         )
-        for name in found["checkpoints"]
+        for name in dict.fromkeys(row["label"] for row in about["rows"])
         for row in about["rows"]
-        if row["label"] == name
+        if row["label"] == name != INTACT
     ]
     head = ["checkpoint", "task", "exact", "chosen", "log-probability of the answer"]
     return (
