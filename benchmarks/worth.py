@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from worth_losses import about, intact_losses, judged, texts_that_judge
+from worth_losses import BLOCK, about, intact_losses, judged, texts_that_judge
 from worth_profile import float32
 from worth_speed import LLAMA, in_llama_cpp, in_python
 from worth_tasks import on_tasks
@@ -179,6 +179,13 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
     rows: list[dict[str, Any]] = []
     begun = time.time()
     caches = {name: ["f16", "q8_0"] for name in files}
+    for name in files:
+        width = 0 if name == INTACT else key_width(folders[name])
+        if width % BLOCK:
+            caches[name].remove("q8_0")
+            limits[f"{name} in q8_0, llama.cpp"] = (
+                f"llama.cpp rounds blocks of {BLOCK} numbers, keys have {width}"
+            )
     states = "_".join(digest_of(folder) for folder in folders.values())
     for context in args.contexts:
         some = [batch for batch in args.batches if batch * context <= args.slots]
@@ -191,7 +198,11 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
                     files, caches, filler, [context], some, args.steps, args.turns, args.work
                 )
             write_json(kept, {"rows": found})
-        rows += read_json(kept)["rows"]
+        rows += [
+            row
+            for row in read_json(kept)["rows"]
+            if row["engine"] != "llama.cpp" or row["cache"] in caches[row["checkpoint"]]
+        ]
     cells = [
         {"context": c, "batch": b, "not_run": f"more than {args.slots:,} tokens of caches"}
         for c in args.contexts
@@ -234,6 +245,12 @@ def digest_of(folder: Path) -> str:
         with file.open("rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()[:8]
+
+
+def key_width(folder: Path) -> int:
+    """Key dimensions of a head in the cache."""
+    plan = SlicePlan.load(folder / "slice_plan.json")
+    return max(plan.key_widths(plan.shape[2]))
 
 
 def sizes(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = decode(xlc, job, folder)
     found["engine"] = f"xllamacpp {version('xllamacpp')}"
+    found["built_for"] = xlc.get_system_info()
     Path(sys.argv[2]).write_text(json.dumps(found))
 
 

@@ -195,6 +195,7 @@ def in_llama_cpp(
                         "turns": [round(s, 2) for s in speeds],
                         "prefill_s": min(a["prefill_s"] for a in found[checkpoint, cache]),
                         "version": found[checkpoint, cache][0]["engine"],
+                        "built_for": found[checkpoint, cache][0]["built_for"],
                     }
                     rows.append(cell)
                     print(checkpoint, cache, context, batch, cell["turns"], flush=True)
