@@ -22,6 +22,7 @@ from slots import LENGTHS, SEEN, apart, described, judges
 import gainlens as gl
 from gainlens.ablation import fit_slots, refit
 from gainlens.ablation.recipe import ranking_gains
+from gainlens.data.document_identity import text_fingerprint
 from gainlens.data.overlap import document_identities
 from gainlens.environment import environment
 from gainlens.files import read_json, write_json
@@ -69,7 +70,8 @@ def main() -> None:
     gains = None
     rows: dict[str, Any] = {}
     for name, how in ROWS.items():
-        asked = [args.fraction, args.calibration, args.judge, args.rounds, args.stride, *how]
+        judge = text_fingerprint(list(short))[:12]
+        asked = [args.fraction, args.calibration, judge, args.rounds, args.stride, *how]
         kept = args.cache / ("_".join(str(part) for part in asked) + ".json")
         if not kept.exists():
             gains = gains or ranking_gains(bridge, calibration)

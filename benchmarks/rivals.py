@@ -60,12 +60,13 @@ def main() -> None:
     args = parser.parse_args()
     begun = time.time()
     args.cache.mkdir(parents=True, exist_ok=True)
-    asked = f"{args.calibration}_{args.judge}_{args.long}_{args.seed}"
     bridge = gl.load_model(args.model)
     calibration = gl.load_tokens(SEEN, bridge, n_docs=args.calibration, length=LENGTHS)
     short, long = judges(args, bridge)
     used = document_identities(calibration, bridge.tokenizer)
     short, long = (t.chosen(apart(t, used, bridge.tokenizer)) for t in (short, long))
+    judge = text_fingerprint([*short, *long])[:12]
+    asked = f"{args.calibration}_{judge}_{args.seed}"
     some = [row[:512] for row in calibration[:: max(1, len(calibration) // 12)]]
     gains = gl.probe_gains(bridge, some, scores=("qk", "fisher"), tokens_per_batch=512)
     del bridge

@@ -201,11 +201,24 @@ def tasks(found: dict[str, Any]) -> str:
     ]
     head = ["checkpoint", "task", "exact", "chosen", "log-probability of the answer"]
     return (
-        f"{table(head, rows)}\n\n{about['n']} prompts of {about['length']:,} tokens per task, the "
+        f"{_points_lost(about['rows'], intact)}\n\n{table(head, rows)}\n\n"
+        f"{about['n']} prompts of {about['length']:,} tokens per task, the "
         "same for all models. *Exact*: greedy decoding gives the answer; *chosen*: it is likelier "
         "than every wrong one. The intact model is not above chance on "
         f"{', '.join(about['at_chance'])}, so a cut can lose nothing there that could be seen."
     )
+
+
+def _points_lost(rows: list[dict[str, Any]], intact: dict[str, dict[str, Any]]) -> str:
+    """One sentence: of each checkpoint the task on which it loses most exact answers."""
+    most: dict[str, tuple[float, str]] = {}
+    for row in rows:
+        name = row["label"]
+        if name != INTACT:
+            lost = intact[row["task"]]["exact_match"] - row["exact_match"]
+            most[name] = max(most.get(name, (0.0, "any task")), (lost, row["task"]))
+    said = ", ".join(f"{name} {100 * lost:.0f} on {task}" for name, (lost, task) in most.items())
+    return f"Tasks show what a mean loss hides. Points of exact answers lost at most: {said}."
 
 
 def speeds(found: dict[str, Any]) -> str:
