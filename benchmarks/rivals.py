@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,13 @@ from gainlens.stats.loss_rise import rise_verdicts
 from gainlens.stats.verdicts import MARGIN
 from gainlens.training.student import Student
 
+MASKS: dict[str, Callable[[gl.KeyGains, float, int], gl.KeyMask]] = {
+    "ThinK rule, per head": lambda gains, cut, _: gl.KeyMask.quietest(gains, cut, "qk"),
+    "fisher, per layer": lambda gains, cut, _: gl.KeyMask.quietest(gains, cut, "fisher", "layer"),
+    "random pairs, per head": lambda gains, cut, seed: gl.KeyMask.random(gains, cut, seed),
+}
 LOW_RANK = "low rank per head"
+Losses = tuple[np.ndarray, dict[str, list[torch.Tensor]]]
 
 
 def main() -> None:
@@ -68,29 +74,35 @@ def main() -> None:
     judge = text_fingerprint([*short, *long])[:12]
     asked = f"{args.calibration}_{judge}_{args.seed}"
     some = [row[:512] for row in calibration[:: max(1, len(calibration) // 12)]]
-    gains = gl.probe_gains(bridge, some, scores=("qk", "fisher"), tokens_per_batch=512)
-    del bridge
     intact = load_hf(args.model)
-    keys = second_moments(intact, calibration)
-    before = losses_of(Student(intact, gl.SlicePlan.identity(intact)), short, long)
+
+    # Once, and only if a row is not kept yet.
+    @cache
+    def gains() -> gl.KeyGains:
+        return gl.probe_gains(bridge, some, scores=("qk", "fisher"), tokens_per_batch=512)
+
+    @cache
+    def keys() -> list[torch.Tensor]:
+        return second_moments(intact, calibration)
+
+    @cache
+    def before() -> Losses:
+        return losses_of(Student(intact, gl.SlicePlan.identity(intact)), short, long)
+
     rows: dict[str, dict[str, Any]] = {}
     for fraction in args.fraction:
-        masks = {
-            "ThinK rule, per head": gl.KeyMask.quietest(gains, fraction, "qk"),
-            "fisher, per layer": gl.KeyMask.quietest(gains, fraction, "fisher", "layer"),
-            "random pairs, per head": gl.KeyMask.random(gains, fraction, args.seed),
-        }
-        for name in (*masks, LOW_RANK):
+        for name in (*MASKS, LOW_RANK):
             kept = args.cache / f"{name}_{fraction}_{asked}.json".replace(" ", "-")
             if not kept.exists():
-                if name in masks:
-                    student = Student(intact, gl.SlicePlan.from_cut(masks[name]))
+                if name in MASKS:
+                    mask = MASKS[name](gains(), fraction, args.seed)
+                    student = Student(intact, gl.SlicePlan.from_cut(mask))
                 else:
                     thin = load_hf(args.model)
-                    project(thin, keys, fraction)
+                    project(thin, keys(), fraction)
                     student = Student(thin, gl.SlicePlan.identity(thin))
                 after = losses_of(student, short, long)
-                write_json(kept, judged(before, after, short, long, fraction))
+                write_json(kept, judged(before(), after, short, long, fraction))
             rows[f"{name}, {fraction:g}"] = read_json(kept)
             shown = summary(read_json(kept))
             print(f"{time.time() - begun:5.0f} s  {name:28s} {shown}", flush=True)
@@ -109,9 +121,6 @@ def main() -> None:
             **environment(),
         },
     )
-
-
-Losses = tuple[np.ndarray, dict[str, list[torch.Tensor]]]
 
 
 def losses_of(student: Student, short: Texts, long: Texts) -> Losses:

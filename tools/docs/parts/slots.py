@@ -10,6 +10,7 @@ ORDER = (
     "layer-50-untrained",
     "layer-50",
     "universal-50-untrained",
+    "universal-50-quick",
     "universal-50",
     "universal-50-own",
     "universal-50-values",
