@@ -97,7 +97,8 @@ def main() -> None:
     cut, seconds = cut_of(args, bridge, calibration, scope, fraction)
     said(f"{cut!r} in {seconds:.0f} s")
     if args.frequencies:
-        write_json(args.out or "docs/results/slots_frequencies.json", slots_of(args, cut))
+        found = slots_of(args, cut) | {"text": described(calibration), "seconds": seconds}
+        write_json(args.out or "docs/results/slots_frequencies.json", found)
         return
     short, long = judges(args, bridge)
     training = gl.load_tokens(

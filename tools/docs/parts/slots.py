@@ -60,6 +60,12 @@ def page() -> str:
         ),
     ]
     parts[1:1] = [_reached(facts) for facts in runs.values()]
+    if (recipe := recorded(RESULTS / "slots_recipe.json")) is not None:
+        parts.append(
+            f"`gainlens.best_cut` alone, {recipe['fit']['rounds']} rounds on "
+            f"{recipe['text']['tokens']:,} tokens, while nothing else ran: {recipe['seconds']:.0f} "
+            f"s. {provenance(recipe, 'docs/results/slots_recipe.json')}"
+        )
     return "\n\n".join(parts)
 
 
