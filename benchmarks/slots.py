@@ -4,10 +4,11 @@
 
 The cut is ``gainlens.best_cut``: ranked by ``fisher``, fitted to the intact attention logits on
 calibration speeches and source files of mixed lengths. With ``--steps`` it is then healed on
-training speeches and source files of mixed lengths, and with ``--own`` on text that the intact
-model wrote (``benchmarks/own_text.py``). Validation documents that chose and trained nothing judge
-both: speeches, source files, and documentation, from which nothing was learned; short documents of
-each, and long ones of the first two by position.
+training speeches and source files of mixed lengths; with ``--own`` on text that the intact model
+wrote as well (``own_text.py``), with ``--recall`` on text that repeats itself (``recall.py``).
+Validation documents that chose and trained nothing judge both: speeches, source files, and
+documentation, from which nothing was learned; short documents of each, and long ones of the first
+two by position.
 
 Gains, cuts and checkpoints stay in ``--cache``; a run that is killed goes on from there.
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from own_text import own_text
+from recall import recall_text
 
 import gainlens as gl
 from gainlens.ablation.recipe import ranking_gains
@@ -74,6 +76,9 @@ def main() -> None:
         "--frequencies", action="store_true", help="record the slots of the cut; judge nothing"
     )
     parser.add_argument("--own", type=Path, help="heal on this text of the model's own as well")
+    parser.add_argument(
+        "--recall", type=int, default=0, help="heal on this many documents of recall.py as well"
+    )
     parser.add_argument("--save", type=Path, help="write the healed model as a slim folder as well")
     parser.add_argument("--cache", type=Path, default=cache_root() / "slots")
     parser.add_argument(
@@ -101,6 +106,8 @@ def main() -> None:
     )
     if args.own:
         training = beside(training, own_text(args.own))
+    if args.recall:
+        training = beside(training, recall_text(training, args.recall, args.seed))
     tokenizer = bridge.tokenizer
     del bridge
     used = document_identities([*training, *calibration], tokenizer)
@@ -191,7 +198,9 @@ def checkpoint_name(args) -> str:
     """Of the run that heals."""
     frequencies = "_f" if "frequencies" in args.train else ""
     own = "_own" if args.own else ""
-    return f"{args.run}_{args.steps}x{args.batch}_{args.seed}{own}{frequencies}.safetensors"
+    recall = f"_r{args.recall}" if args.recall else ""
+    name = f"{args.run}_{args.steps}x{args.batch}_{args.seed}"
+    return f"{name}{own}{recall}{frequencies}.safetensors"
 
 
 def cut_of(args, model, calibration, scope: str, fraction: float):

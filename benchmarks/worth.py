@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--slots", type=int, default=65_536, help="tokens of all slots together")
     parser.add_argument("--steps", type=int, default=24, help="decoding steps that are timed")
-    parser.add_argument("--turns", type=int, default=2, help="in llama.cpp")
+    parser.add_argument("--turns", type=int, default=3, help="processes per cell and engine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=cache_root() / "worth")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/worth.json")
@@ -136,15 +136,14 @@ def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
 
 def tasks(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]:
     """Tasks on which the intact model is above chance, of every checkpoint."""
-    asked = [name for name in args.task_checkpoints if name in folders]
-    states = "_".join(digest_of(folders[name]) for name in asked)
-    kept = args.work / f"tasks_{args.task_length}_{args.task_prompts}_{args.seed}_{states}.json"
-    if not kept.exists():
-        tokenizer = load_tokenizer(args.model)
-        some = {name: folders[name] for name in asked}
-        options = (args.task_length, args.task_prompts, args.seed)
-        write_json(kept, on_tasks(some, load_hf(args.model), tokenizer, *options))
-    return dict(read_json(kept))
+    asked = {
+        name: (folders[name], digest_of(folders[name]))
+        for name in args.task_checkpoints
+        if name in folders
+    }
+    tokenizer = load_tokenizer(args.model)
+    options = (args.task_length, args.task_prompts, args.seed)
+    return on_tasks(asked, load_hf(args.model), tokenizer, *options, args.work)
 
 
 def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]:
@@ -192,7 +191,9 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
         asked = [context, *some, args.steps, args.turns]
         kept = args.work / f"speed_{'_'.join(str(n) for n in asked)}_{states}.json"
         if not kept.exists():
-            found = in_python(in_engine, args.model, [context], some, args.steps)
+            found = in_python(
+                in_engine, args.model, context, some, args.steps, args.turns, args.work
+            )
             if LLAMA.exists():
                 found += in_llama_cpp(
                     files, caches, filler, [context], some, args.steps, args.turns, args.work

@@ -1,10 +1,18 @@
-"""How fast the checkpoints of the worth ledger decode, in turns within one run."""
+"""How fast the checkpoints of the worth ledger decode, in turns within one run.
+
+Each turn is a process of its own that loads the models and fills their caches in another order.
+On a virtual machine the same product of the same weights takes up to twice as long in some pages of
+memory as in others, so a model that is loaded once is fast or slow by luck.
+"""
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LLAMA = ROOT / ".engines/llama/bin/python"
 MEMORY = 11e9
 """Bytes of caches that one comparison may hold, beside the weights and the growth of buffers."""
+FORMS = ("gainlens", "transformers, sdpa", "transformers, eager")
+"""Of the intact model."""
 
 
 @dataclass(frozen=True)
@@ -31,74 +41,136 @@ class Decoding(Contender):
 
 
 def in_python(
-    folders: dict[str, Path], model: str, contexts: list[int], batches: list[int], steps: int
+    folders: dict[str, Path],
+    model: str,
+    context: int,
+    batches: list[int],
+    steps: int,
+    turns: int,
+    work: Path,
 ) -> list[dict[str, Any]]:
     """Decoding in gainlens' engine and in transformers.
+
+    The first turn has every form. Later ones repeat gainlens' engine, beside the forms of the
+    intact model that were the best of a cell.
 
     Args:
         folders: slim folders by name of the checkpoint, ``intact`` among them (an identity plan),
             and those in transformers' container as ``NAME/transformers``.
         model: name of the original.
-        contexts, batches: the cells.
-        steps: decoding steps whose median is taken.
+        context, batches: the cells.
+        steps: decoding steps of a turn, whose median is taken.
+        turns: how often; medians count, of the speeds and of their ratios within a turn.
+        work: folder for jobs and answers.
     """
+    paths = {name: str(folder) for name, folder in folders.items()}
+    forms = list(FORMS)
+    per_turn = []
+    for turn in range(turns):
+        job = {"folders": paths, "model": model, "context": context, "batches": batches}
+        job |= {"steps": steps, "turn": turn, "forms": forms}
+        found = answered([sys.executable, __file__], job, work)
+        if isinstance(found, str):
+            raise RuntimeError(f"decoding at {context} tokens: {found}")
+        per_turn.append(found["rows"])
+        if turn == 0:
+            paths = {name: path for name, path in paths.items() if "/" not in name}
+            forms = sorted({row["beside"] for row in found["rows"] if "beside" in row})
+    return merged(per_turn)
+
+
+def merged(per_turn: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of the first turn, with the medians over all turns that have them."""
+    rows = []
+    for first in per_turn[0]:
+        cell = {k: first[k] for k in ("checkpoint", "engine", "cache", "context", "batch")}
+        same = [row for turn in per_turn for row in turn if cell.items() <= row.items()]
+        same = [row for row in same if "tokens_per_second" in row]
+        if not same:
+            rows.append({**cell, "not_run": first["not_run"]})
+            continue
+        speeds = [row["tokens_per_second"] for row in same]
+        ratios = [row["tokens_per_second"] / row["intact_beside"] for row in same]
+        rows.append(
+            {
+                **cell,
+                "tokens_per_second": statistics.median(speeds),
+                "ratio": statistics.median(ratios),
+                "turns": [round(speed, 2) for speed in speeds],
+                "ratios": [round(ratio, 3) for ratio in ratios],
+            }
+        )
+    return rows
+
+
+def one_turn(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every cell of a job, in this process."""
     import gainlens as gl
 
-    contenders: list[tuple[str, str, Contender]] = []
-    for setting in ("sdpa", "eager"):
-        contenders.append(
-            ("intact", f"transformers, {setting}",
-             Decoding(f"intact transformers {setting}", load_hf(model), setting))
-        )  # fmt: skip
-    for name, folder in folders.items():
+    context, steps = job["context"], job["steps"]
+    dice = random.Random(job["turn"])
+    makers: list[tuple[str, str, Callable[[], Contender]]] = []
+    for form in job["forms"]:
+        if form.startswith("transformers"):
+            name, setting = f"intact {form}", form.rpartition(" ")[2]
+            makers.append(
+                ("intact", form, lambda n=name, s=setting: Decoding(n, load_hf(job["model"]), s))
+            )
+    for name, folder in job["folders"].items():
         checkpoint, _, container = name.partition("/")
         if container:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+            config = transformers.AutoConfig.from_pretrained(folder)
             # Keys and values of one width run in fused attention.
-            setting = "sdpa" if loaded.config.model_type == "llama" else "eager"
-        else:
-            loaded, setting = gl.load_slim(folder), None
-        engine = f"transformers, {setting}" if container else "gainlens"
-        contenders.append((checkpoint, engine, Decoding(name, loaded, setting)))
+            setting = "sdpa" if config.model_type == "llama" else "eager"
+            load = transformers.AutoModelForCausalLM.from_pretrained
+            makers.append(
+                (checkpoint, f"transformers, {setting}",
+                 lambda n=name, f=folder, s=setting, of=load: Decoding(n, of(f), s))
+            )  # fmt: skip
+        elif checkpoint != "intact" or "gainlens" in job["forms"]:
+            makers.append(
+                (checkpoint, "gainlens", lambda n=name, f=folder: Decoding(n, gl.load_slim(f)))
+            )
+    dice.shuffle(makers)
+    contenders = [(checkpoint, engine, make()) for checkpoint, engine, make in makers]
     rows = []
     with torch.inference_mode():
-        for context in contexts:
-            for batch in batches:
-                groups, left_out = grouped(contenders, context, batch)
-                timed: dict[str, dict[str, Any]] = {}
-                beside: Contender | None = None
-                for group in groups:
-                    ours = group if beside is None else [beside, *group]
-                    found = measure(ours, context, batch, steps, 0)
-                    if beside is None:
-                        intact = [c for name, _, c in contenders if name == "intact" and c in group]
-                        beside = max(
-                            intact, key=lambda c: found[c.name]["decode_tokens_per_second"]
-                        )
-                    base = found[beside.name]["decode_tokens_per_second"]
-                    for one in group:
-                        speed = found[one.name]["decode_tokens_per_second"]
-                        timed[one.name] = {"tokens_per_second": speed, "intact_beside": base}
-                for checkpoint, engine, one in contenders:
-                    cell = {
-                        "checkpoint": checkpoint,
-                        "engine": engine,
-                        "cache": "f32",
-                        "context": context,
-                        "batch": batch,
+        for batch in job["batches"]:
+            groups, left_out = grouped(contenders, context, batch)
+            timed: dict[str, dict[str, Any]] = {}
+            beside: Contender | None = None
+            form = ""
+            for group in groups:
+                ours = [one for _, _, one in group]
+                if beside is not None:
+                    ours.append(beside)
+                dice.shuffle(ours)
+                found = measure(ours, context, batch, steps, 0)
+                speeds = {n: row["decode_tokens_per_second"] for n, row in found.items()}
+                if beside is None:
+                    intact = [(e, c) for name, e, c in group if name == "intact"]
+                    form, beside = max(intact, key=lambda pair: speeds[pair[1].name])
+                for _, _, one in group:
+                    timed[one.name] = {
+                        "tokens_per_second": speeds[one.name],
+                        "intact_beside": speeds[beside.name],
+                        "beside": form,
                     }
-                    if one.name in left_out:
-                        rows.append({**cell, "not_run": left_out[one.name]})
-                    else:
-                        rows.append({**cell, **timed[one.name]})
-                        speed = timed[one.name]["tokens_per_second"]
-                        print(checkpoint, engine, context, batch, round(speed, 1), flush=True)
+            for checkpoint, engine, one in contenders:
+                cell = {"checkpoint": checkpoint, "engine": engine, "cache": "f32"}
+                cell |= {"context": context, "batch": batch}
+                if one.name in left_out:
+                    rows.append({**cell, "not_run": left_out[one.name]})
+                else:
+                    rows.append({**cell, **timed[one.name]})
+                    speed = timed[one.name]["tokens_per_second"]
+                    print(checkpoint, engine, context, batch, round(speed, 1), flush=True)
     return rows
 
 
 def grouped(
     contenders: list[tuple[str, str, Contender]], context: int, batch: int
-) -> tuple[list[list[Contender]], dict[str, str]]:
+) -> tuple[list[list[tuple[str, str, Contender]]], dict[str, str]]:
     """Those whose caches fit into memory side by side, in as many turns as that takes.
 
     The intact model comes first. Each later group runs beside the intact model's best form, so a
@@ -107,9 +179,10 @@ def grouped(
     """
     order = sorted(contenders, key=lambda row: ("eager" in row[1], row[0] != "intact"))
     intact = max(cache_bytes(row[2].model) for row in order if row[0] == "intact")
-    groups: list[list[Contender]] = [[]]
+    groups: list[list[tuple[str, str, Contender]]] = [[]]
     held, left_out = 0.0, {}
-    for _, engine, one in order:
+    for row in order:
+        _, engine, one = row
         size = cache_bytes(one.model) * context * batch
         if held + size > MEMORY:
             if "eager" in engine or intact * context * batch + size > MEMORY:
@@ -118,7 +191,7 @@ def grouped(
             groups.append([])
             held = intact * context * batch
         held += size
-        groups[-1].append(one)
+        groups[-1].append(row)
     return groups, left_out
 
 
@@ -203,13 +276,18 @@ def in_llama_cpp(
 
 
 def one_cell(job: dict[str, Any], work: Path) -> dict[str, Any] | str:
-    """The answer of one process, or in one line why there is none."""
+    """The answer of one process of llama.cpp, or in one line why there is none."""
+    script = Path(__file__).with_name("worth_llama_cpp.py")
+    return answered([str(LLAMA), str(script)], job, work)
+
+
+def answered(command: list[str], job: dict[str, Any], work: Path) -> dict[str, Any] | str:
+    """What a command answers to a job, or the last line that it printed."""
     question, answer, log = (work / name for name in ("job.json", "answer.json", "log.txt"))
     question.write_text(json.dumps(job))
-    script = Path(__file__).with_name("worth_llama_cpp.py")
     with log.open("w") as out:
         done = subprocess.run(
-            [str(LLAMA), str(script), str(question), str(answer)],
+            [*command, str(question), str(answer)],
             stdout=out, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
     if done.returncode:
@@ -217,3 +295,8 @@ def one_cell(job: dict[str, Any], work: Path) -> dict[str, Any] | str:
         return (lines or ["no output"])[-1][:200]
     found: dict[str, Any] = json.loads(answer.read_text())
     return found
+
+
+if __name__ == "__main__":
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps({"rows": one_turn(asked)}))

@@ -154,7 +154,8 @@ class TrainingRun(Displayed):
         """Write the trained model as a plain checkpoint, with ``plan.json`` and ``training.json``.
 
         The checkpoint has the class and the full width of the original, so any tool loads it. It
-        computes with the ghosts unless the plan cuts them (``gainlens.slim``, ``gainlens.ablate``).
+        computes with the ghosts, and with the model's own frequencies where the plan has slots,
+        unless the plan is applied (``gainlens.slim``, ``gainlens.ablate``).
 
         Args:
             folder: a new or empty folder. It is written under another name and then renamed.

@@ -9,15 +9,28 @@ from parts.markdown import RESULTS, not_yet, provenance, recorded, table
 ORDER = (
     "layer-50-untrained",
     "layer-50",
+    "layer-50-recall",
     "universal-50-untrained",
     "universal-50-quick",
     "universal-50",
     "universal-50-own",
+    "universal-50-recall",
     "universal-50-values",
     "layer-75",
     "universal-75",
 )
 """Runs; ``-untrained`` ones are cuts with the present fit that nobody has healed yet."""
+BESIDE = {
+    "own": (
+        "on own text too",
+        "Own text is what the intact model wrote (`benchmarks/own_text.py`).",
+    ),
+    "recall": (
+        "on repeating text too",
+        "Repeating text says stretches of its first half again (`benchmarks/recall.py`).",
+    ),
+}
+"""Texts beside speeches and code that a run was healed on: in a row, and in a sentence."""
 
 
 def page() -> str:
@@ -37,16 +50,15 @@ def page() -> str:
     head = ["half or more of the pairs cut, scope", "", *(f"{name}, 256 tokens" for name in texts)]
     head += ["worst positions of 2,048", "verdicts at 0.02"]
     counts = [f"{v['n_documents']} of {n}" for n, v in first["untrained"]["verdicts"].items()]
-    owned = any(_own(facts) for facts in runs.values())
-    said = " Own text is what the intact model wrote by itself (`benchmarks/own_text.py`)."
+    names = dict.fromkeys(name for facts in runs.values() for name in _beside(facts))
+    said = "".join(f" {BESIDE[name][1]}" for name in names)
     calibration = first["text"]["calibration"]
     parts = [
         table(head, rows),
         f"Rise of the loss in nats per token, with 99% intervals, on up to {', '.join(counts)}; by "
         f"position on long documents of {' and '.join(first['untrained']['by_position'])}. Fitted "
         f"on {' and '.join(calibration['texts'])}; nothing was learned from "
-        f"{', '.join(n for n in texts if n not in calibration['texts'])}."
-        + (said if owned else ""),
+        f"{', '.join(n for n in texts if n not in calibration['texts'])}." + said,
         *(
             f"{_name(facts)} ({facts['text']['calibration']['tokens']:,} tokens) in "
             f"{facts['fit']['seconds']:.0f} s"
@@ -153,14 +165,16 @@ def _judged_on(facts: dict[str, Any]) -> tuple[int, int]:
     return len(verdicts), sum(verdict["n_documents"] for verdict in verdicts)
 
 
-def _own(facts: dict[str, Any]) -> bool:
-    """Whether a run was healed on text that the model wrote as well."""
-    return "own" in (facts["text"]["training"] or {"texts": ()})["texts"]
+def _beside(facts: dict[str, Any]) -> list[str]:
+    """What a run was healed on beside speeches and code."""
+    trained = facts["text"]["training"] or {"texts": ()}
+    return [name for name in BESIDE if name in trained["texts"]]
 
 
 def _how(facts: dict[str, Any], state: str) -> str:
     """The state, and on what it was healed."""
-    return f"{state}, on own text too" if state == "healed" and _own(facts) else state
+    beside = _beside(facts) if state == "healed" else []
+    return ", ".join([state, *(BESIDE[name][0] for name in beside)])
 
 
 def _row(judged: dict[str, Any], texts: list[str]) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ def ratios(found: dict[str, Any]) -> list[dict[str, Any]]:
         base = baselines(found, row["engine"]).get((row["context"], row["batch"]))
         base = row.get("intact_beside", base)  # where memory did not hold all rows side by side
         if base and "tokens_per_second" in row:
-            rows.append({**row, "ratio": row["tokens_per_second"] / base})
+            rows.append({"ratio": row["tokens_per_second"] / base, **row})
     return rows
 
 
@@ -241,8 +241,8 @@ def speeds(found: dict[str, Any]) -> str:
     return (
         f"{table(head, lines)}\n\nTokens per second while decoding, at context × batch; in "
         "brackets over the intact model in its best form: that of gainlens' engine or "
-        "transformers in Python, that with a cache in f16 in llama.cpp, "
-        f"which ran {turns} turn{'s' * (turns > 1)} per cell. "
+        "transformers in Python, that with a cache in f16 in llama.cpp. Medians of "
+        f"{turns} turn{'s' * (turns > 1)}, each a process of its own. "
         f"{found['speed']['precision'].capitalize()}."
     )
 
