@@ -37,6 +37,8 @@ from gainlens.model.zoo.cache import cache_root
 ROOT = Path(__file__).resolve().parent.parent
 INTACT = "intact"
 CHECKPOINTS = ("layer-50", "universal-50", "universal-50-values", "layer-75", "universal-75")
+RECALL = ("layer-50-recall", "universal-50-recall")
+"""Healed on text that repeats itself as well (``slots.py --recall``): asked the tasks alone."""
 STAGES = ("losses", "tasks", "speed", "float32")
 Q8_BYTES = 34 / 32
 
@@ -55,7 +57,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rounded", nargs="*", default=["256", "2048"], help="contexts judged in q8_0 as well"
     )
-    parser.add_argument("--task-checkpoints", nargs="*", default=CHECKPOINTS, choices=CHECKPOINTS)
+    every = (*CHECKPOINTS, *RECALL)
+    parser.add_argument("--task-checkpoints", nargs="*", default=every, choices=every)
     parser.add_argument("--task-prompts", type=int, default=24)
     parser.add_argument("--task-length", type=int, default=1024)
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 4096, 8000])
@@ -81,10 +84,16 @@ def main() -> None:
     }
     folders = {name: folder for name, folder in found.items() if folder.is_dir()}
     parts = {}
-    for stage, run in zip(STAGES, (losses, tasks, speeds, in_float32), strict=True):
+    runs = (
+        lambda: losses(args, folders),
+        lambda: tasks(args),
+        lambda: speeds(args, folders),
+        lambda: in_float32(args, folders),
+    )
+    for stage, run in zip(STAGES, runs, strict=True):
         kept = args.work / f"{stage}.json"
         if args.stage in ("all", stage):
-            write_json(kept, run(args, folders))
+            write_json(kept, run())
         parts[stage] = read_json(kept) if kept.exists() else None
     write_json(
         args.out,
@@ -134,13 +143,10 @@ def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
     return {"text": about(texts), "rows": rows}
 
 
-def tasks(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]:
+def tasks(args: argparse.Namespace) -> dict[str, Any]:
     """Tasks on which the intact model is above chance, of every checkpoint."""
-    asked = {
-        name: (folders[name], digest_of(folders[name]))
-        for name in args.task_checkpoints
-        if name in folders
-    }
+    found = {name: args.folders / f"slim_{name}" for name in args.task_checkpoints}
+    asked = {name: (path, digest_of(path)) for name, path in found.items() if path.is_dir()}
     tokenizer = load_tokenizer(args.model)
     options = (args.task_length, args.task_prompts, args.seed)
     return on_tasks(asked, load_hf(args.model), tokenizer, *options, args.work)

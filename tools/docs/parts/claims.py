@@ -145,7 +145,7 @@ def _untrained(report: dict[str, Any], margin: float) -> tuple[str, ...]:
     question, best = "Can half of the key dimensions go without training?", report["best_cut"]
     control = f"{best['control']} on {documents(report['plan'])}"
     how = "with a least-squares refit"
-    run = recorded(RESULTS / "slots_layer-50-untrained.json")
+    run = recorded(RESULTS / "slots_layer-50-recall.json")
     run = recorded(RESULTS / "slots_layer-50.json") if run is None else run
     if run is None:
         verdict, where, far = best["verdict"], best["where"], ""
@@ -171,7 +171,9 @@ def _if_trained(speeches: dict[str, Any]) -> tuple[str, ...]:
         f"{verdict['estimate']:+.3f} nats ({interval(verdict['interval'])}) on "
         f"{text['validation_documents']} speeches"
     )
-    runs = [recorded(RESULTS / f"slots_{name}.json") for name in ("layer-50", "universal-50")]
+    # The first is judged on more texts than the second, which was trained for longer.
+    names = ("layer-50-recall", "layer-50", "universal-50")
+    runs = [recorded(RESULTS / f"slots_{name}.json") for name in names]
     judged = [run for run in runs if run is not None and run["healed"] is not None]
     question = "Can they go if the rest is trained?"
     if not judged:
@@ -181,12 +183,14 @@ def _if_trained(speeches: dict[str, Any]) -> tuple[str, ...]:
     best = judged[0]["healed"]
     verdict = max(best["verdicts"].values(), key=lambda v: v["estimate"])
     far = max(r["rise"] for f in best["by_position"].values() for r in f["rows"])
+    recall = "recall" in judged[0]["text"]["training"]["texts"]
+    learned = "speeches, code and stretches of both said again" if recall else "speeches and code"
     return (
         question,
         f"a rise below {verdict['margin']:g} nats **{verdict['status']}** on the worst text",
         f"loss {verdict['estimate']:+.3f} nats ({interval(verdict['interval'])}), up to {far:+.3f} "
-        f"far into a text, after {best['facts']['tokens']:,} tokens of training on speeches and "
-        f"code; trained and judged on speeches alone {alone}",
+        f"far into a text, after {best['facts']['tokens']:,} tokens of training on {learned}; "
+        f"trained and judged on speeches alone {alone}",
         f"{', '.join(best['verdicts'])}: 256 tokens, and by position to 2,048",
     )
 
