@@ -65,7 +65,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--slots", type=int, default=65_536, help="tokens of all slots together")
     parser.add_argument("--steps", type=int, default=24, help="decoding steps that are timed")
-    parser.add_argument("--turns", type=int, default=3, help="processes per cell and engine")
+    parser.add_argument("--turns", type=int, default=2, help="in llama.cpp, per cell")
+    parser.add_argument("--python-turns", type=int, default=3, help="per context")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=cache_root() / "worth")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/worth.json")
@@ -194,22 +195,22 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
     states = "_".join(digest_of(folder) for folder in folders.values())
     for context in args.contexts:
         some = [batch for batch in args.batches if batch * context <= args.slots]
-        asked = [context, *some, args.steps, args.turns]
-        kept = args.work / f"speed_{'_'.join(str(n) for n in asked)}_{states}.json"
-        if not kept.exists():
-            found = in_python(
-                in_engine, args.model, context, some, args.steps, args.turns, args.work
+        asked = "_".join(str(n) for n in (context, *some, args.steps))
+        ours = args.work / f"python_{asked}_{args.python_turns}_{states}.json"
+        if not ours.exists():
+            turns = args.python_turns
+            found = in_python(in_engine, args.model, context, some, args.steps, turns, args.work)
+            write_json(ours, {"rows": found})
+        rows += read_json(ours)["rows"]
+        theirs = args.work / f"llama_{asked}_{args.turns}_{states}.json"
+        if not theirs.exists() and LLAMA.exists():
+            found = in_llama_cpp(
+                files, caches, filler, [context], some, args.steps, args.turns, args.work
             )
-            if LLAMA.exists():
-                found += in_llama_cpp(
-                    files, caches, filler, [context], some, args.steps, args.turns, args.work
-                )
-            write_json(kept, {"rows": found})
-        rows += [
-            row
-            for row in read_json(kept)["rows"]
-            if row["engine"] != "llama.cpp" or row["cache"] in caches[row["checkpoint"]]
-        ]
+            write_json(theirs, {"rows": found})
+        if theirs.exists():
+            kept = read_json(theirs)["rows"]
+            rows += [row for row in kept if row["cache"] in caches[row["checkpoint"]]]
     cells = [
         {"context": c, "batch": b, "not_run": f"more than {args.slots:,} tokens of caches"}
         for c in args.contexts

@@ -13,6 +13,8 @@ ORDER = (
     "universal-50-recall",
     "universal-50",
     "universal-50-own",
+    "universal-50-short",
+    "universal-50-short-frequencies",
     "universal-50-values",
     "layer-75",
     "universal-75",
@@ -179,9 +181,15 @@ def _beside(facts: dict[str, Any]) -> list[str]:
 
 
 def _how(facts: dict[str, Any], state: str) -> str:
-    """The state, and on what it was healed."""
-    beside = _beside(facts) if state == "healed" else []
-    return ", ".join([state, *(BESIDE[name][0] for name in beside)])
+    """The state: after how many tokens, and what was special about the healing."""
+    if state != "healed":
+        return state
+    healing = facts["healed"]["facts"]
+    parts = [f"healed on {healing['tokens']:,} tokens"]
+    parts += [BESIDE[name][0] for name in _beside(facts)]
+    if "frequencies" in healing["settings"]["train"]:
+        parts.append("frequencies trained")
+    return ", ".join(parts)
 
 
 def _row(judged: dict[str, Any], texts: list[str]) -> tuple[str, ...]:

@@ -236,13 +236,16 @@ def speeds(found: dict[str, Any]) -> str:
                 "–" if row is None else f"{row['tokens_per_second']:.0f} (× {row['ratio']:.2f})"
             )
         lines.append(line)
-    turns = max((len(row.get("turns", ())) for row in rows), default=0)
+    turns = sorted({len(row.get("turns", ())) for row in rows if row["checkpoint"] != INTACT})
+    said = f"{turns[0]} to {turns[-1]}" if len(turns) > 1 else f"{turns[0]}"
+    spread = max((max(t) / min(t) for row in rows if (t := row.get("turns"))), default=1.0)
     head = ["engine", "checkpoint", "cache", *(f"{c:,} × {b}" for c, b in cells)]
     return (
         f"{table(head, lines)}\n\nTokens per second while decoding, at context × batch; in "
         "brackets over the intact model in its best form: that of gainlens' engine or "
         "transformers in Python, that with a cache in f16 in llama.cpp. Medians of "
-        f"{turns} turn{'s' * (turns > 1)}, each a process of its own. "
+        f"{said} turns, each a process of its own (transformers' slower forms have one); one row "
+        f"differs by up to × {spread:.2f} between its turns, so smaller differences say little. "
         f"{found['speed']['precision'].capitalize()}."
     )
 
