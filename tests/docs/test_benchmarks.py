@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+# Last, since tests and benchmarks have modules of the same name.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from recall import STRETCH, recall_text, said_again
 from worth_speed import merged
