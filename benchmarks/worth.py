@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,24 +78,18 @@ def main() -> None:
     """Judge, time, write."""
     args = arguments()
     args.work.mkdir(parents=True, exist_ok=True)
-    found = {name: args.folders / f"slim_{name}" for name in args.checkpoints}
+    folders = made(args, args.checkpoints)
     missing = {
-        name: f"python benchmarks/slots.py --run {name} --steps N --save {folder}"
-        for name, folder in found.items()
-        if not folder.is_dir()
+        name: f"python benchmarks/slots.py --run {name} --steps N --save {folder_of(args, name)}"
+        for name in args.checkpoints
+        if name not in folders
     }
-    folders = {name: folder for name, folder in found.items() if folder.is_dir()}
+    asked = dict.fromkeys(STAGES, folders) | {"tasks": made(args, args.task_checkpoints)}
     parts = {}
-    runs = (
-        lambda: losses(args, folders),
-        lambda: tasks(args),
-        lambda: speeds(args, folders),
-        lambda: in_float32(args, folders),
-    )
-    for stage, run in zip(STAGES, runs, strict=True):
+    for stage, run in zip(STAGES, (losses, tasks, speeds, in_float32), strict=True):
         kept = args.work / f"{stage}.json"
         if args.stage in ("all", stage):
-            write_json(kept, run())
+            write_json(kept, run(args, asked[stage]))
         parts[stage] = read_json(kept) if kept.exists() else None
     write_json(
         args.out,
@@ -108,6 +103,18 @@ def main() -> None:
             **environment(),
         },
     )
+
+
+def folder_of(args: argparse.Namespace, checkpoint: str) -> Path:
+    """Where a slim folder is, if it was made."""
+    folder: Path = args.folders / f"slim_{checkpoint}"
+    return folder
+
+
+def made(args: argparse.Namespace, checkpoints: Iterable[str]) -> dict[str, Path]:
+    """The slim folders that exist."""
+    found = {name: folder_of(args, name) for name in checkpoints}
+    return {name: folder for name, folder in found.items() if folder.is_dir()}
 
 
 def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]:
@@ -144,10 +151,9 @@ def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
     return {"text": about(texts), "rows": rows}
 
 
-def tasks(args: argparse.Namespace) -> dict[str, Any]:
+def tasks(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]:
     """Tasks on which the intact model is above chance, of every checkpoint."""
-    found = {name: args.folders / f"slim_{name}" for name in args.task_checkpoints}
-    asked = {name: (path, digest_of(path)) for name, path in found.items() if path.is_dir()}
+    asked = {name: (folder, digest_of(folder)) for name, folder in folders.items()}
     tokenizer = load_tokenizer(args.model)
     options = (args.task_length, args.task_prompts, args.seed)
     return on_tasks(asked, load_hf(args.model), tokenizer, *options, args.work)

@@ -1,8 +1,8 @@
 """How fast the checkpoints of the worth ledger decode, in turns within one run.
 
 Each turn is a process of its own that loads the models and fills their caches in another order.
-On a virtual machine the same product of the same weights takes up to twice as long in some pages of
-memory as in others, so a model that is loaded once is fast or slow by luck.
+On a virtual machine the same product of the same weights takes longer in some pages of memory than
+in others, so a model that is loaded once is fast or slow by luck.
 """
 
 from __future__ import annotations

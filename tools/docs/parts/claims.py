@@ -140,16 +140,22 @@ def findings() -> str:
     )
 
 
+def _slot_runs(*names: str) -> list[dict[str, Any]]:
+    """Those that are recorded, of ``benchmarks/slots.py``; the one judged on most texts first."""
+    found = [recorded(RESULTS / f"slots_{name}.json") for name in names]
+    return [run for run in found if run is not None]
+
+
 def _untrained(report: dict[str, Any], margin: float) -> tuple[str, ...]:
     """The refitted cut per layer on its worst text; the report's own where no other is recorded."""
     question, best = "Can half of the key dimensions go without training?", report["best_cut"]
     control = f"{best['control']} on {documents(report['plan'])}"
     how = "with a least-squares refit"
-    run = recorded(RESULTS / "slots_layer-50-recall.json")
-    run = recorded(RESULTS / "slots_layer-50.json") if run is None else run
-    if run is None:
+    runs = _slot_runs("layer-50-recall", "layer-50")
+    if not runs:
         verdict, where, far = best["verdict"], best["where"], ""
     else:
+        run = runs[0]
         verdicts = run["untrained"]["verdicts"]
         verdict = max(verdicts.values(), key=lambda v: v["estimate"])
         rows = [r for f in run["untrained"]["by_position"].values() for r in f["rows"]]
@@ -171,10 +177,8 @@ def _if_trained(speeches: dict[str, Any]) -> tuple[str, ...]:
         f"{verdict['estimate']:+.3f} nats ({interval(verdict['interval'])}) on "
         f"{text['validation_documents']} speeches"
     )
-    # The first is judged on more texts than the second, which was trained for longer.
-    names = ("layer-50-recall", "layer-50", "universal-50")
-    runs = [recorded(RESULTS / f"slots_{name}.json") for name in names]
-    judged = [run for run in runs if run is not None and run["healed"] is not None]
+    runs = _slot_runs("layer-50-recall", "layer-50", "universal-50")
+    judged = [run for run in runs if run["healed"] is not None]
     question = "Can they go if the rest is trained?"
     if not judged:
         status = f"a rise below {verdict['margin']:g} nats **{verdict['status']}**"
