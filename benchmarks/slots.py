@@ -6,6 +6,7 @@ The cut is ``gainlens.best_cut``: ranked by ``fisher``, fitted to the intact att
 calibration speeches and source files of mixed lengths. With ``--steps`` it is then healed on
 training speeches and source files of mixed lengths; with ``--own`` on text that the intact model
 wrote as well (``own_text.py``), with ``--recall`` on text that repeats itself (``recall.py``).
+``--texts wide`` chooses, fits and heals on C++ headers and packages' descriptions as well.
 Validation documents that chose and trained nothing judge both: speeches, source files, and
 documentation, from which nothing was learned; short documents of each, and long ones of the first
 two by position.
@@ -20,6 +21,7 @@ import shutil
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,10 @@ RUNS = {  # scope, share of key dimensions that is cut, share of value dimension
     "universal-50-values": ("universal", 0.5, 0.5),
 }
 SEEN, UNSEEN = "sotu,stdlib", "pydoc,docstrings"
+TEXTS = {"two": SEEN, "wide": f"{SEEN},headers,readmes"}
+"""What chooses, fits and heals."""
+ROWS = 240
+"""Most training rows of a text among several that are of unlike size."""
 LENGTHS = (2048, 1024, 512, 256)
 BUCKETS = (0, 64, 256, 512, 1024)
 
@@ -61,7 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", choices=RUNS, default="universal-50")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--calibration", type=int, default=64, help="documents, of both texts")
+    parser.add_argument("--texts", choices=TEXTS, default="two", help="to choose, fit and heal on")
+    parser.add_argument("--calibration", type=int, default=64, help="documents, of all these texts")
     parser.add_argument("--rounds", type=int, default=6, help="of the fit, at most")
     parser.add_argument("--steps", type=int, default=0, help="of healing; 0: none")
     parser.add_argument("--batch", type=int, default=4)
@@ -93,7 +100,8 @@ def main() -> None:
         print(f"{time.time() - started:6.0f} s  {text}", flush=True)
 
     bridge = gl.load_model(args.model)
-    calibration = gl.load_tokens(SEEN, bridge, n_docs=args.calibration, length=LENGTHS)
+    seen = TEXTS[args.texts]
+    calibration = gl.load_tokens(seen, bridge, n_docs=args.calibration, length=LENGTHS)
     cut, seconds = cut_of(args, bridge, calibration, scope, fraction)
     said(f"{cut!r} in {seconds:.0f} s")
     if args.frequencies:
@@ -102,8 +110,10 @@ def main() -> None:
         return
     short, long = judges(args, bridge)
     training = gl.load_tokens(
-        SEEN, bridge, n_docs="all", length=LENGTHS, split="training", windows="all"
+        seen, bridge, n_docs="all", length=LENGTHS, split="training", windows="all"
     )
+    if args.texts == "wide":
+        training = evened(training)
     if args.own:
         training = beside(training, own_text(args.own))
     if args.recall:
@@ -134,7 +144,7 @@ def main() -> None:
             training,
             steps=args.steps,
             monitor=gl.load_tokens(
-                SEEN, tokenizer, n_docs=args.calibration + 16, length=256
+                seen, tokenizer, n_docs=args.calibration + 16, length=256
             )[args.calibration :],
             checkpoint=args.cache / checkpoint_name(args),
             batch=args.batch,
@@ -187,6 +197,17 @@ def main() -> None:
     )
 
 
+def evened(training: Texts) -> Texts:
+    """At most ``ROWS`` rows of each text, spread over all of it, in turns."""
+    found = []
+    for name in training.names:
+        places = [i for i, domain in enumerate(training.domains) if domain == name]
+        n = min(ROWS, len(places))
+        found.append([places[i * len(places) // n] for i in range(n)])
+    turns = [i for turn in zip_longest(*found) for i in turn if i is not None]
+    return training.chosen(turns)
+
+
 def beside(training: Texts, own: Texts) -> Texts:
     """Both texts, with twice as many rows of ``training`` as of ``own``, spread over all of it."""
     some = training[:: max(1, len(training) // (2 * len(own)))][: 2 * len(own)]
@@ -199,14 +220,19 @@ def checkpoint_name(args) -> str:
     frequencies = "_f" if "frequencies" in args.train else ""
     own = "_own" if args.own else ""
     recall = f"_r{args.recall}" if args.recall else ""
-    name = f"{args.run}_{args.steps}x{args.batch}_{args.seed}"
+    name = f"{args.run}{wide(args)}_{args.steps}x{args.batch}_{args.seed}"
     return f"{name}{own}{recall}{frequencies}.safetensors"
+
+
+def wide(args) -> str:
+    """What the names of files say about the texts."""
+    return "" if args.texts == "two" else f"-{args.texts}"
 
 
 def cut_of(args, model, calibration, scope: str, fraction: float):
     """The cut, from the cache or made, and how long it took to make."""
-    gains_file = args.cache / f"gains_{args.calibration}.safetensors"
-    name = args.run.removesuffix("-values")
+    gains_file = args.cache / f"gains{wide(args)}_{args.calibration}.safetensors"
+    name = args.run.removesuffix("-values") + wide(args)
     file = args.cache / f"{name}_{args.calibration}_{args.rounds}.safetensors"
     if file.exists():
         cut = gl.load_cut(file)
@@ -234,7 +260,7 @@ def slots_of(args, cut) -> dict:
     ``moves`` counts the heads that first give a pair (row) to a slot (column); ``importance`` is
     the mean share of a pair in its head's fisher gain, per layer.
     """
-    gains = gl.KeyGains.load(args.cache / f"gains_{args.calibration}.safetensors")
+    gains = gl.KeyGains.load(args.cache / f"gains{wide(args)}_{args.calibration}.safetensors")
     pairs = gains.score("fisher", unit="pair")[..., : cut.own.shape[1]].double()
     shares = (pairs / pairs.sum(-1, keepdim=True)).mean(1)
     return {

@@ -175,21 +175,24 @@ def grouped(
 
     The intact model comes first. Each later group runs beside the intact model's best form, so a
     ratio is always of one run. transformers' eager attention joins the last group or none: it
-    copies the whole cache at each step.
+    copies the whole cache at each step. Nothing runs where the intact model doesn't fit.
     """
     order = sorted(contenders, key=lambda row: ("eager" in row[1], row[0] != "intact"))
     intact = max(cache_bytes(row[2].model) for row in order if row[0] == "intact")
+    if (whole := intact * context * batch) > MEMORY:
+        why = f"{whole / 1e9:.1f} GB of caches of the intact model"
+        return [], {one.name: why for _, _, one in order}
     groups: list[list[tuple[str, str, Contender]]] = [[]]
     held, left_out = 0.0, {}
     for row in order:
         _, engine, one = row
         size = cache_bytes(one.model) * context * batch
         if held + size > MEMORY:
-            if "eager" in engine or intact * context * batch + size > MEMORY:
+            if "eager" in engine or whole + size > MEMORY:
                 left_out[one.name] = f"{(held + size) / 1e9:.1f} GB of caches in one run"
                 continue
             groups.append([])
-            held = intact * context * batch
+            held = whole
         held += size
         groups[-1].append(row)
     return groups, left_out

@@ -49,8 +49,9 @@ def load_tokens(
 
     Args:
         source: ``"sotu"`` (speeches), ``"stdlib"`` (Python's own source files), ``"pydoc"``
-            (its help topics), ``"docstrings"`` (NumPy's and PyTorch's), a ``.txt`` or ``.jsonl``
-            file, a folder of them, a dataset on the Hugging Face hub (``"name"`` or
+            (its help topics), ``"docstrings"`` (NumPy's and PyTorch's), ``"headers"`` (PyTorch's
+            C++ ones), ``"readmes"`` (of the installed packages), a ``.txt`` or ``.jsonl`` file, a
+            folder of them, a dataset on the Hugging Face hub (``"name"`` or
             ``"name:config"``), or strings, one per document (a list, a pandas Series, a column,
             a generator). Several comma-separated names, such as
             ``"sotu,stdlib,pydoc"``, are interleaved, with ``n_docs`` documents in total.

@@ -4,6 +4,7 @@ Every source is a stream of documents (strings). One document is:
 
 - ``sotu``: a State of the Union speech; ``stdlib``: a module's source file; ``pydoc``: a topic.
 - ``docstrings``: a docstring of NumPy's or PyTorch's public functions and classes.
+- ``headers``: a C++ header of PyTorch; ``readmes``: the description of an installed package.
 - a ``.txt`` file: the whole file, or each part if ``separator`` is given.
 - a ``.jsonl`` file: each line, an object with a text field or a plain JSON string.
 - a folder: all of its ``.txt`` and ``.jsonl`` files, at any depth.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from gainlens.data.docstrings import docstrings
+from gainlens.data.packages import headers, readmes
 from gainlens.errors import GainlensError, InputError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -297,5 +299,7 @@ PACKAGED = {
     "stdlib": _standard_library,
     "pydoc": _topics,
     "docstrings": docstrings,
+    "headers": headers,
+    "readmes": readmes,
 }
 """Texts that packages bring along, by name."""

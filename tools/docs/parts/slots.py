@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from parts.markdown import RESULTS, not_yet, provenance, recorded, table
@@ -9,8 +10,10 @@ from parts.markdown import RESULTS, not_yet, provenance, recorded, table
 ORDER = (
     "layer-50",
     "layer-50-recall",
+    "layer-50-wide",
     "universal-50-quick",
     "universal-50-recall",
+    "universal-50-wide",
     "universal-50",
     "universal-50-own",
     "universal-50-short",
@@ -20,6 +23,8 @@ ORDER = (
     "universal-75",
 )
 """Runs, in the order of their rows."""
+USUAL = 2
+"""Texts that a run is fitted on where its row doesn't say."""
 BESIDE = {
     "own": (
         "on own text too",
@@ -55,13 +60,14 @@ def page() -> str:
     counts = [f"{v['n_documents']} of {n}" for n, v in first["untrained"]["verdicts"].items()]
     names = dict.fromkeys(name for facts in runs.values() for name in _beside(facts))
     said = "".join(f" {BESIDE[name][1]}" for name in names)
-    calibration = first["text"]["calibration"]
+    fitted = list(dict.fromkeys(_fitted(facts) for facts in runs.values()))
+    unseen = [n for n in texts if n not in {name for some in fitted for name in some}]
     parts = [
         table(head, rows),
         f"Rise of the loss in nats per token, with 99% intervals, on up to {', '.join(counts)}; by "
         f"position on long documents of {' and '.join(first['untrained']['by_position'])}. Fitted "
-        f"on {' and '.join(calibration['texts'])}; nothing was learned from "
-        f"{', '.join(n for n in texts if n not in calibration['texts'])}." + said,
+        f"on {', or on '.join(map(_listed, fitted))}; nothing was learned from {_listed(unseen)}."
+        + said,
         *(
             f"{_name(facts)} ({facts['text']['calibration']['tokens']:,} tokens) in "
             f"{facts['fit']['seconds']:.0f} s"
@@ -156,10 +162,22 @@ def budgets() -> str:
 
 def _name(facts: dict[str, Any]) -> str:
     """What a run cuts."""
-    documents = facts["text"]["calibration"]["documents"]
+    documents, texts = facts["text"]["calibration"]["documents"], len(_fitted(facts))
     name = f"{facts['fraction']:.0%} {facts['scope']}, fitted on {documents} documents"
+    if texts > USUAL:
+        name += f" of {texts} texts"
     values = facts.get("values_kept")
     return name if values is None else f"{name}, {1 - values:.0%} of the values"
+
+
+def _fitted(facts: dict[str, Any]) -> tuple[str, ...]:
+    """The texts that a run chose and fitted on."""
+    return tuple(facts["text"]["calibration"]["texts"])
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in a sentence."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _cut(facts: dict[str, Any]) -> tuple[Any, ...]:
