@@ -24,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from slots import SEEN, UNSEEN, apart, described, plain, texts_of
+from healing_text import SEEN
+from slots import UNSEEN, apart, described, plain, texts_of
 
 import gainlens as gl
 from gainlens.ablation.fitting import RIDGES

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from slots import LENGTHS, SEEN, apart, described, judges
+from healing_text import LENGTHS, SEEN
+from slots import apart, described, judges
 
 import gainlens as gl
 from gainlens.ablation import fit_slots, refit

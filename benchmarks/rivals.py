@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from healing_text import LENGTHS, SEEN
 from slots import (
     BUCKETS,
-    LENGTHS,
-    SEEN,
     apart,
     described,
     judges,

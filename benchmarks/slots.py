@@ -21,11 +21,11 @@ import shutil
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
+from healing_text import LENGTHS, SEEN, TEXTS, beside, training_text
 from own_text import own_text
 from recall import recall_text
 
@@ -53,12 +53,7 @@ RUNS = {  # scope, share of key dimensions that is cut, share of value dimension
     "universal-75": ("universal", 0.75, None),
     "universal-50-values": ("universal", 0.5, 0.5),
 }
-SEEN, UNSEEN = "sotu,stdlib", "pydoc,docstrings"
-TEXTS = {"two": SEEN, "wide": f"{SEEN},headers,readmes"}
-"""What chooses, fits and heals."""
-ROWS = 240
-"""Most training rows of a text among several that are of unlike size."""
-LENGTHS = (2048, 1024, 512, 256)
+UNSEEN = "pydoc,docstrings"
 BUCKETS = (0, 64, 256, 512, 1024)
 
 
@@ -109,11 +104,7 @@ def main() -> None:
         write_json(args.out or "docs/results/slots_frequencies.json", found)
         return
     short, long = judges(args, bridge)
-    training = gl.load_tokens(
-        seen, bridge, n_docs="all", length=LENGTHS, split="training", windows="all"
-    )
-    if args.texts == "wide":
-        training = evened(training)
+    training = training_text(args.texts, bridge)
     if args.own:
         training = beside(training, own_text(args.own))
     if args.recall:
@@ -195,24 +186,6 @@ def main() -> None:
             **environment(),
         },
     )
-
-
-def evened(training: Texts) -> Texts:
-    """At most ``ROWS`` rows of each text, spread over all of it, in turns."""
-    found = []
-    for name in training.names:
-        places = [i for i, domain in enumerate(training.domains) if domain == name]
-        n = min(ROWS, len(places))
-        found.append([places[i * len(places) // n] for i in range(n)])
-    turns = [i for turn in zip_longest(*found) for i in turn if i is not None]
-    return training.chosen(turns)
-
-
-def beside(training: Texts, own: Texts) -> Texts:
-    """Both texts, with twice as many rows of ``training`` as of ``own``, spread over all of it."""
-    some = training[:: max(1, len(training) // (2 * len(own)))][: 2 * len(own)]
-    groups = (*some.groups, *(max(some.groups) + 1 + group for group in own.groups))
-    return Texts((*some.rows, *own.rows), (*some.domains, *own.domains), groups)
 
 
 def checkpoint_name(args) -> str:

@@ -37,9 +37,15 @@ from gainlens.model.zoo.cache import cache_root
 
 ROOT = Path(__file__).resolve().parent.parent
 INTACT = "intact"
-CHECKPOINTS = ("layer-50", "universal-50", "universal-50-values", "layer-75", "universal-75")
-RECALL = ("layer-50-recall", "universal-50-recall")
-"""Healed on text that repeats itself as well (``slots.py --recall``): asked the tasks alone."""
+CHECKPOINTS = ("layer-50", "universal-50", "universal-50-values", "universal-75")
+UNTIMED = {
+    "layer-50-recall": "layer-50 --recall N",
+    "layer-50-wide": "layer-50 --texts wide --recall N",
+    "universal-50-recall": "universal-50 --recall N",
+    "universal-50-wide": "universal-50 --texts wide --recall N",
+    "layer-75": "layer-75",
+}
+"""Judged, but not timed, and the ``--run`` of each: most have the widths of one that is timed."""
 STAGES = ("losses", "tasks", "speed", "float32")
 Q8_BYTES = 34 / 32
 
@@ -58,8 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rounded", nargs="*", default=["256", "2048"], help="contexts judged in q8_0 as well"
     )
-    every = (*CHECKPOINTS, *RECALL)
-    parser.add_argument("--task-checkpoints", nargs="*", default=every, choices=every)
+    parser.add_argument("--untimed", nargs="*", default=UNTIMED, choices=UNTIMED)
     parser.add_argument("--task-prompts", type=int, default=24)
     parser.add_argument("--task-length", type=int, default=1024)
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 4096, 8000])
@@ -78,13 +83,14 @@ def main() -> None:
     """Judge, time, write."""
     args = arguments()
     args.work.mkdir(parents=True, exist_ok=True)
-    folders = made(args, args.checkpoints)
+    timed = made(args, args.checkpoints)
+    folders = timed | made(args, args.untimed)
     missing = {
-        name: f"python benchmarks/slots.py --run {name} --steps N --save {folder_of(args, name)}"
-        for name in args.checkpoints
+        name: f"python benchmarks/slots.py --run {run} --steps N --save {folder_of(args, name)}"
+        for name, run in ({name: name for name in args.checkpoints} | UNTIMED).items()
         if name not in folders
     }
-    asked = dict.fromkeys(STAGES, folders) | {"tasks": made(args, args.task_checkpoints)}
+    asked = dict.fromkeys(STAGES, timed) | {"losses": folders, "tasks": folders}
     parts = {}
     for stage, run in zip(STAGES, (losses, tasks, speeds, in_float32), strict=True):
         kept = args.work / f"{stage}.json"
@@ -131,7 +137,7 @@ def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
         state = "original" if name == INTACT else digest_of(folders[name])
         row = rows[name] = {}
         for cache in ("f32", "q8_0"):
-            if name == INTACT and cache == "f32":
+            if (name == INTACT and cache == "f32") or (name in UNTIMED and cache == "q8_0"):
                 continue
             row[cache] = {}
             for context, text in texts.items():

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from slots import LENGTHS, SEEN, Intact, apart, described
+from healing_text import LENGTHS, SEEN, TEXTS, training_text
+from slots import Intact, apart, described
 from transformers.cache_utils import DynamicCache
 
 import gainlens as gl
@@ -60,12 +61,10 @@ def texts_that_judge(
     tokenizer: Any, short: int, long: int, longest: int, calibration: int
 ) -> dict[str, Texts]:
     """Validation documents by context that share no text with what chose or trained."""
-    used_texts = [
-        *gl.load_tokens(
-            SEEN, tokenizer, n_docs="all", length=LENGTHS, split="training", windows="all"
-        ),
-        *gl.load_tokens(SEEN, tokenizer, n_docs=calibration, length=LENGTHS),
-    ]
+    used_texts: list[torch.Tensor] = []
+    for texts, names in TEXTS.items():
+        used_texts += training_text(texts, tokenizer)
+        used_texts += gl.load_tokens(names, tokenizer, n_docs=calibration, length=LENGTHS)
     used = document_identities(used_texts, tokenizer)
     found = {}
     for name, length, n_docs in (

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from gainlens.errors import InputError
 
@@ -42,12 +43,9 @@ def readmes() -> Iterator[str]:
     """
     found: dict[str, str] = {}
     for package in importlib.metadata.distributions():
-        about = package.metadata
-        text = about.get_payload() if about is not None else None  # a broken install has none
-        if not text and about is not None:
-            text = about["Description"]
-        if isinstance(text, str) and text.strip():
-            found.setdefault((about["Name"] or "").lower(), text.strip())
+        about: Any = package.metadata or {}  # a broken install has none
+        if "Name" in about and "Description" in about and (text := about["Description"].strip()):
+            found.setdefault(about["Name"].lower(), text)
     seen = set()
     for _, text in sorted(found.items()):
         if text not in seen:

@@ -245,21 +245,20 @@ def test_headers_of_a_build_without_them(monkeypatch):
 
 
 def test_a_description_for_each_package_that_has_one(monkeypatch):
-    def package(name, header=None, body=None):
+    def package(name, text=None):
         about = Message()
         about["Name"] = name
-        if header is not None:
-            about["Description"] = header
-        if body is not None:
-            about.set_payload(body)
+        if text is not None:
+            about["Description"] = text
         return SimpleNamespace(metadata=about)
 
     found = [
-        package("b", body="of b\n"),
-        package("A", header="of a"),
-        package("copy", body="of b"),
-        package("b", body="of another version"),
+        package("b", "of b\n"),
+        package("A", "of a"),
+        package("copy", "of b"),
+        package("b", "of another version"),
         package("none"),
+        package("empty", " "),
         SimpleNamespace(metadata=None),
     ]
     monkeypatch.setattr(packages.importlib.metadata, "distributions", lambda: found)

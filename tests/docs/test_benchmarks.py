@@ -12,8 +12,8 @@ import torch
 # Last, since tests and benchmarks have modules of the same name.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+from healing_text import ROWS, evened
 from recall import STRETCH, recall_text, said_again
-from slots import ROWS, evened
 from worth_speed import MEMORY, grouped, merged
 
 from gainlens.data.texts import Texts

@@ -167,7 +167,19 @@ def losses(found: dict[str, Any]) -> str:
     return (
         f"{table(head, rows)}\n\nRise of the loss in nats per token over the intact model on the "
         f"worst text, and its verdict at 0.02: {counts}. A cache in q8_0 is rounded in "
-        f"transformers as llama.cpp rounds it.{_healing(found)}"
+        f"transformers as llama.cpp rounds it.{_untimed(found)}{_healing(found)}"
+    )
+
+
+def _untimed(found: dict[str, Any]) -> str:
+    """Which checkpoints have a loss and no speed of their own."""
+    timed = {row["checkpoint"] for row in (found["speed"] or {"rows": ()})["rows"]}
+    names = [name for name in found["losses"]["rows"] if name not in timed]
+    if not timed or not names:
+        return ""
+    return (
+        f" Not timed: {', '.join(names)}. A speed depends on the widths and not on the text that "
+        "healed: where the first part of a name is that of a timed checkpoint, so is the speed."
     )
 
 
