@@ -7,6 +7,14 @@ from typing import Any
 from parts.markdown import RESULTS, interval, not_yet, number, provenance, recorded, table
 
 REPORT = "report_smollm2.json"
+LEARNED = {
+    "sotu": "speeches",
+    "stdlib": "code",
+    "headers": "C++ headers",
+    "readmes": "packages' descriptions",
+    "recall": "stretches of them said again",
+}
+"""Training texts in words."""
 
 
 def claims() -> str:
@@ -141,7 +149,7 @@ def findings() -> str:
 
 
 def _slot_runs(*names: str) -> list[dict[str, Any]]:
-    """Those that are recorded, of ``benchmarks/slots.py``; the one judged on most texts first."""
+    """Those that are recorded, of ``benchmarks/slots.py``, in the order of ``names``."""
     found = [recorded(RESULTS / f"slots_{name}.json") for name in names]
     return [run for run in found if run is not None]
 
@@ -151,7 +159,7 @@ def _untrained(report: dict[str, Any], margin: float) -> tuple[str, ...]:
     question, best = "Can half of the key dimensions go without training?", report["best_cut"]
     control = f"{best['control']} on {documents(report['plan'])}"
     how = "with a least-squares refit"
-    runs = _slot_runs("layer-50-recall", "layer-50")
+    runs = _slot_runs("layer-50-wide", "layer-50-recall", "layer-50")
     if not runs:
         verdict, where, far = best["verdict"], best["where"], ""
     else:
@@ -177,7 +185,7 @@ def _if_trained(speeches: dict[str, Any]) -> tuple[str, ...]:
         f"{verdict['estimate']:+.3f} nats ({interval(verdict['interval'])}) on "
         f"{text['validation_documents']} speeches"
     )
-    runs = _slot_runs("layer-50-recall", "layer-50", "universal-50")
+    runs = _slot_runs("layer-50-wide", "layer-50-recall", "layer-50", "universal-50")
     judged = [run for run in runs if run["healed"] is not None]
     question = "Can they go if the rest is trained?"
     if not judged:
@@ -187,13 +195,13 @@ def _if_trained(speeches: dict[str, Any]) -> tuple[str, ...]:
     best = judged[0]["healed"]
     verdict = max(best["verdicts"].values(), key=lambda v: v["estimate"])
     far = max(r["rise"] for f in best["by_position"].values() for r in f["rows"])
-    recall = "recall" in judged[0]["text"]["training"]["texts"]
-    learned = "speeches, code and stretches of both said again" if recall else "speeches and code"
+    learned = [LEARNED.get(name, name) for name in judged[0]["text"]["training"]["texts"]]
     return (
         question,
         f"a rise below {verdict['margin']:g} nats **{verdict['status']}** on the worst text",
         f"loss {verdict['estimate']:+.3f} nats ({interval(verdict['interval'])}), up to {far:+.3f} "
-        f"far into a text, after {best['facts']['tokens']:,} tokens of training on {learned}; "
+        f"far into a text, after {best['facts']['tokens']:,} tokens of training on "
+        f"{', '.join(learned[:-1])} and {learned[-1]}; "
         f"trained and judged on speeches alone {alone}",
         f"{', '.join(best['verdicts'])}: 256 tokens, and by position to 2,048",
     )
