@@ -345,12 +345,11 @@ def price() -> str:
             cells.append(
                 "–" if row is None else f"{row['rise']:+.3f} [{interval(row['interval'])}]"
             )
-        run = recorded(RESULTS / f"slots_{scope}-50.json")
-        healed = None if run is None else run["healed"]
-        if healed is None:
+        runs = _slot_runs(f"{scope}-50-wide", f"{scope}-50")
+        if not runs or runs[0]["healed"] is None:
             cells.append("–")
         else:
-            rises = [v["estimate"] for v in healed["verdicts"].values()]
+            rises = [v["estimate"] for v in runs[0]["healed"]["verdicts"].values()]
             cells.append(f"{min(rises):+.3f} to {max(rises):+.3f}")
         rows.append((shared_by, *cells))
     n, plan = found["n_documents"], facts["plan"]
