@@ -179,7 +179,7 @@ def _untimed(found: dict[str, Any]) -> str:
         return ""
     return (
         f" Not timed: {', '.join(names)}. A speed depends on the widths and not on the text that "
-        "healed: where the first part of a name is that of a timed checkpoint, so is the speed."
+        "healed: those named after a timed checkpoint have its widths, or nearly."
     )
 
 
