@@ -86,8 +86,9 @@ def main() -> None:
     timed = made(args, args.checkpoints)
     folders = timed | made(args, args.untimed)
     missing = {
-        name: f"python benchmarks/slots.py --run {run} --steps N --save {folder_of(args, name)}"
-        for name, run in ({name: name for name in args.checkpoints} | UNTIMED).items()
+        name: f"python benchmarks/slots.py --run {UNTIMED.get(name, name)} --steps N "
+        f"--save {folder_of(args, name)}"
+        for name in (*args.checkpoints, *args.untimed)
         if name not in folders
     }
     asked = dict.fromkeys(STAGES, timed) | {"losses": folders, "tasks": folders}
@@ -124,7 +125,7 @@ def made(args: argparse.Namespace, checkpoints: Iterable[str]) -> dict[str, Path
 
 
 def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]:
-    """Verdicts by context, and the tasks, of every checkpoint and of its cache in q8_0."""
+    """Verdicts by context of every checkpoint, and of the cache in q8_0 of those that are timed."""
     tokenizer = load_tokenizer(args.model)
     texts = texts_that_judge(tokenizer, args.judge, args.long, args.longest, args.calibration)
     intact = load_hf(args.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from parts.markdown import RESULTS, interval, not_yet, number, provenance, recorded, table
+from parts.markdown import RESULTS, interval, listed, not_yet, number, provenance, recorded, table
 
 REPORT = "report_smollm2.json"
 LEARNED = {
@@ -148,8 +148,9 @@ def findings() -> str:
     )
 
 
-def _slot_runs(*names: str) -> list[dict[str, Any]]:
-    """Those that are recorded, of ``benchmarks/slots.py``, in the order of ``names``."""
+def _slot_runs(scope: str) -> list[dict[str, Any]]:
+    """Those of ``benchmarks/slots.py`` that halve the keys, learned from most texts first."""
+    names = (f"{scope}-50{learned}" for learned in ("-wide", "-recall", ""))
     found = [recorded(RESULTS / f"slots_{name}.json") for name in names]
     return [run for run in found if run is not None]
 
@@ -159,7 +160,7 @@ def _untrained(report: dict[str, Any], margin: float) -> tuple[str, ...]:
     question, best = "Can half of the key dimensions go without training?", report["best_cut"]
     control = f"{best['control']} on {documents(report['plan'])}"
     how = "with a least-squares refit"
-    runs = _slot_runs("layer-50-wide", "layer-50-recall", "layer-50")
+    runs = _slot_runs("layer")
     if not runs:
         verdict, where, far = best["verdict"], best["where"], ""
     else:
@@ -185,7 +186,7 @@ def _if_trained(speeches: dict[str, Any]) -> tuple[str, ...]:
         f"{verdict['estimate']:+.3f} nats ({interval(verdict['interval'])}) on "
         f"{text['validation_documents']} speeches"
     )
-    runs = _slot_runs("layer-50-wide", "layer-50-recall", "layer-50", "universal-50")
+    runs = _slot_runs("layer") + _slot_runs("universal")
     judged = [run for run in runs if run["healed"] is not None]
     question = "Can they go if the rest is trained?"
     if not judged:
@@ -201,8 +202,7 @@ def _if_trained(speeches: dict[str, Any]) -> tuple[str, ...]:
         f"a rise below {verdict['margin']:g} nats **{verdict['status']}** on the worst text",
         f"loss {verdict['estimate']:+.3f} nats ({interval(verdict['interval'])}), up to {far:+.3f} "
         f"far into a text, after {best['facts']['tokens']:,} tokens of training on "
-        f"{', '.join(learned[:-1])} and {learned[-1]}; "
-        f"trained and judged on speeches alone {alone}",
+        f"{listed(learned)}; trained and judged on speeches alone {alone}",
         f"{', '.join(best['verdicts'])}: 256 tokens, and by position to 2,048",
     )
 
@@ -345,7 +345,7 @@ def price() -> str:
             cells.append(
                 "–" if row is None else f"{row['rise']:+.3f} [{interval(row['interval'])}]"
             )
-        runs = _slot_runs(f"{scope}-50-wide", f"{scope}-50")
+        runs = _slot_runs(scope)
         if not runs or runs[0]["healed"] is None:
             cells.append("–")
         else:

@@ -57,6 +57,11 @@ def interval(pair: Sequence[float]) -> str:
     return f"{low:+.3f} to {high:+.3f}"
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 def details(summary: str, body: str) -> str:
     """A part that opens on a click."""
     return f'<details markdown="1">\n<summary>{summary}</summary>\n\n{body}\n\n</details>'

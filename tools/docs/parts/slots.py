@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from parts.markdown import RESULTS, not_yet, provenance, recorded, table
+from parts.markdown import RESULTS, listed, not_yet, provenance, recorded, table
 
 ORDER = (
     "layer-50",
@@ -66,7 +65,7 @@ def page() -> str:
         table(head, rows),
         f"Rise of the loss in nats per token, with 99% intervals, on up to {', '.join(counts)}; by "
         f"position on long documents of {' and '.join(first['untrained']['by_position'])}. Fitted "
-        f"on {', or on '.join(map(_listed, fitted))}; nothing was learned from {_listed(unseen)}."
+        f"on {', or on '.join(map(listed, fitted))}; nothing was learned from {listed(unseen)}."
         + said,
         *(
             f"{_name(facts)} ({facts['text']['calibration']['tokens']:,} tokens) in "
@@ -173,11 +172,6 @@ def _name(facts: dict[str, Any]) -> str:
 def _fitted(facts: dict[str, Any]) -> tuple[str, ...]:
     """The texts that a run chose and fitted on."""
     return tuple(facts["text"]["calibration"]["texts"])
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Names in a sentence."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _cut(facts: dict[str, Any]) -> tuple[Any, ...]:
