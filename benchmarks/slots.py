@@ -7,6 +7,7 @@ calibration speeches and source files of mixed lengths. With ``--steps`` it is t
 training speeches and source files of mixed lengths; with ``--own`` on text that the intact model
 wrote as well (``own_text.py``), with ``--recall`` on text that repeats itself (``recall.py``).
 ``--texts wide`` chooses, fits and heals on C++ headers and packages' descriptions as well.
+``--length 2048`` fits on documents of one length; the record says how much memory the fit took.
 Validation documents that chose and trained nothing judge both: speeches, source files, and
 documentation, from which nothing was learned; short documents of each, and long ones of the first
 two by position.
@@ -26,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from healing_text import LENGTHS, SEEN, TEXTS, beside, training_text
+from memory import peak
 from own_text import own_text
 from recall import recall_text
 
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--texts", choices=TEXTS, default="two", help="to choose, fit and heal on")
     parser.add_argument("--calibration", type=int, default=64, help="documents, of all these texts")
+    parser.add_argument("--length", type=int, help="of every calibration document; default: mixed")
     parser.add_argument("--rounds", type=int, default=6, help="of the fit, at most")
     parser.add_argument("--steps", type=int, default=0, help="of healing; 0: none")
     parser.add_argument("--batch", type=int, default=4)
@@ -96,11 +99,13 @@ def main() -> None:
 
     bridge = gl.load_model(args.model)
     seen = TEXTS[args.texts]
-    calibration = gl.load_tokens(seen, bridge, n_docs=args.calibration, length=LENGTHS)
-    cut, seconds = cut_of(args, bridge, calibration, scope, fraction)
-    said(f"{cut!r} in {seconds:.0f} s")
+    calibration = gl.load_tokens(
+        seen, bridge, n_docs=args.calibration, length=args.length or LENGTHS
+    )
+    cut, took = cut_of(args, bridge, calibration, scope, fraction)
+    said(f"{cut!r} in {took}")
     if args.frequencies:
-        found = slots_of(args, cut) | {"text": described(calibration), "seconds": seconds}
+        found = slots_of(args, cut) | {"text": described(calibration), **took}
         write_json(args.out or "docs/results/slots_frequencies.json", found)
         return
     short, long = judges(args, bridge)
@@ -173,7 +178,7 @@ def main() -> None:
             "fraction": fraction,
             "values_kept": values,
             "kind": cut.kind,
-            "fit": {**plain(cut.facts), "seconds": seconds},
+            "fit": {**plain(cut.facts), **took},
             "text": {
                 "calibration": described(calibration),
                 "training": described(training) if args.steps else None,
@@ -193,7 +198,8 @@ def checkpoint_name(args) -> str:
     frequencies = "_f" if "frequencies" in args.train else ""
     own = "_own" if args.own else ""
     recall = f"_r{args.recall}" if args.recall else ""
-    name = f"{args.run}{wide(args)}_{args.steps}x{args.batch}_{args.seed}"
+    length = f"-{args.length}" if args.length else ""
+    name = f"{args.run}{wide(args)}{length}_{args.steps}x{args.batch}_{args.seed}"
     return f"{name}{own}{recall}{frequencies}.safetensors"
 
 
@@ -203,28 +209,36 @@ def wide(args) -> str:
 
 
 def cut_of(args, model, calibration, scope: str, fraction: float):
-    """The cut, from the cache or made, and how long it took to make."""
-    gains_file = args.cache / f"gains{wide(args)}_{args.calibration}.safetensors"
-    name = args.run.removesuffix("-values") + wide(args)
-    file = args.cache / f"{name}_{args.calibration}_{args.rounds}.safetensors"
+    """The cut, from the cache or made, and what it took: seconds, and gigabytes at the peak."""
+    gains_file = args.cache / f"gains{fitted_on(args)}.safetensors"
+    name = args.run.removesuffix("-values")
+    file = args.cache / f"{name}{fitted_on(args)}_{args.rounds}.safetensors"
+    known = file.with_suffix(".json")
     if file.exists():
-        cut = gl.load_cut(file)
-        return cut, float((file.with_suffix(".seconds")).read_text())
+        if known.exists():
+            return gl.load_cut(file), read_json(known)
+        return gl.load_cut(file), {"seconds": float(file.with_suffix(".seconds").read_text())}
     begun = time.time()
     if gains_file.exists():
         gains = gl.KeyGains.load(gains_file)
-        took = float(gains_file.with_suffix(".seconds").read_text())
+        before = float(gains_file.with_suffix(".seconds").read_text())
     else:
         gains = ranking_gains(model, calibration)
-        took = time.time() - begun
-        gains_file.with_suffix(".seconds").write_text(str(took))
+        before = time.time() - begun
+        gains_file.with_suffix(".seconds").write_text(str(before))
         gains.save(gains_file)
     begun = time.time()
     cut = gl.best_cut(model, calibration, fraction, scope, gains=gains, rounds=args.rounds)
-    took += time.time() - begun
-    file.with_suffix(".seconds").write_text(str(took))
+    took = {"seconds": before + time.time() - begun, "peak_gb": peak()}
+    write_json(known, took)
     cut.save(file)
     return cut, took
+
+
+def fitted_on(args) -> str:
+    """What the names of files say about the calibration text."""
+    length = f"x{args.length}" if args.length else ""
+    return f"{wide(args)}_{args.calibration}{length}"
 
 
 def slots_of(args, cut) -> dict:
@@ -233,7 +247,7 @@ def slots_of(args, cut) -> dict:
     ``moves`` counts the heads that first give a pair (row) to a slot (column); ``importance`` is
     the mean share of a pair in its head's fisher gain, per layer.
     """
-    gains = gl.KeyGains.load(args.cache / f"gains{wide(args)}_{args.calibration}.safetensors")
+    gains = gl.KeyGains.load(args.cache / f"gains{fitted_on(args)}.safetensors")
     pairs = gains.score("fisher", unit="pair")[..., : cut.own.shape[1]].double()
     shares = (pairs / pairs.sum(-1, keepdim=True)).mean(1)
     return {

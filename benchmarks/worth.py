@@ -15,13 +15,14 @@ import argparse
 import hashlib
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from worth_losses import BLOCK, about, intact_losses, judged, texts_that_judge
 from worth_profile import float32
-from worth_speed import LLAMA, in_llama_cpp, in_python
+from worth_speed import LLAMA, in_llama_cpp, in_python, in_turns
 from worth_tasks import on_tasks
 
 import gainlens as gl
@@ -47,6 +48,8 @@ UNTIMED = {
 }
 """Judged, but not timed, and the ``--run`` of each: most have the widths of one that is timed."""
 STAGES = ("losses", "tasks", "speed", "float32")
+CACHES = ("f32", "q8_0", "bf16")
+"""In which losses are judged; in bf16 the weights are rounded as well."""
 Q8_BYTES = 34 / 32
 
 
@@ -59,11 +62,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoints", nargs="*", default=CHECKPOINTS, choices=CHECKPOINTS)
     parser.add_argument("--judge", type=int, default=100, help="documents of 256 tokens per text")
     parser.add_argument("--long", type=int, default=8, help="of 2,048 tokens")
-    parser.add_argument("--longest", type=int, default=3, help="of 8,192 tokens")
+    parser.add_argument("--longest", type=int, default=2, help="of 8,192 tokens")
     parser.add_argument("--calibration", type=int, default=64, help="documents that were fitted")
-    parser.add_argument(
-        "--rounded", nargs="*", default=["256", "2048"], help="contexts judged in q8_0 as well"
-    )
     parser.add_argument("--untimed", nargs="*", default=UNTIMED, choices=UNTIMED)
     parser.add_argument("--task-prompts", type=int, default=24)
     parser.add_argument("--task-length", type=int, default=1024)
@@ -125,7 +125,7 @@ def made(args: argparse.Namespace, checkpoints: Iterable[str]) -> dict[str, Path
 
 
 def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]:
-    """Verdicts by context of every checkpoint, and of the cache in q8_0 of those that are timed."""
+    """Verdicts by context of all checkpoints, and in each kind of cache of those that are timed."""
     tokenizer = load_tokenizer(args.model)
     texts = texts_that_judge(tokenizer, args.judge, args.long, args.longest, args.calibration)
     intact = load_hf(args.model)
@@ -137,13 +137,13 @@ def losses(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
         fraction = 0.0 if name == INTACT else 1 - plan_of(model.config).fraction_kept
         state = "original" if name == INTACT else digest_of(folders[name])
         row = rows[name] = {}
-        for cache in ("f32", "q8_0"):
-            if (name == INTACT and cache == "f32") or (name in UNTIMED and cache == "q8_0"):
+        for cache in CACHES:
+            if (name == INTACT and cache == "f32") or (name in UNTIMED and cache != "f32"):
                 continue
             row[cache] = {}
+            if cache == "bf16":  # weights and cache; the last, so the intact one is read again
+                model = (load_hf(args.model) if name == INTACT else model).to(torch.bfloat16)
             for context, text in texts.items():
-                if context not in args.rounded and cache == "q8_0":
-                    continue
                 asked = f"{name}_{state}_{cache}_{context}_{text_fingerprint(list(text))[:8]}"
                 kept = args.work / f"loss_{asked}.json"
                 if not kept.exists():
@@ -209,21 +209,16 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
     for context in args.contexts:
         some = [batch for batch in args.batches if batch * context <= args.slots]
         asked = "_".join(str(n) for n in (context, *some, args.steps))
-        ours = args.work / f"python_{asked}_{args.python_turns}_{states}.json"
-        if not ours.exists():
-            turns = args.python_turns
-            found = in_python(in_engine, args.model, context, some, args.steps, turns, args.work)
-            write_json(ours, {"rows": found})
-        rows += read_json(ours)["rows"]
-        theirs = args.work / f"llama_{asked}_{args.turns}_{states}.json"
-        if not theirs.exists() and LLAMA.exists():
-            found = in_llama_cpp(
-                files, caches, filler, [context], some, args.steps, args.turns, args.work
+        ours = partial(in_python, in_engine, args.model, context, some, args.steps, args.work)
+        rows += in_turns(args.work, f"python_{asked}", states, args.python_turns, ours)
+        if LLAMA.exists():
+            theirs = partial(
+                in_llama_cpp, files, caches, filler, [context], some, args.steps, args.work
             )
-            write_json(theirs, {"rows": found})
-        if theirs.exists():
-            kept = read_json(theirs)["rows"]
-            rows += [row for row in kept if row["cache"] in caches[row["checkpoint"]]]
+            found = in_turns(
+                args.work, f"llama_{asked}", states, args.turns, lambda *_, run=theirs: run()
+            )
+            rows += [row for row in found if row["cache"] in caches[row["checkpoint"]]]
     cells = [
         {"context": c, "batch": b, "not_run": f"more than {args.slots:,} tokens of caches"}
         for c in args.contexts
@@ -236,7 +231,7 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
         "limits": limits,
         "threads": torch.get_num_threads(),
         "seconds": round(time.time() - begun),
-        "precision": "weights and cache in float32; llama.cpp: weights in f16",
+        "precision": "in Python weights and cache in one precision; llama.cpp: weights in f16",
     }
 
 

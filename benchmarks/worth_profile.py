@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from worth_speed import LLAMA, Decoding, in_llama_cpp
+from worth_speed import LLAMA, Decoding, in_llama_cpp, merged
 
 import gainlens as gl
 from gainlens.export import export_model
@@ -51,16 +51,9 @@ def float32(
             "gainlens": ours["decode_tokens_per_second"],
         }
         if LLAMA.exists():
-            (found,) = in_llama_cpp(
-                {checkpoint: target / "model.gguf"},
-                {checkpoint: ["f32"]},
-                filler,
-                [context],
-                [batch],
-                steps,
-                turns,
-                work,
-            )
+            files, caches = {checkpoint: target / "model.gguf"}, {checkpoint: ["f32"]}
+            asked = (files, caches, filler, [context], [batch], steps, work)
+            (found,) = merged([in_llama_cpp(*asked) for _ in range(turns)])
             row |= {"llama.cpp": found.get("tokens_per_second"), "not_run": found.get("not_run")}
         rows.append({**row, "profile": profile(model, context, batch)})
         print(row, flush=True)

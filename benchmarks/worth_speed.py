@@ -21,14 +21,20 @@ import torch
 import transformers
 
 from gainlens.export.timing import Contender, measure
+from gainlens.files import read_json, write_json
 from gainlens.model.loading import load_hf
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = ROOT / ".engines/llama/bin/python"
 MEMORY = 11e9
 """Bytes of caches that one comparison may hold, beside the weights and the growth of buffers."""
-FORMS = ("gainlens", "transformers, sdpa", "transformers, eager")
-"""Of the intact model."""
+PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16}
+"""Of weights and cache in Python, by their names in the record."""
+OURS = "gainlens"
+FORMS = (
+    ("transformers, sdpa", "f32"), ("transformers, sdpa", "bf16"), ("transformers, eager", "f32")
+)  # fmt: skip
+"""Of the intact model, beside those in gainlens' engine."""
 
 
 @dataclass(frozen=True)
@@ -46,41 +52,69 @@ def in_python(
     context: int,
     batches: list[int],
     steps: int,
-    turns: int,
     work: Path,
+    turn: int,
+    first: list[dict[str, Any]] | None,
 ) -> list[dict[str, Any]]:
-    """Decoding in gainlens' engine and in transformers.
+    """One turn of decoding in gainlens' engine and in transformers; ``merged`` takes it.
 
     The first turn has every form. Later ones repeat gainlens' engine, beside the forms of the
-    intact model that were the best of a cell.
+    intact model that were the best of a cell. transformers' eager attention runs in float32 alone.
 
     Args:
         folders: slim folders by name of the checkpoint, ``intact`` among them (an identity plan),
             and those in transformers' container as ``NAME/transformers``.
         model: name of the original.
         context, batches: the cells.
-        steps: decoding steps of a turn, whose median is taken.
-        turns: how often; medians count, of the speeds and of their ratios within a turn.
+        steps: decoding steps, whose median is taken.
         work: folder for jobs and answers.
+        turn: its number, which orders what runs.
+        first: rows of the first turn; None if this is the first.
     """
     paths = {name: str(folder) for name, folder in folders.items()}
-    forms = list(FORMS)
-    per_turn = []
+    forms = FORMS
+    if first is not None:
+        paths = {name: path for name, path in paths.items() if "/" not in name}
+        best = {tuple(row["beside"]) for row in first if "beside" in row}
+        forms = tuple(form for form in FORMS if form in best)
+    job = {"folders": paths, "model": model, "context": context, "batches": batches}
+    job |= {"steps": steps, "turn": turn, "forms": forms}
+    found = answered([sys.executable, __file__], job, work)
+    if isinstance(found, str):
+        raise RuntimeError(f"decoding at {context} tokens: {found}")
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
+
+
+def in_turns(
+    work: Path,
+    name: str,
+    states: str,
+    turns: int,
+    run: Callable[[int, list[dict[str, Any]] | None], list[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Rows merged over turns. A turn that is done is kept, so more can be asked for later.
+
+    Args:
+        work: folder of what is kept.
+        name, states: of the cells and of the folders that are timed.
+        turns: how many.
+        run: gives the rows of a turn by its number and the rows of the first one.
+    """
+    per_turn: list[list[dict[str, Any]]] = []
     for turn in range(turns):
-        job = {"folders": paths, "model": model, "context": context, "batches": batches}
-        job |= {"steps": steps, "turn": turn, "forms": forms}
-        found = answered([sys.executable, __file__], job, work)
-        if isinstance(found, str):
-            raise RuntimeError(f"decoding at {context} tokens: {found}")
-        per_turn.append(found["rows"])
-        if turn == 0:
-            paths = {name: path for name, path in paths.items() if "/" not in name}
-            forms = sorted({row["beside"] for row in found["rows"] if "beside" in row})
+        kept = work / f"{name}_turn{turn}_{states}.json"
+        if not kept.exists():
+            write_json(kept, {"rows": run(turn, per_turn[0] if per_turn else None)})
+        per_turn.append(read_json(kept)["rows"])
     return merged(per_turn)
 
 
 def merged(per_turn: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows of the first turn, with the medians over all turns that have them."""
+    """The rows of the first turn, with the medians over all turns that have them.
+
+    A row brings its speed and that of the intact model in its turn, or why it was not run.
+    """
     rows = []
     for first in per_turn[0]:
         cell = {k: first[k] for k in ("checkpoint", "engine", "cache", "context", "batch")}
@@ -90,16 +124,23 @@ def merged(per_turn: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
             rows.append({**cell, "not_run": first["not_run"]})
             continue
         speeds = [row["tokens_per_second"] for row in same]
-        ratios = [row["tokens_per_second"] / row["intact_beside"] for row in same]
-        rows.append(
-            {
-                **cell,
-                "tokens_per_second": statistics.median(speeds),
+        ratios = [
+            row["tokens_per_second"] / row["intact_beside"]
+            for row in same
+            if "intact_beside" in row
+        ]
+        row = {
+            **{k: v for k, v in first.items() if k in ("version", "built_for")},
+            **cell,
+            "tokens_per_second": statistics.median(speeds),
+            "turns": [round(speed, 2) for speed in speeds],
+        }
+        if ratios:
+            row |= {
                 "ratio": statistics.median(ratios),
-                "turns": [round(speed, 2) for speed in speeds],
                 "ratios": [round(ratio, 3) for ratio in ratios],
             }
-        )
+        rows.append(row)
     return rows
 
 
@@ -110,27 +151,27 @@ def one_turn(job: dict[str, Any]) -> list[dict[str, Any]]:
     context, steps = job["context"], job["steps"]
     dice = random.Random(job["turn"])
     makers: list[tuple[str, str, Callable[[], Contender]]] = []
-    for form in job["forms"]:
-        if form.startswith("transformers"):
-            name, setting = f"intact {form}", form.rpartition(" ")[2]
-            makers.append(
-                ("intact", form, lambda n=name, s=setting: Decoding(n, load_hf(job["model"]), s))
-            )
+
+    def add(checkpoint: str, engine: str, cache: str, load: Callable[..., Any]) -> None:
+        name = f"{checkpoint}, {engine}, {cache}"
+        setting = None if engine == OURS else engine.rpartition(" ")[2]
+        dtype = PRECISIONS[cache]
+        makers.append((checkpoint, engine, lambda: Decoding(name, load(dtype), setting)))
+
+    for engine, cache in job["forms"]:
+        add("intact", engine, cache, lambda dtype: load_hf(job["model"]).to(dtype))
     for name, folder in job["folders"].items():
         checkpoint, _, container = name.partition("/")
-        if container:
-            config = transformers.AutoConfig.from_pretrained(folder)
+        for cache in PRECISIONS:
+            if not container:
+                add(checkpoint, OURS, cache, lambda dtype, f=folder: gl.load_slim(f, dtype=dtype))
+                continue
             # Keys and values of one width run in fused attention.
-            setting = "sdpa" if config.model_type == "llama" else "eager"
+            fused = transformers.AutoConfig.from_pretrained(folder).model_type == "llama"
+            engine = f"transformers, {'sdpa' if fused else 'eager'}"
             load = transformers.AutoModelForCausalLM.from_pretrained
-            makers.append(
-                (checkpoint, f"transformers, {setting}",
-                 lambda n=name, f=folder, s=setting, of=load: Decoding(n, of(f), s))
-            )  # fmt: skip
-        elif checkpoint != "intact" or "gainlens" in job["forms"]:
-            makers.append(
-                (checkpoint, "gainlens", lambda n=name, f=folder: Decoding(n, gl.load_slim(f)))
-            )
+            if fused or cache == "f32":
+                add(checkpoint, engine, cache, lambda dtype, f=folder, of=load: of(f, dtype=dtype))
     dice.shuffle(makers)
     contenders = [(checkpoint, engine, make()) for checkpoint, engine, make in makers]
     rows = []
@@ -139,7 +180,7 @@ def one_turn(job: dict[str, Any]) -> list[dict[str, Any]]:
             groups, left_out = grouped(contenders, context, batch)
             timed: dict[str, dict[str, Any]] = {}
             beside: Contender | None = None
-            form = ""
+            form = ("", "")
             for group in groups:
                 ours = [one for _, _, one in group]
                 if beside is not None:
@@ -149,7 +190,8 @@ def one_turn(job: dict[str, Any]) -> list[dict[str, Any]]:
                 speeds = {n: row["decode_tokens_per_second"] for n, row in found.items()}
                 if beside is None:
                     intact = [(e, c) for name, e, c in group if name == "intact"]
-                    form, beside = max(intact, key=lambda pair: speeds[pair[1].name])
+                    engine, beside = max(intact, key=lambda pair: speeds[pair[1].name])
+                    form = (engine, precision_of(beside))
                 for _, _, one in group:
                     timed[one.name] = {
                         "tokens_per_second": speeds[one.name],
@@ -157,15 +199,20 @@ def one_turn(job: dict[str, Any]) -> list[dict[str, Any]]:
                         "beside": form,
                     }
             for checkpoint, engine, one in contenders:
-                cell = {"checkpoint": checkpoint, "engine": engine, "cache": "f32"}
+                cell = {"checkpoint": checkpoint, "engine": engine, "cache": precision_of(one)}
                 cell |= {"context": context, "batch": batch}
                 if one.name in left_out:
                     rows.append({**cell, "not_run": left_out[one.name]})
                 else:
                     rows.append({**cell, **timed[one.name]})
                     speed = timed[one.name]["tokens_per_second"]
-                    print(checkpoint, engine, context, batch, round(speed, 1), flush=True)
+                    print(one.name, context, batch, round(speed, 1), flush=True)
     return rows
+
+
+def precision_of(contender: Contender) -> str:
+    """The name in the record."""
+    return {dtype: name for name, dtype in PRECISIONS.items()}[contender.model.dtype]
 
 
 def grouped(
@@ -214,10 +261,9 @@ def in_llama_cpp(
     contexts: list[int],
     batches: list[int],
     steps: int,
-    turns: int,
     work: Path,
 ) -> list[dict[str, Any]]:
-    """Decoding in llama.cpp, each cell in a process of its own, checkpoints in turns.
+    """One turn of decoding in llama.cpp, each cell in a process of its own; ``merged`` takes it.
 
     Args:
         files: GGUF files by name of the checkpoint.
@@ -225,56 +271,40 @@ def in_llama_cpp(
         filler: token ids of text.
         contexts, batches: the cells.
         steps: tokens that each slot decodes.
-        turns: how often; the median counts.
         work: folder for jobs and answers.
     """
     rows = []
     for context in contexts:
         for batch in batches:
-            found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-            failed: dict[tuple[str, str], str] = {}
-            for _ in range(turns):
-                for checkpoint, file in files.items():
-                    for cache in caches[checkpoint]:
-                        key = (checkpoint, cache)
-                        if key in failed:
-                            continue
-                        job = {
-                            "model": str(file),
-                            "context": context,
-                            "batch": batch,
-                            "new": steps,
-                            "filler": filler[:context],
-                            "cache": cache,
-                            "threads": torch.get_num_threads(),
-                        }
-                        answer = one_cell(job, work)
-                        if isinstance(answer, str):
-                            failed[key] = answer
-                        else:
-                            found.setdefault(key, []).append(answer)
-            for checkpoint in files:
+            beside: dict[str, float] = {}
+            for checkpoint, file in files.items():
                 for cache in caches[checkpoint]:
-                    cell: dict[str, Any] = {
+                    job = {
+                        "model": str(file),
+                        "context": context,
+                        "batch": batch,
+                        "new": steps,
+                        "filler": filler[:context],
+                        "cache": cache,
+                        "threads": torch.get_num_threads(),
+                    }
+                    answer = one_cell(job, work)
+                    row: dict[str, Any] = {
                         "checkpoint": checkpoint,
                         "engine": "llama.cpp",
                         "cache": cache,
                         "context": context,
                         "batch": batch,
                     }
-                    if (checkpoint, cache) in failed:
-                        rows.append({**cell, "not_run": failed[checkpoint, cache]})
+                    if isinstance(answer, str):
+                        rows.append({**row, "not_run": answer})
                         continue
-                    speeds = [a["tokens_per_second"] for a in found[checkpoint, cache]]
-                    cell |= {
-                        "tokens_per_second": statistics.median(speeds),
-                        "turns": [round(s, 2) for s in speeds],
-                        "prefill_s": min(a["prefill_s"] for a in found[checkpoint, cache]),
-                        "version": found[checkpoint, cache][0]["engine"],
-                        "built_for": found[checkpoint, cache][0]["built_for"],
-                    }
-                    rows.append(cell)
-                    print(checkpoint, cache, context, batch, cell["turns"], flush=True)
+                    speed = answer["tokens_per_second"]
+                    if (checkpoint, cache) == ("intact", "f16"):  # llama.cpp's default cache
+                        beside = {"intact_beside": speed}
+                    row |= {"tokens_per_second": speed, "version": answer["engine"], **beside}
+                    rows.append({**row, "built_for": answer["built_for"]})
+                    print(checkpoint, cache, context, batch, round(speed, 1), flush=True)
     return rows
 
 

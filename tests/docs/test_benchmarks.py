@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from healing_text import ROWS, evened
 from recall import STRETCH, recall_text, said_again
-from worth_speed import MEMORY, grouped, merged
+from worth_speed import MEMORY, grouped, in_turns, merged
 
 from gainlens.data.texts import Texts
 
@@ -69,6 +69,25 @@ def test_a_ratio_is_taken_within_a_turn():
     assert thin["ratio"] == 1.5
     assert thin["turns"] == [10, 30, 20]
     assert eager == other
+
+
+def test_turns_that_are_done_are_kept_and_more_can_follow(tmp_path):
+    cell = {"checkpoint": "thin", "engine": "gainlens", "cache": "f32", "context": 8, "batch": 1}
+    ran = []
+
+    def run(turn, first):
+        ran.append((turn, first and first[0]["tokens_per_second"]))
+        return [{**cell, "tokens_per_second": 10.0 * (turn + 1), "intact_beside": 10.0}]
+
+    (one,) = in_turns(tmp_path, "cells", "state", 1, run)
+    (three,) = in_turns(tmp_path, "cells", "state", 3, run)
+    assert ran == [(0, None), (1, 10.0), (2, 10.0)]
+    assert one["turns"] == [10]
+    assert three["turns"] == [10, 20, 30]
+    assert three["ratio"] == 2
+    (again,) = in_turns(tmp_path, "cells", "other", 1, run)
+    assert again == one
+    assert len(ran) == 4
 
 
 @pytest.mark.parametrize(

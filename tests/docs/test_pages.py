@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools/docs"))
 
 import fill
-from parts import api, docstrings, healing, markdown, support
+from parts import api, docstrings, healing, markdown, support, worth_ledger
 
 import gainlens as gl
 
@@ -160,3 +160,27 @@ def test_navigation_has_every_page_once():
     assert sorted(leaves(nav)) == sorted(
         p.relative_to(ROOT / "docs").as_posix() for p in fill.written()
     )
+
+
+def test_a_row_of_the_worth_ledger_has_the_verdict_of_its_own_precision():
+    def judged(rise, status):
+        verdict = {"estimate": rise, "status": status, "interval": [rise - 0.01, rise + 0.01]}
+        return {"256": {"verdict": verdict}}
+
+    def timed(checkpoint, cache, speed):
+        cell = {"engine": "gainlens", "context": 8000, "batch": 8, "tokens_per_second": speed}
+        return {**cell, "checkpoint": checkpoint, "cache": cache, "ratio": speed / 10}
+
+    losses = {
+        "intact": {"bf16": judged(0.004, "holds")},
+        "thin": {"f32": judged(0.3, "fails"), "bf16": judged(0.015, "holds")},
+    }
+    rows = [timed("intact", "f32", 8.0), timed("intact", "bf16", 10.0)]
+    rows += [timed("thin", "f32", 9.0), timed("thin", "bf16", 13.0)]
+    found = {"losses": {"rows": losses}, "speed": {"rows": rows}}
+    assert worth_ledger.worst(found, "intact", "f32")["status"] == "is the baseline"
+    assert worth_ledger.worst(found, "intact", "bf16")["estimate"] == 0.004
+    assert worth_ledger.worst(found, "thin", "f16")["estimate"] == 0.3
+    said = worth_ledger.answer(found)
+    assert "holds at 0.02 nats is thin in bf16 in gainlens: × 1.30" in said
+    assert "at +0.015 nats on its worst text" in said

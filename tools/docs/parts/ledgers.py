@@ -121,9 +121,32 @@ def engines() -> str:
             "llama.cpp runs with its defaults (float16 cache, fused attention). The prediction "
             "counts only the bytes that are read. Where an engine spends more time on other work "
             "per token, thin heads save less.",
+            *_full_values(facts),
             provenance(facts, "docs/results/engines.json"),
         ]
     )  # fmt: skip
+
+
+def _full_values(facts: dict[str, Any]) -> list[str]:
+    """Thin keys with untouched values in llama.cpp, beside the intact model's own spread."""
+    found = facts.get("full_values")
+    if not found:
+        return []
+    rows = [
+        (
+            row["checkpoint"], row["cache"], f"{row['cache_share']:.4g}", row["prompts"],
+            f"{row['largest_logprob_difference']:.1e}", len(row["different_rows"]),
+        )
+        for row in found
+    ]  # fmt: skip
+    head = ["checkpoint", "cache", "share of the intact cache", "prompts", "largest difference",
+            "prompts whose greedy tokens differ"]  # fmt: skip
+    return [
+        "Thin keys with untouched values in llama.cpp, the healed checkpoints of the "
+        "[worth ledger](ledger_worth.md), each against transformers in float32 on the same "
+        f"prompts:\n\n{table(head, rows)}",
+        "Weights are in float32. With a cache in f16 the intact model's own spread is the measure.",
+    ]
 
 
 def cost() -> str:

@@ -10,6 +10,7 @@ ORDER = (
     "layer-50",
     "layer-50-recall",
     "layer-50-wide",
+    "layer-50-long",
     "universal-50-quick",
     "universal-50-recall",
     "universal-50-wide",
@@ -69,7 +70,7 @@ def page() -> str:
         + said,
         *(
             f"{_name(facts)} ({facts['text']['calibration']['tokens']:,} tokens) in "
-            f"{facts['fit']['seconds']:.0f} s"
+            f"{facts['fit']['seconds']:.0f} s{_memory(facts)}"
             + (
                 f"; healed on {facts['healed']['facts']['tokens']:,} tokens"
                 if facts["healed"]
@@ -163,10 +164,18 @@ def _name(facts: dict[str, Any]) -> str:
     """What a run cuts."""
     documents, texts = facts["text"]["calibration"]["documents"], len(_fitted(facts))
     name = f"{facts['fraction']:.0%} {facts['scope']}, fitted on {documents} documents"
+    if len(lengths := facts["text"]["calibration"]["lengths"]) == 1:
+        name += f" of {lengths[0]:,} tokens"
     if texts > USUAL:
         name += f" of {texts} texts"
     values = facts.get("values_kept")
     return name if values is None else f"{name}, {1 - values:.0%} of the values"
+
+
+def _memory(facts: dict[str, Any]) -> str:
+    """What the process that fitted held at most, where it was measured."""
+    peak = facts["fit"].get("peak_gb")
+    return "" if peak is None else f" and at most {peak:.2f} GB of memory, the model included"
 
 
 def _fitted(facts: dict[str, Any]) -> tuple[str, ...]:

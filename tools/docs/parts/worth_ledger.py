@@ -8,6 +8,8 @@ from parts.markdown import RESULTS, interval, not_yet, provenance, recorded, tab
 
 FILE = RESULTS / "worth.json"
 INTACT = "intact"
+ROUNDED = {"q8_0": "with its cache in q8_0", "bf16": "in bf16"}
+"""Caches that round, and how a sentence says it."""
 CONTEXTS = {"256": "256 tokens", "2048": "2,048 tokens", "8192": "8,192 tokens"}
 
 
@@ -41,10 +43,10 @@ def short() -> str:
 
 def worst(found: dict[str, Any], checkpoint: str, cache: str) -> dict[str, Any] | None:
     """The verdict at the worst context that was judged, by its worst text; None without one."""
-    if checkpoint == INTACT and cache != "q8_0":
+    if checkpoint == INTACT and cache in ("f32", "f16"):
         return {"estimate": 0.0, "status": "is the baseline"}
     rows = ((found["losses"] or {}).get("rows") or {}).get(checkpoint, {})
-    judged = rows.get("q8_0" if cache == "q8_0" else "f32")
+    judged = rows.get("f32" if cache == "f16" else cache)
     if not judged:
         return None
     judged = {**rows.get("f32", {}), **judged}  # where q8_0 was not judged, it costs no less
@@ -55,7 +57,7 @@ def worst(found: dict[str, Any], checkpoint: str, cache: str) -> dict[str, Any] 
 def _of_the_run(row: dict[str, Any]) -> dict[str, Any] | None:
     """The worst text of the healing run that the checkpoint is of; nothing for a rounded cache."""
     run = recorded(RESULTS / f"slots_{row['checkpoint']}.json")
-    if run is None or run["healed"] is None or row["cache"] == "q8_0":
+    if run is None or run["healed"] is None or row["cache"] in ROUNDED:
         return None
     found: dict[str, Any] = max(run["healed"]["verdicts"].values(), key=lambda v: v["estimate"])
     return found
@@ -79,7 +81,7 @@ def ratios(found: dict[str, Any]) -> list[dict[str, Any]]:
     for row in found["speed"]["rows"]:
         base = baselines(found, row["engine"]).get((row["context"], row["batch"]))
         if base and "tokens_per_second" in row:
-            # Rows in Python bring the ratio that was taken within their process.
+            # Rows bring the ratio that was taken within their turn.
             rows.append({**row, "ratio": row.get("ratio", row["tokens_per_second"] / base)})
     return rows
 
@@ -123,8 +125,8 @@ def answer(found: dict[str, Any]) -> str:
 
 
 def _named(row: dict[str, Any]) -> str:
-    cache = " with its cache in q8_0" if row["cache"] == "q8_0" else ""
-    return f"{row['checkpoint']}{cache} in {row['engine']}: {_times(row)}"
+    rounded = f" {ROUNDED[row['cache']]}" if row["cache"] in ROUNDED else ""
+    return f"{row['checkpoint']}{rounded} in {row['engine']}: {_times(row)}"
 
 
 def _times(row: dict[str, Any]) -> str:
@@ -138,7 +140,7 @@ def losses(found: dict[str, Any]) -> str:
     """Rise of the loss by context."""
     rows = []
     for checkpoint, judged in found["losses"]["rows"].items():
-        for cache in ("f32", "q8_0"):
+        for cache in ("f32", *ROUNDED):
             if cache not in judged:
                 continue
             cells = []
@@ -155,7 +157,7 @@ def losses(found: dict[str, Any]) -> str:
             share = found["checkpoints"].get(checkpoint, {})
             held = share.get("share_in_q8_0" if cache == "q8_0" else "share_of_intact")
             if checkpoint == INTACT:
-                held = 34 / 32 / 2
+                held = 34 / 32 / 2 if cache == "q8_0" else 1
             rows.append((checkpoint, cache, f"{held:.3g}" if held else "–", *cells))
     head = ["checkpoint", "cache", "cache bytes, share of f16", *CONTEXTS.values()]
     text = found["losses"]["text"]
@@ -167,7 +169,8 @@ def losses(found: dict[str, Any]) -> str:
     return (
         f"{table(head, rows)}\n\nRise of the loss in nats per token over the intact model on the "
         f"worst text, and its verdict at 0.02: {counts}. A cache in q8_0 is rounded in "
-        f"transformers as llama.cpp rounds it.{_untimed(found)}{_healing(found)}"
+        "transformers as llama.cpp rounds it; in bf16 weights and cache are in that precision."
+        f"{_untimed(found)}{_healing(found)}"
     )
 
 
@@ -254,8 +257,9 @@ def speeds(found: dict[str, Any]) -> str:
     head = ["engine", "checkpoint", "cache", *(f"{c:,} × {b}" for c, b in cells)]
     return (
         f"{table(head, lines)}\n\nTokens per second while decoding, at context × batch; in "
-        "brackets over the intact model in its best form: that of gainlens' engine or "
-        "transformers in Python, that with a cache in f16 in llama.cpp. Medians of "
+        "brackets over the intact model in its best form in the same turn: that of gainlens' "
+        "engine or transformers in Python, in f32 or bf16, that with a cache in f16 in llama.cpp. "
+        "Medians of "
         f"{said} turns, each a process of its own (transformers' slower forms have one); one row "
         f"differs by up to × {spread:.2f} between its turns, so smaller differences say little. "
         f"{found['speed']['precision'].capitalize()}."
@@ -377,12 +381,11 @@ def picture(figure: Any, found: dict[str, Any]) -> None:
     engines = list(dict.fromkeys(row["engine"] for *_, row in points))
     for x, y, row in points:
         n = engines.index(row["engine"])
-        filled = row["cache"] != "q8_0"
         axis.plot(
             x, y, linestyle="", marker=MARKERS[n], color=CYCLE[n], markersize=7,
-            fillstyle="full" if filled else "none",
+            fillstyle={"q8_0": "none", "bf16": "left"}.get(row["cache"], "full"),
         )  # fmt: skip
-        label = row["checkpoint"] + ("" if filled else ", q8_0")
+        label = row["checkpoint"] + (f", {row['cache']}" if row["cache"] in ROUNDED else "")
         axis.annotate(label, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
     for n, engine in enumerate(engines):
         axis.plot([], [], linestyle="", marker=MARKERS[n], color=CYCLE[n], label=engine)
