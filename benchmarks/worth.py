@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from worth_losses import BLOCK, about, intact_losses, judged, texts_that_judge
 from worth_profile import float32
-from worth_speed import LLAMA, in_llama_cpp, in_python, in_turns
+from worth_speed import LARGE_PAGES, LLAMA, in_llama_cpp, in_python, in_turns
 from worth_tasks import on_tasks
 
 import gainlens as gl
@@ -73,6 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=24, help="decoding steps that are timed")
     parser.add_argument("--turns", type=int, default=2, help="in llama.cpp, per cell")
     parser.add_argument("--python-turns", type=int, default=3, help="per context")
+    parser.add_argument("--kept", action="store_true", help="time no further turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=cache_root() / "worth")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/worth.json")
@@ -196,7 +196,6 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
         del model
     filler = filler_of(args)
     rows: list[dict[str, Any]] = []
-    begun = time.time()
     caches = {name: ["f16", "q8_0"] for name in files}
     for name in files:
         width = 0 if name == INTACT else key_width(folders[name])
@@ -210,15 +209,22 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
         some = [batch for batch in args.batches if batch * context <= args.slots]
         asked = "_".join(str(n) for n in (context, *some, args.steps))
         ours = partial(in_python, in_engine, args.model, context, some, args.steps, args.work)
-        rows += in_turns(args.work, f"python_{asked}", states, args.python_turns, ours)
-        if LLAMA.exists():
-            theirs = partial(
-                in_llama_cpp, files, caches, filler, [context], some, args.steps, args.work
-            )
-            found = in_turns(
-                args.work, f"llama_{asked}", states, args.turns, lambda *_, run=theirs: run()
-            )
-            rows += [row for row in found if row["cache"] in caches[row["checkpoint"]]]
+        asked_of_llama = (files, caches, filler, [context], some, args.steps, args.work)
+
+        def theirs(*_: object, asked_of_llama=asked_of_llama) -> list[dict[str, Any]]:
+            return in_llama_cpp(*asked_of_llama)
+
+        for engine, turns, run in (
+            ("python", args.python_turns, ours),
+            ("llama", args.turns if LLAMA.exists() else 0, theirs),
+        ):
+            name = f"{engine}_{asked}"
+            found = in_turns(args.work, name, states, turns, None if args.kept else run)
+            rows += [
+                row
+                for row in found
+                if engine == "python" or row["cache"] in caches[row["checkpoint"]]
+            ]
     cells = [
         {"context": c, "batch": b, "not_run": f"more than {args.slots:,} tokens of caches"}
         for c in args.contexts
@@ -230,7 +236,7 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
         "not_run": cells,
         "limits": limits,
         "threads": torch.get_num_threads(),
-        "seconds": round(time.time() - begun),
+        "settings_in_python": LARGE_PAGES,
         "precision": "in Python weights and cache in one precision; llama.cpp: weights in f16",
     }
 

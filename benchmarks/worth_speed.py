@@ -2,12 +2,14 @@
 
 Each turn is a process of its own that loads the models and fills their caches in another order.
 On a virtual machine the same product of the same weights takes longer in some pages of memory than
-in others, so a model that is loaded once is fast or slow by luck.
+in others, so a model that is loaded once is fast or slow by luck. Python runs with large pages of
+memory (``LARGE_PAGES``): all of its rows gain, and differ less between turns.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -30,6 +32,7 @@ MEMORY = 11e9
 """Bytes of caches that one comparison may hold, beside the weights and the growth of buffers."""
 PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16}
 """Of weights and cache in Python, by their names in the record."""
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 OURS = "gainlens"
 FORMS = (
     ("transformers, sdpa", "f32"), ("transformers, sdpa", "bf16"), ("transformers, eager", "f32")
@@ -79,7 +82,7 @@ def in_python(
         forms = tuple(form for form in FORMS if form in best)
     job = {"folders": paths, "model": model, "context": context, "batches": batches}
     job |= {"steps": steps, "turn": turn, "forms": forms}
-    found = answered([sys.executable, __file__], job, work)
+    found = answered([sys.executable, __file__], job, work, LARGE_PAGES)
     if isinstance(found, str):
         raise RuntimeError(f"decoding at {context} tokens: {found}")
     rows: list[dict[str, Any]] = found["rows"]
@@ -91,7 +94,7 @@ def in_turns(
     name: str,
     states: str,
     turns: int,
-    run: Callable[[int, list[dict[str, Any]] | None], list[dict[str, Any]]],
+    run: Callable[[int, list[dict[str, Any]] | None], list[dict[str, Any]]] | None,
 ) -> list[dict[str, Any]]:
     """Rows merged over turns. A turn that is done is kept, so more can be asked for later.
 
@@ -99,15 +102,18 @@ def in_turns(
         work: folder of what is kept.
         name, states: of the cells and of the folders that are timed.
         turns: how many.
-        run: gives the rows of a turn by its number and the rows of the first one.
+        run: gives the rows of a turn by its number and the rows of the first one; None takes only
+            the turns that are kept.
     """
     per_turn: list[list[dict[str, Any]]] = []
     for turn in range(turns):
         kept = work / f"{name}_turn{turn}_{states}.json"
         if not kept.exists():
+            if run is None:
+                break
             write_json(kept, {"rows": run(turn, per_turn[0] if per_turn else None)})
         per_turn.append(read_json(kept)["rows"])
-    return merged(per_turn)
+    return merged(per_turn) if per_turn else []
 
 
 def merged(per_turn: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -314,14 +320,20 @@ def one_cell(job: dict[str, Any], work: Path) -> dict[str, Any] | str:
     return answered([str(LLAMA), str(script)], job, work)
 
 
-def answered(command: list[str], job: dict[str, Any], work: Path) -> dict[str, Any] | str:
-    """What a command answers to a job, or the last line that it printed."""
+def answered(
+    command: list[str], job: dict[str, Any], work: Path, settings: dict[str, str] | None = None
+) -> dict[str, Any] | str:
+    """What a command answers to a job, or the last line that it printed.
+
+    ``settings`` go into its environment.
+    """
     question, answer, log = (work / name for name in ("job.json", "answer.json", "log.txt"))
     question.write_text(json.dumps(job))
     with log.open("w") as out:
         done = subprocess.run(
             [*command, str(question), str(answer)],
             stdout=out, stderr=subprocess.STDOUT, check=False,
+            env={**os.environ, **(settings or {})},
         )  # fmt: skip
     if done.returncode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]

@@ -85,6 +85,8 @@ def test_turns_that_are_done_are_kept_and_more_can_follow(tmp_path):
     assert one["turns"] == [10]
     assert three["turns"] == [10, 20, 30]
     assert three["ratio"] == 2
+    assert in_turns(tmp_path, "cells", "state", 4, None) == [three]
+    assert in_turns(tmp_path, "cells", "other", 1, None) == []
     (again,) = in_turns(tmp_path, "cells", "other", 1, run)
     assert again == one
     assert len(ran) == 4

@@ -145,7 +145,8 @@ def _full_values(facts: dict[str, Any]) -> list[str]:
         "Thin keys with untouched values in llama.cpp, the healed checkpoints of the "
         "[worth ledger](ledger_worth.md), each against transformers in float32 on the same "
         f"prompts:\n\n{table(head, rows)}",
-        "Weights are in float32. With a cache in f16 the intact model's own spread is the measure.",
+        "Weights are in float32. A cache in f16 rounds, so it is to be read beside the intact "
+        "model's.",
     ]
 
 
