@@ -10,6 +10,8 @@ FILE = RESULTS / "worth.json"
 INTACT = "intact"
 ROUNDED = {"q8_0": "with its cache in q8_0", "bf16": "in bf16"}
 """Caches that round, and how a sentence says it."""
+FILL = {"bf16": "left", "q8_0": "none"}
+"""Of a marker in the figure; those of whole precision (f32, in llama.cpp f16) are full."""
 CONTEXTS = {"256": "256 tokens", "2048": "2,048 tokens", "8192": "8,192 tokens"}
 
 
@@ -383,12 +385,16 @@ def picture(figure: Any, found: dict[str, Any]) -> None:
         n = engines.index(row["engine"])
         axis.plot(
             x, y, linestyle="", marker=MARKERS[n], color=CYCLE[n], markersize=7,
-            fillstyle={"q8_0": "none", "bf16": "left"}.get(row["cache"], "full"),
+            fillstyle=FILL.get(row["cache"], "full"),
         )  # fmt: skip
-        label = row["checkpoint"] + (f", {row['cache']}" if row["cache"] in ROUNDED else "")
-        axis.annotate(label, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    # A checkpoint costs nearly the same in every engine and cache: one name for all of its points.
+    for name in dict.fromkeys(row["checkpoint"] for *_, row in points):
+        x, y = min((x, y) for x, y, row in points if row["checkpoint"] == name)
+        axis.annotate(name, (x, y), textcoords="offset points", xytext=(-5, 6), fontsize=8)
     for n, engine in enumerate(engines):
         axis.plot([], [], linestyle="", marker=MARKERS[n], color=CYCLE[n], label=engine)
+    for cache, fill in FILL.items():
+        axis.plot([], [], linestyle="", marker="o", color="0.3", fillstyle=fill, label=cache)
     front: list[tuple[float, float]] = []
     for x, y, _ in sorted(points, key=lambda p: (-p[0], p[1])):
         if not front or y < front[-1][1]:
@@ -396,6 +402,7 @@ def picture(figure: Any, found: dict[str, Any]) -> None:
     axis.plot(*zip(*front, strict=True), color="0.5", linewidth=1, label="Pareto front")
     axis.axhline(0.02, color="black", linestyle="--", linewidth=0.8, label="margin: 0.02 nats")
     axis.set_yscale("symlog", linthresh=0.02)
+    axis.set_ylim(-0.01, 2.5 * max(y for _, y, _ in points))
     axis.set_xlabel(f"speed over the intact model, {cell[0]:,} tokens of context × {cell[1]}")
     axis.set_ylabel("rise of the loss (nats per token)")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="lower right")
