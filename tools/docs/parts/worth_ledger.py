@@ -255,7 +255,10 @@ def speeds(found: dict[str, Any]) -> str:
         lines.append(line)
     turns = [len(row.get("turns", ())) for row in rows]
     said = f"{min(turns, default=0)} to {max(turns, default=0)}"
-    spread = max((max(t) / min(t) for row in rows if (t := row.get("turns"))), default=1.0)
+    spread = {
+        key: max((max(t) / min(t) for row in rows if (t := row.get(key))), default=1.0)
+        for key in ("turns", "ratios")
+    }
     head = ["engine", "checkpoint", "cache", *(f"{c:,} × {b}" for c, b in cells)]
     return (
         f"{table(head, lines)}\n\nTokens per second while decoding, at context × batch; in "
@@ -263,8 +266,9 @@ def speeds(found: dict[str, Any]) -> str:
         "engine or transformers in Python, in f32 or bf16, that with a cache in f16 in llama.cpp. "
         "Medians of "
         f"{said} turns, each a process of its own (transformers' slower forms have one); one row "
-        f"differs by up to × {spread:.2f} between its turns, so smaller differences say little. "
-        f"{found['speed']['precision'].capitalize()}."
+        f"differs by up to × {spread['turns']:.2f} in speed and × {spread['ratios']:.2f} in its "
+        "ratio between turns, so smaller differences say little. Precision: "
+        f"{found['speed']['precision']}."
     )
 
 
