@@ -105,13 +105,12 @@ def main() -> int:
         found["version"] = runs["slim"][0]["engine"]
         found["decode"] = ratios(runs, whole, thin)
         results[engine] = found
-        if found["largest_logprob_difference"] > LOGPROB_TARGET or found["different_rows"]:
+        if differs(found):
             failed.append(engine)
     containers = full_values(args, plan, prompts, job)
     for (name, cache), found in containers.items():
         # A cache in f16 rounds: it is read beside the intact model's, and fails nothing.
-        off = found["largest_logprob_difference"] > LOGPROB_TARGET or found["different_rows"]
-        if cache == "f32" and off:
+        if cache == "f32" and differs(found):
             failed.append(f"{name} in llama.cpp")
     write_json(
         args.out,
@@ -155,13 +154,8 @@ def full_values(
     found = {}
     for name, load in models.items():
         thin, written = load(), {}
-        for engine, tokenizer in (
-            ("transformers", load_tokenizer(args.model)),
-            ("llama.cpp", smollm2.packaged_gguf() if args.model == "smollm2" else None),
-        ):
-            folder = written[engine] = args.work / f"{engine}-{name}"
-            shutil.rmtree(folder, ignore_errors=True)
-            export_model(thin, folder, engine, tokenizer=tokenizer)
+        for engine in ("transformers", "llama.cpp"):
+            written[engine] = fresh(args, thin, engine, name)
         stock = transformers.AutoModelForCausalLM.from_pretrained(written["transformers"])
         expected = transformers_rows(stock, prompts, args.new)
         own = plan_of(thin.config)
@@ -182,17 +176,24 @@ def full_values(
 
 def checkpoints(args: argparse.Namespace, thin: Any, whole: Any) -> dict[tuple[str, str], Path]:
     """Write the slim and the full model for both engines."""
-    vocabulary = smollm2.packaged_gguf() if args.model == "smollm2" else None
     folders = {}
     for engine in ENVIRONMENTS:
         for kind, model in (("slim", thin), ("full", whole)):
             folder = folders[engine, kind] = args.work / f"{engine}-{kind}"
-            if args.reuse and folder.is_dir():
-                continue
-            shutil.rmtree(folder, ignore_errors=True)
-            tokenizer = vocabulary if engine == "llama.cpp" else load_tokenizer(args.model)
-            export_model(model, folder, engine, tokenizer=tokenizer)
+            if not (args.reuse and folder.is_dir()):
+                fresh(args, model, engine, kind)
     return folders
+
+
+def fresh(args: argparse.Namespace, model: Any, engine: str, name: str) -> Path:
+    """Write a model for an engine, in place of what an earlier run left."""
+    folder: Path = args.work / f"{engine}-{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    tokenizer: Any = load_tokenizer(args.model)
+    if engine == "llama.cpp":
+        tokenizer = smollm2.packaged_gguf() if args.model == "smollm2" else None
+    export_model(model, folder, engine, tokenizer=tokenizer)
+    return folder
 
 
 def transformers_rows(model: Any, prompts: torch.Tensor, new: int) -> list[dict[str, Any]]:
@@ -266,6 +267,11 @@ def compare(expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> dict[s
         "largest_logprob_difference": worst,
         "different_rows": different,
     }
+
+
+def differs(found: dict[str, Any]) -> bool:
+    """Whether an engine says something else than transformers."""
+    return found["largest_logprob_difference"] > LOGPROB_TARGET or bool(found["different_rows"])
 
 
 def ratios(runs: dict[str, list[dict[str, Any]]], whole: Any, thin: Any) -> list[dict[str, Any]]:

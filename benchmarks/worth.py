@@ -219,12 +219,7 @@ def speeds(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Any]
             ("llama", args.turns if LLAMA.exists() else 0, theirs),
         ):
             name = f"{engine}_{asked}"
-            found = in_turns(args.work, name, states, turns, None if args.kept else run)
-            rows += [
-                row
-                for row in found
-                if engine == "python" or row["cache"] in caches[row["checkpoint"]]
-            ]
+            rows += in_turns(args.work, name, states, turns, None if args.kept else run)
     cells = [
         {"context": c, "batch": b, "not_run": f"more than {args.slots:,} tokens of caches"}
         for c in args.contexts
